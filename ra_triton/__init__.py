@@ -1,0 +1,25 @@
+"""Reciprocal attention as one flash attention over packed operands, in Triton."""
+
+from ra_triton.api import (
+    pack_qk,
+    pack_qk_,
+    packed_attention,
+    project,
+    ra_attention,
+    which_backend,
+)
+from ra_triton.weights import compose_weights, pack_weight, unpack_weight
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "compose_weights",
+    "pack_qk",
+    "pack_qk_",
+    "pack_weight",
+    "packed_attention",
+    "project",
+    "ra_attention",
+    "unpack_weight",
+    "which_backend",
+]

@@ -1,0 +1,295 @@
+"""Public functions: check the arguments, choose a backend, call it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ra_triton.backends import choose
+from ra_triton.checks import (
+    check_attention_inputs,
+    check_choice,
+    check_float_tensor,
+    check_no_overlap,
+    check_pack_inputs,
+    check_project_inputs,
+    check_same,
+    check_shape,
+    needs_grad,
+)
+from ra_triton.layout import RALayout
+from ra_triton.options import AttentionOptions
+from ra_triton.weights import WEIGHT_LAYOUTS
+
+
+def ra_attention(
+    x: Tensor,
+    W_fused: Tensor,
+    R: int = 4,
+    *,
+    n_head: int | None = None,
+    n_kv_head: int | None = None,
+    bias: Tensor | None = None,
+    weight_layout: str = "split",
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Reciprocal self-attention of ``x``: one projection, one flash attention.
+
+    ``softmax(scale * (Q_std K_stdᵀ + K_low Q_lowᵀ)) V`` per head, with all lanes columns of
+    ``x @ W_fused``. ``R=0`` is plain attention.
+
+    Args:
+        x: ``[B, T, C]`` in float16, bfloat16 or float32, last stride 1.
+        W_fused: ``[C, N]``, ``N = (n_head + 2 * n_kv_head) * D``, same dtype and device as ``x``.
+            A weight in split order is reordered on each call; a model keeps it packed
+            (:func:`pack_weight`) and passes ``weight_layout="packed"``.
+        R: reciprocal rank, ``0 <= R <= D``.
+        n_head: query heads; ``None`` means heads of 64.
+        n_kv_head: key/value heads (GQA); ``None`` means ``n_head``.
+        bias: ``[N]`` in the order of ``W_fused``'s columns.
+        weight_layout: ``"split"`` for ``[Q_std|K_std|V|Q_low|K_low]``, ``"packed"`` for
+            ``[q_pack|k_pack|V]``.
+        causal: whether token i sees tokens up to i only.
+        softmax_scale: multiplies the scores; ``None`` means ``1/sqrt(D)``, D the packed head dim.
+        window_size: ``(left, right)`` keys seen around the diagonal, both ends included; -1: all.
+        softcap: scores become ``softcap * tanh(scores / softcap)``; 0 is off.
+        dropout_p: probability of dropping an attention weight; 0 is off.
+        backend: ``"triton"``, ``"sdpa"``, or ``"auto"``: Triton on a supported GPU, SDPA elsewhere.
+
+    Returns:
+        ``[B, T, n_head * D]`` in ``x``'s dtype (under autocast, in the autocast dtype).
+
+    Raises:
+        TypeError: not a tensor, dtypes that differ or are not supported, counts that are no ints.
+        ValueError: shapes that do not fit, values out of range, different devices.
+        NotImplementedError: the backend lacks an option; the message names one that has it.
+
+    Source: github.com/mcgrof/knlp; flash attention: arXiv:2205.14135, arXiv:2307.08691.
+    """
+    options = AttentionOptions(causal, softmax_scale, window_size, softcap, dropout_p)
+    x, W_fused, bias = _autocast(x, W_fused, bias)
+    layout = _projection_layout(x, W_fused, R, n_head, n_kv_head, bias, weight_layout)
+    module, _ = choose(backend, (x, W_fused, bias), options, layout.head_dim)
+    W_packed, bias = _packed(layout, W_fused, bias, weight_layout)
+    q_pack, k_pack, v = layout.views(module.project(x, W_packed, bias, None))
+    out, _ = module.packed_attention(q_pack, k_pack, v, options)
+    return out.flatten(2)
+
+
+def project(
+    x: Tensor,
+    W_fused: Tensor,
+    R: int = 4,
+    *,
+    n_head: int | None = None,
+    n_kv_head: int | None = None,
+    bias: Tensor | None = None,
+    weight_layout: str = "split",
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The fused projection: ``x @ W_fused + bias`` as the packed operands of attention.
+
+    Args:
+        x: ``[B, T, C]``, last stride 1.
+        W_fused: ``[C, N]``, ``N = (n_head + 2 * n_kv_head) * D``.
+        R: reciprocal rank, ``0 <= R <= D``.
+        n_head: query heads ``H``; ``None`` means heads of 64.
+        n_kv_head: key/value heads ``H_kv``; ``None`` means ``n_head``.
+        bias: ``[N]`` in the order of ``W_fused``'s columns.
+        weight_layout: ``"split"`` or ``"packed"``, see :func:`ra_attention`.
+        out: contiguous buffer ``[B, T, H + 2 * H_kv, D]`` that receives the result; no gradients.
+        backend: ``"triton"``, ``"sdpa"`` or ``"auto"``.
+
+    Returns:
+        ``q_pack [B, T, H, D]``, ``k_pack [B, T, H_kv, D]``, ``v [B, T, H_kv, D]``: views of one
+        buffer ``[B, T, H + 2 * H_kv, D]`` in ``x``'s dtype.
+
+    Raises:
+        TypeError: wrong types or dtypes.
+        ValueError: shapes that do not fit, values out of range, ``out`` while a gradient is needed.
+        NotImplementedError: the backend cannot run the call.
+    """
+    x, W_fused, bias = _autocast(x, W_fused, bias)
+    layout = _projection_layout(x, W_fused, R, n_head, n_kv_head, bias, weight_layout)
+    if out is not None:
+        check_float_tensor("out", out)
+        check_same("x", x, out=out)
+        shape = (*x.shape[:2], layout.packed_heads, layout.head_dim)
+        check_shape("out", out, shape, "[B, T, H + 2 * H_kv, D]")
+        if not out.is_contiguous():
+            raise ValueError(f"out must be contiguous, got strides {out.stride()}")
+        if needs_grad(x, W_fused, bias, out):
+            raise ValueError("out cannot be used while a gradient is needed; use torch.no_grad()")
+        out = out.flatten(2)
+    module, _ = choose(backend, (x, W_fused, bias))
+    W_packed, bias = _packed(layout, W_fused, bias, weight_layout)
+    return layout.views(module.project(x, W_packed, bias, out))
+
+
+def packed_attention(
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Flash attention over packed operands: ``softmax(scale * q_pack k_packᵀ) v``.
+
+    Args:
+        q_pack: ``[B, T_q, H, D]``, ``[w_std * Q_std | w_rec * K_low]`` per head, last stride 1.
+        k_pack: ``[B, T_k, H_kv, D]``, ``[K_std | Q_low]``; ``H_kv`` divides ``H`` (GQA).
+        v: ``[B, T_k, H_kv, D]``.
+        causal: bottom-right aligned: query i sees keys up to ``i + T_k - T_q``.
+        softmax_scale: see :func:`ra_attention`.
+        window_size: see :func:`ra_attention`.
+        softcap: see :func:`ra_attention`.
+        dropout_p: see :func:`ra_attention`.
+        return_lse: also return the logsumexp of the scaled scores.
+        backend: ``"triton"``, ``"sdpa"`` or ``"auto"``.
+
+    Returns:
+        ``[B, T_q, H, D]`` in the operands' dtype; with ``return_lse`` also ``[B, H, T_q]`` float32,
+        natural logarithm. A query with no allowed key gives 0 and ``-inf``.
+
+    Raises:
+        TypeError: wrong types or dtypes.
+        ValueError: shapes that do not fit, values out of range.
+        NotImplementedError: the backend lacks an option; the message names one that has it.
+    """
+    q_pack, k_pack, v = _autocast(q_pack, k_pack, v)
+    check_attention_inputs(q_pack, k_pack, v)
+    options = AttentionOptions(causal, softmax_scale, window_size, softcap, dropout_p, return_lse)
+    module, _ = choose(backend, (q_pack, k_pack, v), options, q_pack.shape[-1])
+    out, lse = module.packed_attention(q_pack, k_pack, v, options)
+    return (out, lse) if return_lse else out
+
+
+def which_backend(q_pack: Tensor, k_pack: Tensor, v: Tensor, **options: Any) -> str:
+    """What ``packed_attention`` with ``backend="auto"`` would run, and why: ``"sdpa: ..."``.
+
+    Args:
+        q_pack: as for :func:`packed_attention`.
+        k_pack: as for :func:`packed_attention`.
+        v: as for :func:`packed_attention`.
+        **options: the options of :func:`packed_attention`, ``return_lse`` included.
+
+    Returns:
+        The backend's name, a colon and the reason.
+
+    Raises:
+        TypeError: an unknown option; and whatever :func:`packed_attention` would raise.
+    """
+    q_pack, k_pack, v = _autocast(q_pack, k_pack, v)
+    check_attention_inputs(q_pack, k_pack, v)
+    module, reason = choose(
+        "auto", (q_pack, k_pack, v), AttentionOptions(**options), q_pack.shape[-1]
+    )
+    return f"{module.__name__.rpartition('.')[2]}: {reason}"
+
+
+def pack_qk(
+    q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Pack operands that do not come out of one GEMM: ``[q_std|k_low]`` and ``[k_std|q_low]``.
+
+    Args:
+        q: ``[B, T, H, D]``; its last R lanes are dropped.
+        k: ``[B, T, H_kv, D]``; likewise.
+        q_low: ``[B, T, H_kv, R]``, ``R <= D``: what the keys carry.
+        k_low: ``[B, T, H, R]``: what the queries carry.
+        backend: ``"triton"``, ``"sdpa"`` (here: plain torch) or ``"auto"``.
+
+    Returns:
+        New tensors ``q_pack [B, T, H, D]`` and ``k_pack [B, T, H_kv, D]``; differentiable on the
+        sdpa backend.
+
+    Raises:
+        TypeError: wrong types or dtypes.
+        ValueError: shapes that do not fit.
+        NotImplementedError: the backend cannot run the call.
+    """
+    check_pack_inputs(q, k, q_low, k_low)
+    module, _ = choose(backend, (q, k, q_low, k_low))
+    return module.pack_qk(q, k, q_low, k_low)
+
+
+def pack_qk_(
+    q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Pack in place: ``q[..., D-R:] = k_low``, ``k[..., D-R:] = q_low``.
+
+    Inference only. Only the last R lanes are written, 2R of 2D; the sources may be views of the
+    same buffer, the lanes that are overwritten included. Arguments, their shapes and the errors are
+    those of :func:`pack_qk`.
+
+    Returns:
+        ``(q, k)``, the same tensors, now packed.
+
+    Raises:
+        ValueError: also when a gradient is needed, or when ``q`` or ``k`` is expanded.
+    """
+    check_pack_inputs(q, k, q_low, k_low)
+    check_no_overlap("q", q)
+    check_no_overlap("k", k)
+    tensors = (q, k, q_low, k_low)
+    if needs_grad(*tensors):
+        raise ValueError("pack_qk_ is for inference; use pack_qk, or torch.no_grad()")
+    module, _ = choose(backend, tensors)
+    # Both sources are read before either destination is written.
+    q_low, k_low = (_apart_from(low, (q, k)) for low in (q_low, k_low))
+    module.pack_qk_(q, k, q_low, k_low)
+    return q, k
+
+
+def _projection_layout(
+    x: Tensor,
+    W_fused: Tensor,
+    R: int,
+    n_head: int | None,
+    n_kv_head: int | None,
+    bias: Tensor | None,
+    weight_layout: str,
+) -> RALayout:
+    """Check the arguments of a projection and derive its sizes."""
+    check_choice("weight_layout", weight_layout, WEIGHT_LAYOUTS)
+    check_project_inputs(x, W_fused, bias)
+    return RALayout.from_columns(W_fused.shape[1], R, n_head, n_kv_head)
+
+
+def _packed(
+    layout: RALayout, W_fused: Tensor, bias: Tensor | None, weight_layout: str
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias in packed order."""
+    if weight_layout == "packed":
+        return W_fused, bias
+    return layout.pack(W_fused), None if bias is None else layout.pack(bias)
+
+
+def _autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Float tensors in the autocast dtype where autocast is on; everything else unchanged."""
+    device = getattr(tensors[0], "device", None)
+    if device is None or not torch.is_autocast_enabled(device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device.type)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors
+    )
+
+
+def _apart_from(source: Tensor, written: tuple[Tensor, ...]) -> Tensor:
+    """``source``, copied if it lives in the same storage as a tensor that will be written."""
+    storage = source.untyped_storage().data_ptr()
+    shared = any(t.untyped_storage().data_ptr() == storage for t in written)
+    return source.clone() if shared else source

@@ -1,0 +1,70 @@
+"""Backends: modules with one signature each, and the choice between them.
+
+A backend is a module with ``unsupported``, ``project``, ``packed_attention``, ``pack_qk`` and
+``pack_qk_``. ``unsupported`` returns the reason why the module cannot run a call, or None.
+"""
+
+import warnings
+from functools import cache
+from types import ModuleType
+
+from torch import Tensor
+
+from ra_triton.backends import sdpa, triton
+from ra_triton.checks import check_choice
+from ra_triton.options import AttentionOptions
+
+BACKENDS: dict[str, ModuleType] = {"triton": triton, "sdpa": sdpa}
+CHOICES = ("auto", *BACKENDS)
+
+
+def choose(
+    backend: str,
+    tensors: tuple[Tensor | None, ...],
+    options: AttentionOptions | None = None,
+    head_dim: int | None = None,
+) -> tuple[ModuleType, str]:
+    """The backend that runs a call, and why.
+
+    An explicit backend runs or raises. ``"auto"`` takes Triton where it can and SDPA elsewhere; on
+    a GPU it warns once per reason when it cannot use Triton.
+
+    Args:
+        backend: one of ``CHOICES``.
+        tensors: what the call reads, the first one not None.
+        options: of an attention call; None for a projection or packing call.
+        head_dim: of an attention call.
+
+    Raises:
+        ValueError: unknown backend.
+        NotImplementedError: the backend lacks the combination; the message names one that has it.
+    """
+    check_choice("backend", backend, CHOICES)
+    if backend != "auto":
+        reason = BACKENDS[backend].unsupported(tensors, options, head_dim)
+        if reason is None:
+            return BACKENDS[backend], "asked for"
+        others = [
+            name
+            for name, module in BACKENDS.items()
+            if name != backend and module.unsupported(tensors, options, head_dim) is None
+        ]
+        remedy = f"use backend={others[0]!r}" if others else "no other backend has it yet"
+        raise NotImplementedError(f"backend={backend!r}: {reason}; {remedy}")
+
+    device = tensors[0].device  # type: ignore[union-attr]
+    on_gpu = device.type == "cuda"
+    no_triton = triton.unsupported(tensors, options, head_dim) if on_gpu else f"{device} tensors"
+    if no_triton is None:
+        return triton, "supported GPU, shapes and options"
+    no_sdpa = sdpa.unsupported(tensors, options, head_dim)
+    if no_sdpa is not None:
+        raise NotImplementedError(f"no backend can run this: triton: {no_triton}; sdpa: {no_sdpa}")
+    if on_gpu:
+        _warn_once(f"ra_triton runs on SDPA, not on its Triton kernels: {no_triton}")
+    return sdpa, no_triton
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=5)

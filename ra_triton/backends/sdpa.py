@@ -1,0 +1,107 @@
+"""PyTorch's own kernels: a linear layer and ``scaled_dot_product_attention``; trains anywhere.
+
+Packed operands make reciprocal attention plain attention, so this is exact, not an approximation.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ra_triton.options import AttentionOptions
+
+
+def unsupported(
+    tensors: tuple[Tensor | None, ...], options: AttentionOptions | None, head_dim: int | None
+) -> str | None:
+    """Why this backend cannot run the call, or None."""
+    if options is not None and options.softcap:
+        return "scaled_dot_product_attention has no softcap"
+    if options is not None and options.dropout_p and options.return_lse:
+        return "dropout_p together with return_lse is not available"
+    return None
+
+
+def project(x: Tensor, W_packed: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """``x @ W_packed + bias``: ``[B, T, C] @ [C, N] -> [B, T, N]``."""
+    if out is None:
+        return F.linear(x, W_packed.mT, bias)
+    rows, out_rows = x.flatten(0, 1), out.view(-1, out.shape[-1])
+    if bias is None:
+        torch.mm(rows, W_packed, out=out_rows)
+    else:
+        torch.addmm(bias, rows, W_packed, out=out_rows)
+    return out
+
+
+def packed_attention(
+    q_pack: Tensor, k_pack: Tensor, v: Tensor, options: AttentionOptions
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over ``[B, T, H, D]`` operands: ``(out, lse [B, H, Tq] or None)``.
+
+    ``return_lse`` costs a second pass over the scores, ``B * H * Tq * Tk`` of them in float32.
+    """
+    T_q, T_k = q_pack.shape[1], k_pack.shape[1]
+    q, k, v = (t.transpose(1, 2) for t in (q_pack, k_pack, v))  # [B, H, T, D]
+    mask = _mask(T_q, T_k, options, q.device)
+    if q.numel() == 0 or T_k == 0:
+        out = q * 0 + v.sum() * 0 if q.numel() else q.clone()  # keeps the autograd graph
+    else:
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=options.dropout_p,
+            is_causal=options.causal and mask is None,
+            scale=options.softmax_scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+    if mask is not None:
+        no_key = ~mask.any(dim=-1, keepdim=True)  # such a row gives 0
+        out = out.masked_fill(no_key, 0.0)
+    lse = _logsumexp(q, k, mask, options) if options.return_lse else None
+    return out.transpose(1, 2), lse
+
+
+def pack_qk(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor, Tensor]:
+    """``[q_std|k_low], [k_std|q_low]``, out of place."""
+    d_std = q.shape[-1] - q_low.shape[-1]
+    return torch.cat((q[..., :d_std], k_low), -1), torch.cat((k[..., :d_std], q_low), -1)
+
+
+def pack_qk_(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> None:
+    """Overwrites the last R lanes of ``q`` and ``k``."""
+    R = q_low.shape[-1]
+    if R:
+        q[..., -R:].copy_(k_low)
+        k[..., -R:].copy_(q_low)
+
+
+def _mask(T_q: int, T_k: int, options: AttentionOptions, device: torch.device) -> Tensor | None:
+    """``[T_q, T_k]``, True where allowed; None where ``is_causal`` or nothing says the same."""
+    left, right = options.reach
+    causal_alone = options.causal and T_q == T_k and left < 0
+    if causal_alone or (left < 0 and right < 0):
+        return None
+    positions = torch.arange(T_q, device=device)[:, None] + (T_k - T_q)  # bottom-right
+    ahead = torch.arange(T_k, device=device) - positions
+    mask = torch.ones(T_q, T_k, dtype=torch.bool, device=device)
+    if left >= 0:
+        mask &= ahead >= -left
+    if right >= 0:
+        mask &= ahead <= right
+    return mask
+
+
+def _logsumexp(q: Tensor, k: Tensor, mask: Tensor | None, options: AttentionOptions) -> Tensor:
+    """Natural logsumexp of the scaled scores, ``[B, H, T_q]`` float32; SDPA does not return it."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scale = 1 / math.sqrt(q.shape[-1]) if options.softmax_scale is None else options.softmax_scale
+    scores = scale * (q.float() @ k.float().mT)
+    if mask is None and options.causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return torch.logsumexp(scores, dim=-1)

@@ -1,0 +1,129 @@
+"""Argument checks: every one runs before any launch and names the argument, the rule, the value."""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """``value`` is one of ``choices``, else ValueError."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_float_tensor(
+    name: str, t: object, *, dtypes: Collection[torch.dtype] | None = DTYPES
+) -> None:
+    """``t`` is a dense real tensor in one of ``dtypes`` (any float if None), else TypeError."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {t.layout}")
+    if dtypes is None and not t.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {t.dtype}")
+    if dtypes is not None and t.dtype not in dtypes:
+        raise TypeError(f"{name} must be one of {', '.join(map(str, dtypes))}, got {t.dtype}")
+
+
+def check_dims(name: str, t: Tensor, shape: str) -> None:
+    """``t`` has as many dims as ``shape`` names, e.g. ``"[B, T, C]"``, and unit last stride."""
+    dims = shape.count(",") + 1
+    if t.dim() != dims:
+        raise ValueError(f"{name} must be {shape}, got {tuple(t.shape)}")
+    check_unit_stride(name, t)
+
+
+def check_unit_stride(name: str, t: Tensor) -> None:
+    """The last dim of ``t`` is contiguous."""
+    if t.shape[-1] > 1 and t.stride(-1) != 1 and t.numel():
+        raise ValueError(
+            f"{name} must have stride 1 in its last dim, got strides {t.stride()}; "
+            f"call .contiguous() on it"
+        )
+
+
+def check_same(first_name: str, first: Tensor, **others: Tensor) -> None:
+    """All tensors share the first one's dtype (TypeError) and device (ValueError)."""
+    for name, t in others.items():
+        if t.dtype != first.dtype:
+            raise TypeError(f"{name} must be {first.dtype} like {first_name}, got {t.dtype}")
+        if t.device != first.device:
+            raise ValueError(f"{name} must be on {first.device} like {first_name}, got {t.device}")
+
+
+def check_shape(name: str, t: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    """``t.shape == expected``, else a ValueError that says what the sizes mean."""
+    if tuple(t.shape) != expected:
+        raise ValueError(f"{name} must be {meaning} = {expected}, got {tuple(t.shape)}")
+
+
+def check_no_overlap(name: str, t: Tensor) -> None:
+    """Each element of a tensor that will be written has an address of its own."""
+    if t.numel() and any(
+        stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)
+    ):
+        raise ValueError(f"{name} is written, so it must not be expanded, got strides {t.stride()}")
+
+
+def check_project_inputs(
+    x: Tensor, W_fused: Tensor, bias: Tensor | None, columns_name: str = "N"
+) -> None:
+    """``x [B, T, C]``, ``W_fused [C, N]``, ``bias [N]``: types, dtypes, devices, shapes."""
+    for name, t in (("x", x), ("W_fused", W_fused)):
+        check_float_tensor(name, t)
+    check_dims("x", x, "[B, T, C]")
+    check_same("x", x, W_fused=W_fused)
+    if W_fused.dim() != 2 or W_fused.shape[0] != x.shape[-1]:
+        raise ValueError(
+            f"W_fused must be [C, {columns_name}] with C = {x.shape[-1]} like x, "
+            f"got {tuple(W_fused.shape)}"
+        )
+    if bias is not None:
+        check_float_tensor("bias", bias)
+        check_same("x", x, bias=bias)
+        check_shape("bias", bias, (W_fused.shape[1],), "one value per column of W_fused")
+
+
+def check_attention_inputs(q_pack: Tensor, k_pack: Tensor, v: Tensor) -> None:
+    """``q [B, Tq, H, D]``, ``k`` and ``v [B, Tk, H_kv, D]``: types, dtypes, devices, shapes."""
+    tensors = {"q_pack": q_pack, "k_pack": k_pack, "v": v}
+    for name, t in tensors.items():
+        check_float_tensor(name, t)
+    for name, t in tensors.items():
+        check_dims(name, t, "[B, T, H, D]")
+    check_same("q_pack", q_pack, k_pack=k_pack, v=v)
+    B, _, H, D = q_pack.shape
+    if H < 1 or D < 1:
+        raise ValueError(f"q_pack must have at least one head and lane, got {tuple(q_pack.shape)}")
+    T_k, H_kv = k_pack.shape[1:3]
+    if H_kv < 1 or H % H_kv:
+        raise ValueError(
+            f"k_pack must have a number of heads that divides q_pack's {H}, got {H_kv}"
+        )
+    check_shape("k_pack", k_pack, (B, T_k, H_kv, D), "[B, T_k, H_kv, D] like q_pack")
+    check_shape("v", v, (B, T_k, H_kv, D), "[B, T_k, H_kv, D] like k_pack")
+
+
+def check_pack_inputs(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> None:
+    """``q, k [B, T, H|H_kv, D]`` and ``q_low, k_low [B, T, H_kv|H, R]``."""
+    tensors = {"q": q, "k": k, "q_low": q_low, "k_low": k_low}
+    for name, t in tensors.items():
+        check_float_tensor(name, t)
+    for name, t in tensors.items():
+        check_dims(name, t, "[B, T, H, D]" if name in ("q", "k") else "[B, T, H, R]")
+    check_same("q", q, k=k, q_low=q_low, k_low=k_low)
+    B, T, H, D = q.shape
+    H_kv, R = k.shape[2], q_low.shape[-1]
+    check_shape("k", k, (B, T, H_kv, D), "[B, T, H_kv, D] like q")
+    if R > D:
+        raise ValueError(f"q_low must have at most D = {D} lanes, got R = {R}")
+    check_shape("q_low", q_low, (B, T, H_kv, R), "[B, T, H_kv, R]: one row per key head")
+    check_shape("k_low", k_low, (B, T, H, R), "[B, T, H, R]: one row per query head")
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record a call on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,0 +1,63 @@
+"""The keyword options of attention, with FlashAttention's names, checked once on construction."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """Options of one attention call.
+
+    Attributes:
+        causal: bottom-right aligned: query i sees keys up to ``i + T_k - T_q``.
+        softmax_scale: multiplies the scores; ``None`` means ``1/sqrt(D)``.
+        window_size: ``(left, right)`` keys seen around the diagonal, both ends included; -1: all.
+        softcap: scores become ``softcap * tanh(scores / softcap)``; 0 is off.
+        dropout_p: probability of dropping an attention weight.
+        return_lse: also return the logsumexp of the scaled scores.
+    """
+
+    causal: bool = True
+    softmax_scale: float | None = None
+    window_size: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    return_lse: bool = False
+
+    def __post_init__(self) -> None:
+        """TypeError for types, ValueError for ranges."""
+        for name in ("causal", "return_lse"):
+            if type(getattr(self, name)) is not bool:
+                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        if self.softmax_scale is not None:
+            _check_number("softmax_scale", self.softmax_scale)
+            if not (math.isfinite(self.softmax_scale) and self.softmax_scale > 0):
+                raise ValueError(
+                    f"softmax_scale must be finite and above 0, got {self.softmax_scale}"
+                )
+        window = self.window_size
+        if (
+            not isinstance(window, (tuple, list))
+            or len(window) != 2
+            or any(type(side) is not int for side in window)
+        ):
+            raise TypeError(f"window_size must be (left, right), two ints, got {window!r}")
+        if any(side < -1 for side in window):
+            raise ValueError(f"window_size sides must be -1 (no limit) or more, got {window}")
+        _check_number("softcap", self.softcap)
+        if not (math.isfinite(self.softcap) and self.softcap >= 0):
+            raise ValueError(f"softcap must be finite and at least 0 (off), got {self.softcap}")
+        _check_number("dropout_p", self.dropout_p)
+        if not 0 <= self.dropout_p < 1:
+            raise ValueError(f"dropout_p must be in [0, 1), got {self.dropout_p}")
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """``(left, right)`` after ``causal``: how far a query sees each way, -1 without limit."""
+        left, right = self.window_size
+        return (left, 0) if self.causal else (left, right)
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")

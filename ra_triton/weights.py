@@ -1,0 +1,152 @@
+"""Weights: compose W_q, W_k, W_v, W_recip and gates into one ``W_fused``; reorder its columns.
+
+``Q_low = (x W_q) W_recip = x (W_q W_recip)``, so every lane that attention reads is a column of one
+matrix. Composing weights costs a few MFLOP in plain torch, and autograd reaches every factor.
+"""
+
+import torch
+from torch import Tensor
+
+from ra_triton.checks import check_choice, check_float_tensor, check_same
+from ra_triton.layout import RALayout
+
+WEIGHT_LAYOUTS = ("split", "packed")
+
+
+def compose_weights(
+    W_q: Tensor,
+    W_k: Tensor,
+    W_v: Tensor,
+    W_recip: Tensor,
+    *,
+    n_head: int,
+    w_std: Tensor | float | None = None,
+    w_rec: Tensor | float | None = None,
+    weight_layout: str = "split",
+) -> Tensor:
+    """Fold the factors of reciprocal attention into one projection matrix.
+
+    ``[w_std * Q_std | K_std | V | Q W_recip | w_rec * K W_recip]`` as columns over ``x``. The gates
+    sit on the query side alone, so any sign is allowed and gradients at 0 are finite. Biases fold
+    the same way: pass them as one-row matrices ``[1, H*D]`` and take row 0 of the result.
+
+    Args:
+        W_q: ``[C, H*D]`` query projection, used as ``x @ W_q``.
+        W_k: ``[C, H*D]`` key projection.
+        W_v: ``[C, H*D]`` value projection.
+        W_recip: ``[D, R]`` shared by all heads, or ``[H, D, R]``.
+        n_head: number of heads ``H``.
+        w_std: gate on the standard term: a number, a scalar tensor or ``[H]``; ``None`` means 1.
+        w_rec: gate on the reciprocal term, likewise.
+        weight_layout: column order of the result, ``"split"`` or ``"packed"``.
+
+    Returns:
+        ``W_fused [C, 3*H*D]`` in the dtype of the weights, differentiable in every argument.
+
+    Raises:
+        TypeError: an argument that is not a float tensor, or mixed dtypes.
+        ValueError: shapes that do not fit together, mixed devices, an unknown ``weight_layout``.
+        NotImplementedError: fewer key/value heads than query heads.
+
+    Source: reciprocal attention, github.com/mcgrof/knlp.
+    """
+    check_choice("weight_layout", weight_layout, WEIGHT_LAYOUTS)
+    weights = {"W_q": W_q, "W_k": W_k, "W_v": W_v}
+    for name, w in (*weights.items(), ("W_recip", W_recip)):
+        check_float_tensor(name, w, dtypes=None)
+    check_same("W_q", W_q, **weights, W_recip=W_recip)
+    if type(n_head) is not int:
+        raise TypeError(f"n_head must be an int, got {n_head!r}")
+    if W_q.dim() != 2 or n_head < 1 or W_q.shape[1] == 0 or W_q.shape[1] % n_head:
+        raise ValueError(f"W_q must be [C, H*D] with H = n_head = {n_head}, got {tuple(W_q.shape)}")
+    C, D = W_q.shape[0], W_q.shape[1] // n_head
+    for name in ("W_k", "W_v"):
+        w = weights[name]
+        if w.dim() == 2 and w.shape[0] == C and 0 < w.shape[1] < W_q.shape[1]:
+            raise NotImplementedError(
+                f"{name} has fewer heads than W_q ({tuple(w.shape)}): grouped heads cannot be "
+                "composed; build W_fused from its sections and pass n_kv_head"
+            )
+        if w.shape != W_q.shape:
+            raise ValueError(f"{name} must be {tuple(W_q.shape)} like W_q, got {tuple(w.shape)}")
+    if W_recip.dim() not in (2, 3) or W_recip.shape[-2] != D:
+        raise ValueError(
+            f"W_recip must be [D, R] or [H, D, R] with D = {D}, got {tuple(W_recip.shape)}"
+        )
+    if W_recip.dim() == 3 and W_recip.shape[0] != n_head:
+        raise ValueError(
+            f"W_recip must be [H, D, R] with H = {n_head} heads, got {tuple(W_recip.shape)}"
+        )
+    layout = RALayout.from_columns(3 * n_head * D, W_recip.shape[-1], n_head)
+
+    q, k, v = (w.unflatten(-1, (n_head, D)) for w in (W_q, W_k, W_v))  # [C, H, D]
+    recip = W_recip.expand(n_head, D, layout.R)
+    q_low = torch.einsum("chd,hdr->chr", q, recip)
+    k_low = torch.einsum("chd,hdr->chr", k, recip)
+    W_fused = layout.join_columns(
+        {
+            "q_std": _gated("w_std", w_std, q[..., : layout.d_std]),
+            "k_std": k[..., : layout.d_std],
+            "v": v,
+            "q_low": q_low,
+            "k_low": _gated("w_rec", w_rec, k_low),
+        }
+    )
+    return layout.pack(W_fused) if weight_layout == "packed" else W_fused
+
+
+def pack_weight(
+    W_fused: Tensor, R: int, *, n_head: int | None = None, n_kv_head: int | None = None
+) -> Tensor:
+    """Reorder the columns of ``W_fused`` (or the entries of its bias) from split to packed order.
+
+    Args:
+        W_fused: ``[..., N]`` with ``N = (n_head + 2 * n_kv_head) * D``, in split order.
+        R: reciprocal rank, ``0 <= R <= D``.
+        n_head: query heads; ``None`` means heads of 64.
+        n_kv_head: key/value heads; ``None`` means ``n_head``.
+
+    Returns:
+        The same numbers in packed order; :func:`unpack_weight` is the exact inverse.
+
+    Raises:
+        TypeError: not a tensor, or a count that is not an int.
+        ValueError: columns that do not divide into heads, R out of range.
+    """
+    return _layout_of(W_fused, R, n_head, n_kv_head).pack(W_fused)
+
+
+def unpack_weight(
+    W_packed: Tensor, R: int, *, n_head: int | None = None, n_kv_head: int | None = None
+) -> Tensor:
+    """Reorder columns from packed to split order: the exact inverse of :func:`pack_weight`.
+
+    Takes the same arguments and raises the same errors.
+    """
+    return _layout_of(W_packed, R, n_head, n_kv_head).unpack(W_packed)
+
+
+def _layout_of(w: Tensor, R: int, n_head: int | None, n_kv_head: int | None) -> RALayout:
+    if not isinstance(w, Tensor):
+        raise TypeError(f"W_fused must be a tensor, got {type(w).__name__}")
+    if w.dim() < 1:
+        raise ValueError("W_fused must have at least one dimension, got a scalar tensor")
+    return RALayout.from_columns(w.shape[-1], R, n_head, n_kv_head)
+
+
+def _gated(name: str, gate: Tensor | float | None, lanes: Tensor) -> Tensor:
+    """``gate * lanes``: ``lanes [C, H, lanes]``, gate a number, a scalar tensor or ``[H]``."""
+    if gate is None:
+        return lanes
+    if not isinstance(gate, Tensor):
+        if isinstance(gate, bool) or not isinstance(gate, (int, float)):
+            raise TypeError(f"{name} must be a tensor, a number or None, got {gate!r}")
+        return lanes * gate
+    if gate.dim() == 0:
+        return lanes * gate.to(lanes.dtype)
+    if gate.shape != (lanes.shape[1],):
+        raise ValueError(
+            f"{name} must be a scalar or one value per head [{lanes.shape[1]}], "
+            f"got {tuple(gate.shape)}"
+        )
+    return lanes * gate.to(lanes.dtype)[:, None]
