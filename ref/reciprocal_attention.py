@@ -11,6 +11,7 @@ The idea is github.com/mcgrof/knlp's. Any dtype up to FP64; every step is one to
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def attend(
     S = scale * S
     if softcap:
         S = softcap * torch.tanh(S / softcap)
-    allowed = allowed_keys(*S.shape[-2:], causal, window_size, S.device)
+    allowed = allowed_keys(S.shape[-2], S.shape[-1], causal, window_size, S.device)
     S = S.masked_fill(~allowed, -math.inf)
     lse = torch.logsumexp(S, dim=-1)
     empty = torch.isneginf(lse)  # a row without any allowed key gives 0
@@ -84,7 +85,7 @@ def packed_attention(
     v: Tensor,  # [B, Tk, H_kv, D]
     *,
     softmax_scale: float | None = None,
-    **options,  # causal, window_size, softcap, dropout_p
+    **options: Any,  # causal, window_size, softcap, dropout_p
 ) -> tuple[Tensor, Tensor]:
     """Plain attention over packed operands: ``(out [B, Tq, H, D], lse [B, H, Tq])``."""
     H, D = q_pack.shape[2:]
@@ -121,7 +122,7 @@ def reciprocal_attention(
     w_std: Tensor | float = 1.0,
     w_rec: Tensor | float = 1.0,
     softmax_scale: float | None = None,
-    **options,
+    **options: Any,
 ) -> Tensor:
     """The definition, from the factors: ``[B, T, H*D]``."""
     B, T, _ = x.shape
@@ -139,7 +140,7 @@ def reciprocal_attention_fused(
     n_head: int,
     n_kv_head: int | None = None,
     bias: Tensor | None = None,  # [N]
-    **options,
+    **options: Any,
 ) -> Tensor:
     """The same from the fused projection: ``[B, T, H*D]``."""
     y = x @ W_fused if bias is None else x @ W_fused + bias

@@ -1,0 +1,1 @@
+"""Triton kernels, one file a stage; stages share ``tiles`` and ``configs`` and nothing else."""

@@ -1,0 +1,102 @@
+"""Launch configurations: a pure function of (stage, head dim, dtype, target, layout).
+
+Nothing here is measured at run time: the same call gets the same tiles, hence the same bits, on
+every run, and a new length never retunes. "static" rows were chosen from the compiled machine
+code: no spilled register, asynchronous loads, two CTAs per SM where they fit.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tile sizes and compiler options of one launch.
+
+    Attributes:
+        block_m: rows of a tile: queries, GEMM rows, or rows to pack.
+        block_n: columns of a tile: keys, or GEMM columns.
+        block_k: depth of one GEMM step.
+        num_warps: warps per CTA.
+        num_stages: buffers of the software pipeline.
+        use_tma: operands come through tensor descriptors (Hopper's bulk copies).
+    """
+
+    block_m: int
+    num_warps: int
+    num_stages: int = 1
+    block_n: int = 0
+    block_k: int = 0
+    use_tma: bool = False
+
+
+def target(capability: tuple[int, int], shared_memory: int) -> str:
+    """The row of the table for a GPU: its own, or that of the tested GPU it most resembles.
+
+    Args:
+        capability: CUDA compute capability.
+        shared_memory: bytes that one CTA may use; decides for GPUs without a row.
+    """
+    known = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90"}
+    default = "sm_80" if shared_memory >= 160 * 1024 else "sm_86"
+    return known.get(capability, default)
+
+
+def launch_config(
+    stage: str, head_dim: int, dtype: torch.dtype, target: str, aligned: bool
+) -> LaunchConfig:
+    """The configuration of one launch.
+
+    Args:
+        stage: ``"attention_forward"``, ``"projection"`` or ``"packing"``.
+        head_dim: ``D``; only attention depends on it.
+        dtype: of the operands.
+        target: from :func:`target`, or ``"interpreter"``.
+        aligned: whether the operands' addresses and strides suit 16-byte loads and bulk copies.
+    """
+    if target == "interpreter":  # small tiles, so that short inputs reach every loop
+        return {
+            "attention_forward": LaunchConfig(32, 4, block_n=16),
+            "projection": LaunchConfig(32, 4, block_n=32, block_k=16),
+            "packing": LaunchConfig(16, 4),
+        }[stage]
+    full_precision = dtype == torch.float32
+    if stage == "packing":
+        return LaunchConfig(64, 4)
+    if stage == "projection":
+        return _projection(full_precision, target, aligned)
+    return _attention_forward(head_dim, full_precision, target, aligned)
+
+
+def _projection(full_precision: bool, target: str, aligned: bool) -> LaunchConfig:
+    if full_precision:  # IEEE products run on the FMA units; static
+        return LaunchConfig(64, 4, 3, block_n=64, block_k=16)
+    if target == "sm_90":
+        if aligned:  # static: 154 registers, two CTAs per SM; one hides the other's epilogue
+            return LaunchConfig(128, 4, 3, block_n=128, block_k=64, use_tma=True)
+        return LaunchConfig(128, 8, 3, block_n=128, block_k=64)  # static
+    return LaunchConfig(128, 8, 3, block_n=128, block_k=32)  # static: 128 registers, 32 KB
+
+
+def _attention_forward(
+    head_dim: int, full_precision: bool, target: str, aligned: bool
+) -> LaunchConfig:
+    if full_precision:  # static: the largest tiles without a spill
+        if head_dim <= 64:
+            return LaunchConfig(32, 4, 2, block_n=32)
+        return LaunchConfig(64, 8, 2, block_n=16)
+    if target == "sm_90" and aligned:
+        if head_dim <= 64:  # static: 187 registers, two CTAs per SM
+            return LaunchConfig(128, 4, 2, block_n=64, use_tma=True)
+        return LaunchConfig(128, 8, 2, block_n=64, use_tma=True)
+    if not aligned:
+        # No asynchronous copy is narrower than 4 bytes, so loads pass through registers: static,
+        # small tiles without a spill. Hopper also comes here with strides of 0; one stage there,
+        # because with cp.async in flight the assembler serialises WGMMA (C7515).
+        if head_dim <= 64:
+            return LaunchConfig(64, 4, 1, block_n=32)
+        return LaunchConfig(64, 8, 1, block_n=32)
+    if head_dim <= 64:  # static: 255 registers, no spill, two CTAs per SM
+        return LaunchConfig(128, 4, 3, block_n=64)
+    return LaunchConfig(128, 8, 2, block_n=64)  # static: 64 KB, fits the 99 KB of sm_86 and sm_89

@@ -1,0 +1,160 @@
+"""The fused projection GEMM.
+
+    y[b, t, n] = Σ_c x[b, t, c] w[c, n] + bias[n]
+
+x ``[B, T, C]``, w ``[C, N]`` in packed column order → y ``[B, T, N]``, contiguous: read as
+``[B, T, H + 2 * H_kv, D]`` it *is* q_pack, k_pack and v, so packing costs nothing. Grid: one
+program a tile of y, in groups of GROUP_M row tiles that share columns of w in L2. Overwrites y.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ra_triton.kernels.configs import LaunchConfig, launch_config
+from ra_triton.kernels.tiles import (
+    descriptor,
+    dot,
+    dot_precision,
+    is_aligned,
+    is_wide,
+    target_of,
+)
+
+GROUP_M = 8
+
+
+@triton.jit
+def _tile_of(pid, n_m, n_n, GROUP_M: tl.constexpr):
+    """Row tile and column tile of a program: down GROUP_M rows, then one column to the right."""
+    per_group = GROUP_M * n_n
+    first = pid // per_group * GROUP_M
+    size = tl.minimum(n_m - first, GROUP_M)
+    return first + pid % per_group % size, pid % per_group // size
+
+
+@triton.jit
+def _projection_kernel(
+    x_source,  # pointer, or descriptor of [B*T, C] with USE_TMA
+    w_source,  # pointer, or descriptor of [C, N] ([N, C] with W_TRANSPOSED)
+    bias_ptr,
+    y_ptr,
+    stride_xb,
+    stride_xt,
+    stride_wc,
+    stride_wn,
+    M,  # B * T
+    T,
+    N,
+    C,
+    HAS_BIAS: tl.constexpr,
+    EVEN_C: tl.constexpr,  # C % BLOCK_K == 0
+    W_TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    WIDE: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of y = x w + bias, accumulated over C in steps of BLOCK_K."""
+    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
+    offs_m = m + tl.arange(0, BLOCK_M)
+    offs_n = n + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    if not USE_TMA:
+        row = tl.minimum(offs_m, M - 1)  # rows past the end repeat the last and are not stored
+        x_rows = x_source + tl.cast(row // T, tl.int64) * stride_xb
+        x_rows += tl.cast(row % T, tl.int64) * stride_xt
+        w_base = w_source + tl.cast(n, tl.int64) * stride_wn
+        in_k = offs_k.to(tl.int64) if WIDE else offs_k
+        in_n = tl.arange(0, BLOCK_N).to(tl.int64) if WIDE else tl.arange(0, BLOCK_N)
+        in_tile = in_k[:, None] * stride_wc + in_n[None, :] * stride_wn
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in tl.range(0, C, BLOCK_K):
+        if USE_TMA:
+            x = x_source.load([m, k])
+            w = w_source.load([n, k]).T if W_TRANSPOSED else w_source.load([k, n])
+        else:
+            x_pointers = x_rows[:, None] + (k + offs_k)[None, :]
+            w_pointers = w_base + tl.cast(k, tl.int64) * stride_wc + in_tile
+            if EVEN_C:
+                x = tl.load(x_pointers)
+                w = tl.load(w_pointers, mask=offs_n[None, :] < N, other=0.0)
+            else:
+                x = tl.load(x_pointers, mask=offs_k[None, :] < C - k, other=0.0)
+                mask_w = (offs_k[:, None] < C - k) & (offs_n[None, :] < N)
+                w = tl.load(w_pointers, mask=mask_w, other=0.0)
+        acc = dot(x, w, acc, PRECISION)
+
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    y_pointers = y_ptr + tl.cast(offs_m, tl.int64)[:, None] * N + offs_n[None, :]
+    mask = (offs_m[:, None] < M) & (offs_n[None, :] < N)
+    tl.store(y_pointers, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def projection(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    out: Tensor | None = None,
+    *,
+    config: LaunchConfig | None = None,
+) -> Tensor:
+    """``x [B, T, C] @ w [C, N] + bias [N]`` → ``[B, T, N]``, written to ``out`` if given.
+
+    x may have any strides but the last, which is 1; w any strides at all; ``out`` is contiguous.
+    """
+    B, T, C = x.shape
+    N = w.shape[1]
+    y = torch.empty((B, T, N), dtype=x.dtype, device=x.device) if out is None else out
+    if y.numel() == 0:
+        return y
+
+    # Rows that follow each other at one stride are one long batch element.
+    flat = B == 1 or x.stride(0) == T * x.stride(1)
+    if flat:
+        x = x.as_strided((1, B * T, C), (0, x.stride(1), 1))
+    w_transposed = w.stride(1) != 1
+    w_rows = w.mT if w_transposed else w
+    aligned = flat and w_rows.stride(1) == 1 and is_aligned(x[0]) and is_aligned(w_rows)
+    if config is None:
+        config = launch_config("projection", 0, x.dtype, target_of(x.device), aligned)
+    x_source, w_source = x, w
+    if config.use_tma:
+        x_source = descriptor(x[0], [config.block_m, config.block_k])
+        block_w = [config.block_k, config.block_n]
+        w_source = descriptor(w_rows, block_w[::-1] if w_transposed else block_w)
+    grid = (triton.cdiv(B * T, config.block_m) * triton.cdiv(N, config.block_n),)
+    _projection_kernel[grid](
+        x_source=x_source,
+        w_source=w_source,
+        bias_ptr=bias,
+        y_ptr=y,
+        stride_xb=x.stride(0),
+        stride_xt=x.stride(1),
+        stride_wc=w.stride(0),
+        stride_wn=w.stride(1),
+        M=B * T,
+        T=x.shape[1],
+        N=N,
+        C=C,
+        HAS_BIAS=bias is not None,
+        EVEN_C=C % config.block_k == 0,
+        W_TRANSPOSED=w_transposed,
+        PRECISION=dot_precision(x.dtype),
+        USE_TMA=config.use_tma,
+        WIDE=is_wide(w.stride(0) * config.block_k + w.stride(1) * config.block_n),
+        GROUP_M=GROUP_M,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return y
