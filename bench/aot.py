@@ -7,14 +7,14 @@ inspected is exactly what a GPU of that kind would run, specialisation included.
 ``python -m bench.aot sm_90`` compiles every shipped configuration and prints one JSON line each.
 """
 
+import argparse
 import json
 import math
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,11 +28,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from ra_triton.kernels import attention_forward, packing, projection
+from ra_triton.kernels.configs import LaunchConfig
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90")
-SHARED_MEMORY_LIMIT = {  # bytes one CTA may use
-    target: kib * 1024 for target, kib in zip(TARGETS, (163, 99, 99, 227), strict=True)
-}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -56,7 +54,6 @@ class _CompileOnlyDriver:
 class Compiled:
     """One compiled kernel and what the assembler and the disassembler say of it."""
 
-    name: str
     target: str
     kernel: Any = field(repr=False)
 
@@ -118,7 +115,7 @@ def compile_for(target: str) -> Iterator[list[Compiled]]:
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        recorded.append(Compiled(self.fn.__name__, target, kernel))
+        recorded.append(Compiled(target, kernel))
         return kernel
 
     driver = triton.runtime.driver
@@ -133,16 +130,20 @@ def compile_for(target: str) -> Iterator[list[Compiled]]:
 
 def shipped(target: str) -> Iterator[tuple[str, Compiled]]:
     """Every kernel in every configuration that the package launches on ``target``, with a label."""
-    with (
-        mock.patch.multiple(attention_forward, target_of=lambda _: target),
-        mock.patch.multiple(projection, target_of=lambda _: target),
-        mock.patch.multiple(packing, target_of=lambda _: target),
-    ):
-        for label, launch in _launches():
-            with compile_for(target) as recorded:
-                launch()
-            (compiled,) = recorded
-            yield label, compiled
+    with ExitStack() as stack:
+        for stage in (attention_forward, packing, projection):
+            stack.enter_context(mock.patch.object(stage, "target_of", return_value=target))
+        yield from _compiled(target, _launches())
+
+
+def _compiled(
+    target: str, launches: Iterable[tuple[str, Callable[[], Any]]]
+) -> Iterator[tuple[str, Compiled]]:
+    for label, launch in launches:
+        with compile_for(target) as recorded:
+            launch()
+        (kernel,) = recorded
+        yield label, kernel
 
 
 def _launches() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -152,15 +153,34 @@ def _launches() -> Iterator[tuple[str, Callable[[], Any]]]:
         for D in (32, 64, 128):
             for causal in (True, False):
                 yield f"attention {name} D={D} causal={causal}", _attention(dtype, D, causal)
-            yield f"attention {name} D={D} misaligned", _attention(dtype, D, True, offset=1)
+            yield f"attention {name} D={D} misaligned", _attention(dtype, D, offset=1)
             for in_place in (True, False):
                 yield f"packing {name} D={D} in_place={in_place}", _packing(dtype, D, in_place)
-        for D in (16, 20, 72, 80, 96):
-            yield f"attention {name} D={D}", _attention(dtype, D, True)
+        for D in (16, 72, 80, 96):
+            yield f"attention {name} D={D}", _attention(dtype, D)
+        yield f"attention {name} D=20 misaligned", _attention(dtype, 20)
         for transposed in (False, True):
-            for C, offset in ((768, 0), (768, 1), (770, 0)):
-                label = f"projection {name} C={C} offset={offset} transposed={transposed}"
-                yield label, _projection(dtype, C, transposed, offset)
+            label = f"projection {name} transposed={transposed}"
+            yield label, _projection(dtype, 768, transposed)
+            yield f"{label} misaligned", _projection(dtype, 768, transposed, offset=1)
+            yield f"{label} C=770 misaligned", _projection(dtype, 770, transposed)
+    for D in (32, 64, 128):
+        yield f"attention tf32 D={D}", _with_tf32(_attention(torch.float32, D))
+    yield "projection tf32", _with_tf32(_projection(torch.float32, 768, False))
+
+
+def _with_tf32(launch: Callable[[], Any]) -> Callable[[], Any]:
+    """The launch as it is after ``torch.set_float32_matmul_precision("high")``."""
+
+    def run() -> None:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            launch()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return run
 
 
 def _tensor(dtype: torch.dtype, *shape: int, offset: int = 0) -> Tensor:
@@ -169,7 +189,9 @@ def _tensor(dtype: torch.dtype, *shape: int, offset: int = 0) -> Tensor:
     return torch.empty(n + offset, dtype=dtype)[offset:].view(shape)
 
 
-def _attention(dtype: torch.dtype, D: int, causal: bool, offset: int = 0) -> Callable[[], Any]:
+def _attention(
+    dtype: torch.dtype, D: int, causal: bool = True, offset: int = 0
+) -> Callable[..., Any]:
     q, k, v = _tensor(dtype, 2, 1024, 3, 12, D, offset=offset).unbind(2)
     return partial(attention_forward.attention_forward, q, k, v, causal=causal, softmax_scale=None)
 
@@ -180,7 +202,7 @@ def _packing(dtype: torch.dtype, D: int, in_place: bool) -> Callable[[], Any]:
     return partial(packing.pack_ if in_place else packing.pack, q, k, low, low)
 
 
-def _projection(dtype: torch.dtype, C: int, transposed: bool, offset: int) -> Callable[[], Any]:
+def _projection(dtype: torch.dtype, C: int, transposed: bool, offset: int = 0) -> Callable[[], Any]:
     x = _tensor(dtype, 2, 1024, C, offset=offset)
     w = _tensor(dtype, 2304, C).mT if transposed else _tensor(dtype, C, 2304)
     return partial(projection.projection, x, w, _tensor(dtype, 2304))
@@ -198,21 +220,31 @@ def _number(pattern: str, text: str) -> int:
 
 
 def main() -> None:
-    """Print what every shipped kernel needs on the targets named on the command line."""
-    for target in sys.argv[1:] or TARGETS:
-        for label, compiled in shipped(target):
+    """Print what every shipped kernel needs, or one attention kernel in a config of your own."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("targets", nargs="*", default=TARGETS, metavar="TARGET", help="e.g. sm_90")
+    parser.add_argument("--attention", type=json.loads, metavar="JSON", help="a LaunchConfig")
+    args = parser.parse_args()
+    for target in args.targets:
+        if args.attention is None:
+            kernels = shipped(target)
+        else:
+            config = LaunchConfig(**args.attention)
+            launch = _attention(torch.bfloat16, 64)
+            kernels = _compiled(target, [(f"attention {config}", partial(launch, config=config))])
+        for label, compiled in kernels:
             row = {
                 "target": target,
+                "stage": label.split()[0],
                 "label": label,
-                "kernel": compiled.name,
                 "registers": compiled.registers,
                 "spilled_bytes": compiled.spilled_bytes,
                 "shared_memory": compiled.shared_memory,
                 "serialised_wgmma": compiled.serialised_wgmma,
-                "HGMMA": compiled.count("HGMMA"),
-                "HMMA": compiled.count("HMMA"),
-                "LDGSTS": compiled.count("LDGSTS"),
-                "UTMALDG": compiled.count("UTMALDG"),
+                "wgmma": compiled.count("HGMMA"),
+                "mma": compiled.count("HMMA"),
+                "async_copies": compiled.count("LDGSTS"),
+                "bulk_copies": compiled.count("UTMALDG"),
             }
             print(json.dumps(row), flush=True)
 

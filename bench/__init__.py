@@ -1,0 +1,1 @@
+"""Benchmarks: ``python bench/sweep.py`` times reciprocal against plain attention."""

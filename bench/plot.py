@@ -1,0 +1,74 @@
+"""The picture of a sweep: time and TFLOP/s, over length and over rank."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from bench.report import OK, Row
+
+LINE_STYLES = ("-", "--", ":", "-.")
+FIELDS = ("provider", "shape", "D", "R", "T")
+
+
+def plot(path: Path, title: str, rows: Sequence[Row]) -> None:
+    """Write a PNG (or what the suffix says); provider = colour, other sizes = line style."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    measured = [row for row in rows if row.status == OK and row.ms]
+    figure, axes = pyplot.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    on_gpu = any(row.graph_ms for row in measured)
+    for column, size in enumerate(("T", "R")):
+        series = _series(measured, size)
+        _lines(axes[0][column], series, size, "ms")
+        _lines(axes[1][column], series, size, "tflops")
+        axes[0][column].set(title=f"over {size}", ylabel="eager ms" if on_gpu else "ms")
+        axes[1][column].set(ylabel="TFLOP/s, graph replay" if on_gpu else "TFLOP/s")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _series(rows: Sequence[Row], size: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows that differ in ``size`` only, as lines; single points only where there is no line."""
+    fields = [field for field in FIELDS if field != size]
+
+    def key(row: Row) -> tuple[Any, ...]:
+        # Over T, the batch shrinks along: B * T is what such a line has in common.
+        return (*(getattr(row, field) for field in fields), row.B * row.T)
+
+    ordered = sorted(rows, key=lambda row: (key(row), getattr(row, size)))
+    groups = {k: list(group) for k, group in groupby(ordered, key)}
+    longer = {k: group for k, group in groups.items() if len(group) > 1}
+    return longer or groups
+
+
+def _lines(axis: Any, series: dict[tuple[Any, ...], list[Row]], size: str, value: str) -> None:
+    """One line per series; labels name only what differs between the series."""
+    fields = [field for field in FIELDS if field != size]
+    varying = [i for i, _ in enumerate(fields) if len({key[i] for key in series}) > 1]
+    providers = sorted({key[0] for key in series})
+    styles = sorted({key[1:] for key in series})
+    for key, rows in series.items():
+        sizes = [f"{fields[i]}={key[i]}" for i in varying if i > 0]
+        axis.plot(
+            [getattr(row, size) for row in rows],
+            [getattr(row, value) for row in rows],
+            marker="o",
+            markersize=3,
+            color=f"C{providers.index(key[0])}",
+            linestyle=LINE_STYLES[styles.index(key[1:]) % len(LINE_STYLES)],
+            label=" ".join([key[0], *sizes]),
+        )
+    if size == "T":
+        axis.set_xscale("log", base=2)
+    ticks = sorted({getattr(row, size) for rows in series.values() for row in rows})
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.set(xlabel=size)
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    if series:
+        axis.legend(fontsize=7)

@@ -1,0 +1,63 @@
+"""The table of launch configurations: a pure function, total over what the kernels accept."""
+
+import itertools
+
+import pytest
+import torch
+
+from ra_triton.kernels.configs import LaunchConfig, launch_config, target
+
+STAGES = ("attention_forward", "projection", "packing")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "interpreter")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+@pytest.mark.parametrize("target_name", TARGETS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_call_has_a_row_with_power_of_two_tiles(stage, target_name):
+    for head_dim, dtype, aligned in itertools.product(range(16, 129), DTYPES, (True, False)):
+        config = launch_config(stage, head_dim, dtype, target_name, aligned)
+        assert config == launch_config(stage, head_dim, dtype, target_name, aligned)
+        assert power_of_two(config.block_m)
+        assert power_of_two(config.num_warps)
+        assert config.num_stages >= 1
+        if stage != "packing":
+            assert min(config.block_m, config.block_n) >= 16  # what a tensor core dot needs
+        if stage == "projection":
+            assert config.block_k >= 16
+
+
+def test_bulk_copies_are_chosen_only_for_hopper_and_aligned_operands():
+    for stage, head_dim, dtype, name, aligned in itertools.product(
+        STAGES, (32, 64, 128), DTYPES, TARGETS, (True, False)
+    ):
+        if launch_config(stage, head_dim, dtype, name, aligned).use_tma:
+            assert name == "sm_90"
+            assert aligned
+
+
+def test_configs_are_frozen_and_hashable():
+    config = LaunchConfig(64, 4)
+    assert hash(config) == hash(LaunchConfig(64, 4))
+    with pytest.raises(AttributeError):
+        config.block_m = 32
+
+
+@pytest.mark.parametrize(
+    ("capability", "kib", "expected"),
+    [
+        ((8, 0), 163, "sm_80"),
+        ((8, 6), 99, "sm_86"),
+        ((8, 9), 99, "sm_89"),
+        ((9, 0), 227, "sm_90"),
+        ((8, 7), 163, "sm_80"),  # Orin: Ampere with a large shared memory
+        ((10, 0), 227, "sm_80"),  # newer data-centre parts: pointers, 163 KiB suffice
+        ((12, 0), 99, "sm_86"),  # newer consumer parts: 99 KiB
+    ],
+)
+def test_a_gpu_without_a_row_takes_the_one_that_fits_its_shared_memory(capability, kib, expected):
+    assert target(capability, kib * 1024) == expected
