@@ -1,11 +1,13 @@
 """Argument checks: every one runs before any launch and names the argument, the rule, the value."""
 
+import math
 from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_ROWS = 2**31 - 2**16  # kernels count rows (batch x tokens x heads) in 32 bits
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
@@ -60,6 +62,13 @@ def check_shape(name: str, t: Tensor, expected: tuple[int, ...], meaning: str) -
         raise ValueError(f"{name} must be {meaning} = {expected}, got {tuple(t.shape)}")
 
 
+def check_rows(name: str, shape: tuple[int, ...]) -> None:
+    """The sizes in ``shape`` make at most ``MAX_ROWS`` rows."""
+    rows = math.prod(shape)
+    if rows > MAX_ROWS:
+        raise ValueError(f"{name} must have at most {MAX_ROWS} rows, got {shape} = {rows}")
+
+
 def check_no_overlap(name: str, t: Tensor) -> None:
     """Each element of a tensor that will be written has an address of its own."""
     if t.numel() and any(
@@ -75,6 +84,7 @@ def check_project_inputs(
     for name, t in (("x", x), ("W_fused", W_fused)):
         check_float_tensor(name, t)
     check_dims("x", x, "[B, T, C]")
+    check_rows("x", x.shape[:2])
     check_same("x", x, W_fused=W_fused)
     if W_fused.dim() != 2 or W_fused.shape[0] != x.shape[-1]:
         raise ValueError(
@@ -94,6 +104,7 @@ def check_attention_inputs(q_pack: Tensor, k_pack: Tensor, v: Tensor) -> None:
         check_float_tensor(name, t)
     for name, t in tensors.items():
         check_dims(name, t, "[B, T, H, D]")
+        check_rows(name, t.shape[:3])
     check_same("q_pack", q_pack, k_pack=k_pack, v=v)
     B, _, H, D = q_pack.shape
     if H < 1 or D < 1:
@@ -114,6 +125,7 @@ def check_pack_inputs(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> Non
         check_float_tensor(name, t)
     for name, t in tensors.items():
         check_dims(name, t, "[B, T, H, D]" if name in ("q", "k") else "[B, T, H, R]")
+        check_rows(name, t.shape[:3])
     check_same("q", q, k=k, q_low=q_low, k_low=k_low)
     B, T, H, D = q.shape
     H_kv, R = k.shape[2], q_low.shape[-1]

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -27,6 +28,9 @@ backend_dtypes = pytest.mark.parametrize(
         for dtype in dtypes_for(backend)
     ],
 )
+
+# For tests that run several kernels an example.
+few_examples = settings(max_examples=settings().max_examples * 2 // 5)
 
 
 def normal(*shape: int, dtype=torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:

@@ -28,13 +28,14 @@ def faults(row: dict, limit: int) -> list[str]:
         found.append("serialised WGMMA (C751x)")
     if row["shared_memory"] > limit:
         found.append(f"needs {row['shared_memory']} bytes of shared memory, has {limit}")
-    on_tensor_cores = row["stage"] != "packing" and "float32" not in row["label"]
-    if on_tensor_cores and not row["wgmma" if row["target"] == "sm_90" else "mma"]:
+    if row["stage"] == "packing":
+        return found
+    half = "float16" in row["label"]  # float16 and bfloat16
+    hopper = half and row["target"] == "sm_90"
+    if (half or "tf32" in row["label"]) and not (row["wgmma"] or (row["mma"] and not hopper)):
         found.append("no matrix instruction")
-    if row["stage"] != "packing" and "misaligned" not in row["label"]:
-        hopper = row["target"] == "sm_90" and on_tensor_cores and "tf32" not in row["label"]
-        if not row["bulk_copies" if hopper else "async_copies"]:
-            found.append("no asynchronous loads")
+    if "misaligned" not in row["label"] and not row["bulk_copies" if hopper else "async_copies"]:
+        found.append("no asynchronous loads")
     return found
 
 

@@ -187,7 +187,7 @@ def test_every_planted_fault_is_caught(dtype, T, fault):
     causal, faulty = FAULTS[fault]
     q, k, v = tensors(T, dtype)
     out, lse = faulty(q, k, v, causal)
-    with pytest.raises(AssertionError, match="max\\|z\\||isnan|isneginf"):
+    with pytest.raises(AssertionError, match=r"max\|z\||isnan|isneginf"):
         assert_attention_close(out, q, k, v, lse=lse, causal=causal)
 
 
@@ -205,7 +205,7 @@ def test_wrong_dtype_or_shape_is_caught(dtype):
     q, k, v = tensors(5, dtype)
     out, lse = emulate(q, k, v)
     for wrong in (out.double(), out[:, :4], out.transpose(1, 2)):
-        with pytest.raises(AssertionError, match="dtype|shape"):
+        with pytest.raises(AssertionError, match=r"dtype|shape"):
             assert_attention_close(wrong, q, k, v)
     with pytest.raises(AssertionError, match="dtype"):
         assert_attention_close(out, q, k, v, lse=lse.double())

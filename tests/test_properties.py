@@ -20,6 +20,7 @@ from strategies import (
     backend_dtypes,
     backends,
     dtypes_for,
+    few_examples,
     normal,
 )
 
@@ -49,6 +50,7 @@ def zero_low(t, R):
 
 
 @backends
+@few_examples
 @given(data=st.data())
 def test_zero_low_lanes_are_plain_attention_on_the_others_at_the_packed_scale(backend, data):
     case = data.draw(attention_cases(dtypes_for(backend)))
@@ -61,6 +63,7 @@ def test_zero_low_lanes_are_plain_attention_on_the_others_at_the_packed_scale(ba
 
 
 @backends
+@few_examples
 @given(data=st.data())
 def test_low_lanes_meet_low_lanes_only(backend, data):
     """Zeroing K_low, Q_low or both removes the same term: no lane meets any lane but its own."""
@@ -85,6 +88,7 @@ def test_rank_zero_and_full_rank_are_plain_attention_of_what_is_there(backend, R
 
 
 @backends
+@few_examples
 @given(data=st.data())
 def test_permuting_the_lanes_of_both_operands_changes_nothing(backend, data):
     case, q, k, v, out = drawn(data, backend)
@@ -95,6 +99,7 @@ def test_permuting_the_lanes_of_both_operands_changes_nothing(backend, data):
 
 
 @backends
+@few_examples
 @given(data=st.data())
 def test_a_rotation_of_both_operands_changes_nothing(backend, data):
     """Exact in the operands' dtype: H/2 for a Hadamard H of order 4, over small integers."""
@@ -113,6 +118,7 @@ def test_a_rotation_of_both_operands_changes_nothing(backend, data):
 
 
 @backends
+@few_examples
 @given(data=st.data())
 def test_swapping_query_and_key_roles_transposes_the_scores(backend, data):
     """exp(lse) of one key is exp(score): lse with T_k = 1 reads single scores, both ways."""
@@ -132,6 +138,7 @@ def test_swapping_query_and_key_roles_transposes_the_scores(backend, data):
 
 
 @backends
+@few_examples
 @given(data=st.data(), power=st.sampled_from([1, -1, 3, -4]))
 def test_powers_of_two_move_between_the_operands_bitwise(backend, data, power):
     case, q, k, v, out = drawn(data, backend, values="normal", spikes=(), dtype=torch.float32)
@@ -142,6 +149,7 @@ def test_powers_of_two_move_between_the_operands_bitwise(backend, data, power):
 
 
 @backends
+@few_examples
 @given(data=st.data(), power=st.sampled_from([1, -1, 3, -4]))
 def test_a_power_of_two_of_v_scales_the_output_bitwise(backend, data, power):
     case, q, k, v, out = drawn(data, backend, values="normal", spikes=(), dtype=torch.float32)
@@ -160,6 +168,7 @@ def test_a_power_of_two_moves_between_x_and_the_weight_bitwise(backend, power):
 
 
 @backends
+@few_examples
 @given(data=st.data())
 def test_the_output_is_linear_in_v(backend, data):
     """v of small integers, so that sums of v and of w are exact."""
@@ -173,6 +182,7 @@ def test_the_output_is_linear_in_v(backend, data):
 
 
 @backends
+@few_examples
 @given(data=st.data(), shift=st.sampled_from([1.0, -4.0]))
 def test_adding_a_constant_to_v_adds_it_to_the_output(backend, data, shift):
     case = data.draw(attention_cases(dtypes_for(backend), spikes=(), self_attention=True))
@@ -184,6 +194,7 @@ def test_adding_a_constant_to_v_adds_it_to_the_output(backend, data, shift):
 
 
 @backends
+@few_examples
 @given(data=st.data())
 def test_one_vector_added_to_every_key_changes_nothing(backend, data):
     case = data.draw(attention_cases(dtypes_for(backend), spikes=(), values="normal"))
@@ -198,6 +209,7 @@ def test_one_vector_added_to_every_key_changes_nothing(backend, data):
 
 
 @backends
+@few_examples
 @given(data=st.data())
 def test_the_first_token_returns_its_own_value(backend, data):
     case, _, _, v, out = drawn(data, backend, self_attention=True, causal=True)
@@ -205,6 +217,7 @@ def test_the_first_token_returns_its_own_value(backend, data):
 
 
 @backends
+@few_examples
 @example(case=AttentionCase(T_q=65, T_k=65, dtype=torch.float16, values="small"))
 @given(case=attention_cases([torch.float32, torch.float16], self_attention=True, causal=True))
 def test_outputs_stay_between_the_smallest_and_largest_value_seen(backend, case):
@@ -219,6 +232,7 @@ def test_outputs_stay_between_the_smallest_and_largest_value_seen(backend, case)
 
 
 @backends
+@few_examples
 @given(data=st.data(), copies=st.sampled_from([2, 3]))
 def test_copies_of_all_keys_share_their_weight(backend, data, copies):
     case = data.draw(attention_cases(dtypes_for(backend), causal=False))
@@ -243,6 +257,7 @@ def test_equal_scores_average_the_values_and_count_in_lse(backend, T):
 
 
 @backends
+@few_examples
 @given(data=st.data())
 def test_lse_does_not_depend_on_v(backend, data):
     case = data.draw(attention_cases(dtypes_for(backend)))
@@ -253,6 +268,7 @@ def test_lse_does_not_depend_on_v(backend, data):
 
 
 @backends
+@few_examples
 @given(data=st.data())
 def test_splitting_the_keys_and_merging_by_lse_is_the_whole(backend, data):
     case, q, k, v, out = drawn(data, backend, causal=False, T_k=37)

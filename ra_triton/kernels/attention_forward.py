@@ -61,20 +61,9 @@ def _attend(
     """Online softmax over keys ``begin ... end``: s = qkᵀ, m' = max(m, s), p = 2^(c(s - m'))."""
     for n in tl.range(begin, end, BLOCK_N):
         k = load_rows(
-            k_source,
-            b,
-            h_kv,
-            n,
-            stride_kt,
-            T_k,
-            D,
-            MASKED,
-            USE_TMA,
-            WIDE,
-            ALIGNMENT,
-            BLOCK_N,
-            BLOCK_D,
-        )
+            k_source, b, h_kv, n, stride_kt, T_k,
+            D, MASKED, USE_TMA, WIDE, ALIGNMENT, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
         s = dot(q, k.T, None, PRECISION)  # [BLOCK_M, BLOCK_N]
         if MASKED:
             offs_n = n + tl.arange(0, BLOCK_N)
@@ -89,20 +78,9 @@ def _attend(
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         v = load_rows(
-            v_source,
-            b,
-            h_kv,
-            n,
-            stride_vt,
-            T_k,
-            D,
-            MASKED,
-            USE_TMA,
-            WIDE,
-            ALIGNMENT,
-            BLOCK_N,
-            BLOCK_D,
-        )
+            v_source, b, h_kv, n, stride_vt, T_k,
+            D, MASKED, USE_TMA, WIDE, ALIGNMENT, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
         acc = dot(p.to(v.dtype), v, acc, PRECISION)
         m_i = m_new
     return acc, l_i, m_i
@@ -170,8 +148,9 @@ def _attention_forward_kernel(
         end = T_k
 
     q = load_rows(
-        q_source, b, h, m, stride_qt, T_q, D, True, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_D
-    )
+        q_source, b, h, m, stride_qt, T_q,
+        D, True, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)

@@ -71,7 +71,7 @@ def launch_config(
 
 def _projection(full_precision: bool, target: str, aligned: bool) -> LaunchConfig:
     if full_precision:  # IEEE products run on the FMA units; static
-        return LaunchConfig(64, 4, 3, block_n=64, block_k=16)
+        return LaunchConfig(64, 8, 3, block_n=64, block_k=16)
     if target == "sm_90":
         if aligned:  # static: 154 registers, two CTAs per SM; one hides the other's epilogue
             return LaunchConfig(128, 4, 3, block_n=128, block_k=64, use_tma=True)
@@ -85,7 +85,7 @@ def _attention_forward(
     if full_precision:  # static: no spill with IEEE products and with TF32
         if head_dim <= 64:
             return LaunchConfig(32, 4, 2, block_n=32)
-        return LaunchConfig(32, 8, 2, block_n=16)
+        return LaunchConfig(32, 16, 2, block_n=32)
     if target == "sm_90" and aligned:
         if head_dim <= 64:  # static: 187 registers, two CTAs per SM
             return LaunchConfig(128, 4, 2, block_n=64, use_tma=True)

@@ -1,0 +1,96 @@
+"""Offsets beyond 2³¹ elements: sparse views of huge CPU buffers, in a process of their own.
+
+The interpreter wraps 32-bit offsets as a GPU does, and a wrapped one crashes or reads elsewhere.
+The operating system backs only the pages that are touched.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from strategies import DEVICE
+
+SCRIPT = """
+import sys, torch, ra_triton
+
+FAR = 2**31 // 2 + 2**20  # elements: two steps are beyond int32
+
+def spread(t, dim):
+    '''t in a buffer where dim has a stride of FAR elements: 6 GB of addresses, a few pages used.'''
+    near = t.clone()
+    strides = list(near.stride())
+    strides[dim] = FAR
+    flat = torch.empty((t.shape[dim] - 1) * FAR + t.numel() + 1, dtype=t.dtype)
+    return flat.as_strided(t.shape, strides).copy_(t)
+
+def far(dim, *shape):
+    return spread(torch.randn(shape).half(), dim)
+
+def check(function, *tensors):
+    actual = function(*tensors)
+    expected = function(*(t.contiguous() for t in tensors))
+    for a, e in zip(actual, expected):
+        assert a.isfinite().all()
+        assert torch.equal(a, e), (a - e).abs().max()
+
+def attention(dim):
+    check(
+        lambda q, k, v: [ra_triton.packed_attention(q, k, v, backend="triton")],
+        *(far(dim, *(3 if d == dim else 2 for d in range(3)), 16) for _ in range(3)),
+    )
+
+def projection(dim):
+    W = torch.randn(8, 48).half()
+    check(
+        lambda x: ra_triton.project(x, W, n_head=1, backend="triton"),
+        far(dim, *(3 if d == dim else 2 for d in range(2)), 8),
+    )
+
+def weight():
+    x = torch.randn(1, 2, 3).half()
+    check(
+        lambda W: ra_triton.project(
+            x, W, n_head=1, weight_layout="packed", backend="triton"
+        ),
+        far(0, 3, 48),
+    )
+
+def packing(dim):
+    q, k = (far(dim, *(3 if d == dim else 2 for d in range(3)), 16) for _ in range(2))
+    low = [far(dim, *q.shape[:3], 4) for _ in range(2)]
+    check(lambda *args: ra_triton.pack_qk(*args, backend="triton"), q, k, *low)
+    expected = ra_triton.pack_qk(*(t.contiguous() for t in (q, k, *low)), backend="triton")
+    for a, e in zip(ra_triton.pack_qk_(q, k, *low, backend="triton"), expected):
+        assert torch.equal(a, e)
+
+exec(sys.argv[1])
+"""
+
+CASES = {
+    "attention with a long batch stride": "attention(0)",
+    "attention with a long token stride": "attention(1)",
+    "attention with a long head stride": "attention(2)",
+    "projection with a long batch stride": "projection(0)",
+    "projection with a long token stride": "projection(1)",
+    "projection with long weight rows": "weight()",
+    "packing with a long batch stride": "packing(0)",
+    "packing with a long token stride": "packing(1)",
+    "packing with a long head stride": "packing(2)",
+}
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="sparse buffers exist in CPU memory only")
+@pytest.mark.parametrize("case", CASES)
+def test_offsets_beyond_two_to_the_thirty_first(case):
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, CASES[case]],
+        cwd=root,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr or f"killed by signal {-done.returncode}"
