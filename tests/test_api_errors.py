@@ -91,7 +91,7 @@ def bad_tensor_cases():
 
 
 @pytest.mark.usefixtures("no_launch")
-@pytest.mark.parametrize(("call", "name", "spoil", "error", "match"), bad_tensor_cases())
+@pytest.mark.parametrize(("call", "name", "spoil", "error", "match"), list(bad_tensor_cases()))
 def test_a_bad_tensor_is_named(call, name, spoil, error, match):
     function, arguments, _ = CALLS[call]
     arguments = arguments()
@@ -187,6 +187,15 @@ OUT_ERRORS = [
         {"out": normal(2, 5, 6, 16).requires_grad_()},
     ),
 ]
+MANY = normal(1, 1, 1, D).expand(2**16, 2**15, 1, D)  # 2³¹ rows in the memory of one
+ROW_ERRORS = {
+    "packed_attention": ("q_pack", MANY),
+    "which_backend": ("q_pack", MANY),
+    "pack_qk": ("q", MANY),
+    "pack_qk_": ("q", MANY),
+    "project": ("x", MANY[:, :, 0, :C]),
+    "ra_attention": ("x", MANY[:, :, 0, :C]),
+}
 LSE_ERRORS = [(TypeError, "return_lse must be a bool", {"return_lse": 1})]
 SHAPE_ERRORS = [
     (ValueError, "k_pack must be .* like q_pack", {"k_pack": normal(3, 5, H, D)}),
@@ -270,7 +279,7 @@ def argument_cases():
 
 
 @pytest.mark.usefixtures("no_launch")
-@pytest.mark.parametrize(("function", "arguments", "error", "match", "bad"), argument_cases())
+@pytest.mark.parametrize(("function", "arguments", "error", "match", "bad"), list(argument_cases()))
 def test_a_bad_argument_is_named(function, arguments, error, match, bad):
     with pytest.raises(error, match=match):
         function(**{**arguments(), **bad})
@@ -355,6 +364,15 @@ def test_a_gradient_through_triton_is_refused_and_sdpa_named(function, arguments
         bad[name].requires_grad_()
         with pytest.raises(NotImplementedError, match=r"gradient.*use backend='sdpa'"):
             function(**bad, backend="triton")
+
+
+@pytest.mark.usefixtures("no_launch")
+@pytest.mark.parametrize("call", CALLS)
+def test_more_rows_than_the_kernels_can_count_are_refused(call):
+    function, arguments, _ = CALLS[call]
+    name, many = ROW_ERRORS[call]
+    with pytest.raises(ValueError, match=f"^{name} must have at most .* rows"):
+        function(**{**arguments(), name: many})
 
 
 def test_dropout_with_lse_is_refused():

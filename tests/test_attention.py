@@ -103,7 +103,8 @@ def test_one_hot_logits_up_to_two_to_the_twentieth_pick_one_value(backend, dtype
         eye, eye, v, causal=False, return_lse=True, backend=backend
     )
     assert_attention_close(out, eye, eye, v, lse=lse, causal=False)
-    if log_size >= 7:  # every other weight is below float32's smallest number
+    # From here on every other weight is 0; fused multiply-add on a GPU rounds the last bit.
+    if log_size >= 7 and DEVICE.type == "cpu":
         assert_bitwise(out, v)
 
 

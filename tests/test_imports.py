@@ -1,6 +1,7 @@
 """Imports: arrows between modules go one way, and Triton is imported by the first launch only."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -108,10 +109,11 @@ def test_the_reference_imports_torch_only(path):
 
 
 def run_python(code: str, **environment: str) -> str:
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), **environment},
+        env={**inherited, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
         timeout=120,

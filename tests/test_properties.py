@@ -213,7 +213,12 @@ def test_one_vector_added_to_every_key_changes_nothing(backend, data):
 @given(data=st.data())
 def test_the_first_token_returns_its_own_value(backend, data):
     case, _, _, v, out = drawn(data, backend, self_attention=True, causal=True)
-    assert_bitwise(out[:, 0], v[:, 0].repeat_interleave(case.group, dim=1))
+    value = v[:, 0].repeat_interleave(case.group, dim=1)
+    if DEVICE.type == "cpu":
+        assert_bitwise(out[:, 0], value)
+    else:  # fused multiply-add leaves a weight that is 1 to a rounding, divided by itself
+        slack = 2 * torch.finfo(case.dtype).eps * value.double().abs()
+        assert ((out[:, 0].double() - value.double()).abs() <= slack).all()
 
 
 @backends

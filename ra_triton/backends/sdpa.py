@@ -46,7 +46,8 @@ def packed_attention(
     q, k, v = (t.transpose(1, 2) for t in (q_pack, k_pack, v))  # [B, H, T, D]
     mask = _mask(T_q, T_k, options, q.device)
     if q.numel() == 0 or T_k == 0:
-        out = q * 0 + v.sum() * 0 if q.numel() else q.clone()  # keeps the autograd graph
+        # Zeros whatever q holds; the empty sums tie k and v to the autograd graph.
+        out = q.masked_fill(q.new_ones((), dtype=torch.bool), 0.0) + 0 * (k.sum() + v.sum())
     else:
         out = F.scaled_dot_product_attention(
             q,

@@ -108,7 +108,8 @@ def projection(
 ) -> Tensor:
     """``x [B, T, C] @ w [C, N] + bias [N]`` → ``[B, T, N]``, written to ``out`` if given.
 
-    x may have any strides but the last, which is 1; w any strides at all; ``out`` is contiguous.
+    x may have any strides but the last, which is 1; w and bias any strides at all; ``out`` is
+    contiguous.
     """
     B, T, C = x.shape
     N = w.shape[1]
@@ -134,7 +135,7 @@ def projection(
     _projection_kernel[grid](
         x_source=x_source,
         w_source=w_source,
-        bias_ptr=bias,
+        bias_ptr=None if bias is None else bias.contiguous(),
         y_ptr=y,
         stride_xb=x.stride(0),
         stride_xt=x.stride(1),
