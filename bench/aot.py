@@ -27,10 +27,17 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from ra_triton.kernels import attention_forward, packing, projection
+from ra_triton.kernels import (
+    attention_backward,
+    attention_forward,
+    packing,
+    projection,
+    projection_backward,
+)
 from ra_triton.kernels.configs import LaunchConfig
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90")
+STAGES = (attention_forward, attention_backward, packing, projection, projection_backward)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -56,6 +63,11 @@ class Compiled:
 
     target: str
     kernel: Any = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """Of the jit function, without underscores and ``_kernel``: the stage."""
+        return self.kernel.name.strip("_").removesuffix("_kernel")
 
     @property
     def shared_memory(self) -> int:
@@ -131,7 +143,7 @@ def compile_for(target: str) -> Iterator[list[Compiled]]:
 def shipped(target: str) -> Iterator[tuple[str, Compiled]]:
     """Every kernel in every configuration that the package launches on ``target``, with a label."""
     with ExitStack() as stack:
-        for stage in (attention_forward, packing, projection):
+        for stage in STAGES:
             stack.enter_context(mock.patch.object(stage, "target_of", return_value=target))
         yield from _compiled(target, _launches())
 
@@ -142,8 +154,8 @@ def _compiled(
     for label, launch in launches:
         with compile_for(target) as recorded:
             launch()
-        (kernel,) = recorded
-        yield label, kernel
+        for kernel in recorded:
+            yield f"{kernel.name} {label}", kernel
 
 
 def _launches() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -152,21 +164,31 @@ def _launches() -> Iterator[tuple[str, Callable[[], Any]]]:
         name = str(dtype).removeprefix("torch.")
         for D in (32, 64, 128):
             for causal in (True, False):
-                yield f"attention {name} D={D} causal={causal}", _attention(dtype, D, causal)
-            yield f"attention {name} D={D} misaligned", _attention(dtype, D, offset=1)
+                yield f"{name} D={D} causal={causal}", _attention(dtype, D, causal)
+                yield f"{name} D={D} causal={causal}", _attention_grad(dtype, D, causal)
+            yield f"{name} D={D} misaligned", _attention(dtype, D, offset=1)
+            yield f"{name} D={D} misaligned", _attention_grad(dtype, D, offset=1)
             for in_place in (True, False):
-                yield f"packing {name} D={D} in_place={in_place}", _packing(dtype, D, in_place)
+                yield f"{name} D={D} in_place={in_place}", _packing(dtype, D, in_place)
         for D in (16, 72, 80, 96):
-            yield f"attention {name} D={D}", _attention(dtype, D)
-        yield f"attention {name} D=20 misaligned", _attention(dtype, 20)
+            yield f"{name} D={D}", _attention(dtype, D)
+            yield f"{name} D={D}", _attention_grad(dtype, D)
+        yield f"{name} D=20 misaligned", _attention(dtype, 20)
+        yield f"{name} D=20 misaligned", _attention_grad(dtype, 20)
         for transposed in (False, True):
-            label = f"projection {name} transposed={transposed}"
+            label = f"{name} transposed={transposed}"
             yield label, _projection(dtype, 768, transposed)
             yield f"{label} misaligned", _projection(dtype, 768, transposed, offset=1)
             yield f"{label} C=770 misaligned", _projection(dtype, 770, transposed)
+        for offset in (0, 1):
+            label = f"{name} misaligned" if offset else name
+            yield label, partial(projection_backward.weight_gradient, *_rows(dtype, offset))
+        yield name, partial(projection_backward.bias_gradient, _rows(dtype, 0)[1])
     for D in (32, 64, 128):
-        yield f"attention tf32 D={D}", _with_tf32(_attention(torch.float32, D))
-    yield "projection tf32", _with_tf32(_projection(torch.float32, 768, False))
+        yield f"tf32 D={D}", _with_tf32(_attention(torch.float32, D))
+        yield f"tf32 D={D}", _with_tf32(_attention_grad(torch.float32, D))
+    yield "tf32", _with_tf32(_projection(torch.float32, 768, False))
+    yield "tf32", _with_tf32(partial(projection_backward.weight_gradient, *_rows(torch.float32, 0)))
 
 
 def _with_tf32(launch: Callable[[], Any]) -> Callable[[], Any]:
@@ -194,6 +216,25 @@ def _attention(
 ) -> Callable[..., Any]:
     q, k, v = _tensor(dtype, 2, 1024, 3, 12, D, offset=offset).unbind(2)
     return partial(attention_forward.attention_forward, q, k, v, causal=causal, softmax_scale=None)
+
+
+def _attention_grad(
+    dtype: torch.dtype, D: int, causal: bool = True, offset: int = 0
+) -> Callable[..., Any]:
+    q, k, v = _tensor(dtype, 2, 1024, 3, 12, D, offset=offset).unbind(2)
+    dq, dk, dv = _tensor(dtype, 2, 1024, 3, 12, D).unbind(2)
+    o, do = _tensor(dtype, 2, 1024, 12, D), _tensor(dtype, 2, 1024, 12, D)
+    lse = _tensor(torch.float32, 2, 12, 1024)
+    return partial(
+        attention_backward.attention_backward,
+        *(q, k, v, o, lse, do, dq, dk, dv),
+        causal=causal,
+        softmax_scale=None,
+    )
+
+
+def _rows(dtype: torch.dtype, offset: int) -> tuple[Tensor, Tensor]:
+    return _tensor(dtype, 8, 1024, 768, offset=offset), _tensor(dtype, 8, 1024, 2304)
 
 
 def _packing(dtype: torch.dtype, D: int, in_place: bool) -> Callable[[], Any]:
@@ -231,11 +272,11 @@ def main() -> None:
         else:
             config = LaunchConfig(**args.attention)
             launch = _attention(torch.bfloat16, 64)
-            kernels = _compiled(target, [(f"attention {config}", partial(launch, config=config))])
+            kernels = _compiled(target, [(str(config), partial(launch, config=config))])
         for label, compiled in kernels:
             row = {
                 "target": target,
-                "stage": label.split()[0],
+                "stage": compiled.name,
                 "label": label,
                 "registers": compiled.registers,
                 "spilled_bytes": compiled.spilled_bytes,

@@ -76,9 +76,7 @@ def ra_attention(
     layout = _projection_layout(x, W_fused, R, n_head, n_kv_head, bias, weight_layout)
     module, _ = choose(backend, (x, W_fused, bias), options, layout.head_dim)
     W_packed, bias = _packed(layout, W_fused, bias, weight_layout)
-    q_pack, k_pack, v = layout.views(module.project(x, W_packed, bias, None))
-    out, _ = module.packed_attention(q_pack, k_pack, v, options)
-    return out.flatten(2)
+    return module.layer(x, W_packed, bias, layout, options).flatten(2)
 
 
 def project(
@@ -124,6 +122,9 @@ def project(
         check_shape("out", out, shape, "[B, T, H + 2 * H_kv, D]")
         if not out.is_contiguous():
             raise ValueError(f"out must be contiguous, got strides {out.stride()}")
+        for name, t in (("x", x), ("W_fused", W_fused), ("bias", bias)):
+            if t is not None and t.untyped_storage().data_ptr() == out.untyped_storage().data_ptr():
+                raise ValueError(f"out must not share memory with {name}")
         if needs_grad(x, W_fused, bias, out):
             raise ValueError("out cannot be used while a gradient is needed; use torch.no_grad()")
         out = out.flatten(2)
@@ -212,8 +213,7 @@ def pack_qk(
         backend: ``"triton"``, ``"sdpa"`` (here: plain torch) or ``"auto"``.
 
     Returns:
-        New tensors ``q_pack [B, T, H, D]`` and ``k_pack [B, T, H_kv, D]``; differentiable on the
-        sdpa backend.
+        New tensors ``q_pack [B, T, H, D]`` and ``k_pack [B, T, H_kv, D]``, differentiable.
 
     Raises:
         TypeError: wrong types or dtypes.
@@ -243,6 +243,8 @@ def pack_qk_(
     check_pack_inputs(q, k, q_low, k_low)
     check_no_overlap("q", q)
     check_no_overlap("k", k)
+    if q.data_ptr() == k.data_ptr() and q.numel():
+        raise ValueError("k must not be the same memory as q: both are written")
     tensors = (q, k, q_low, k_low)
     if needs_grad(*tensors):
         raise ValueError("pack_qk_ is for inference; use pack_qk, or torch.no_grad()")

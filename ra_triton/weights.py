@@ -81,8 +81,9 @@ def compose_weights(
 
     q, k, v = (w.unflatten(-1, (n_head, D)) for w in (W_q, W_k, W_v))  # [C, H, D]
     recip = W_recip.expand(n_head, D, layout.R)
-    q_low = torch.einsum("chd,hdr->chr", q, recip)
-    k_low = torch.einsum("chd,hdr->chr", k, recip)
+    with torch.autocast(W_q.device.type, enabled=False):  # the low lanes stay as exact as the rest
+        q_low = torch.einsum("chd,hdr->chr", q, recip)
+        k_low = torch.einsum("chd,hdr->chr", k, recip)
     W_fused = layout.join_columns(
         {
             "q_std": _gated("w_std", w_std, q[..., : layout.d_std]),
@@ -124,6 +125,44 @@ def unpack_weight(
     Takes the same arguments and raises the same errors.
     """
     return _layout_of(W_packed, R, n_head, n_kv_head).unpack(W_packed)
+
+
+def factor_weight(
+    W_fused: Tensor, R: int, *, n_head: int, weight_layout: str = "split"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Factors that :func:`compose_weights` turns into ``W_fused`` again, with both gates at 1.
+
+    Any weight of plain attention has them: W_recip picks the last R lanes of each head
+    (:func:`last_lanes`), so W_q holds ``[Q_std|Q_low]`` and W_k ``[K_std|K_low]`` per head. A bias
+    factors as a one-row matrix.
+
+    Args:
+        W_fused: ``[C, 3*H*D]``.
+        R: reciprocal rank, ``0 <= R <= D``.
+        n_head: number of heads ``H``.
+        weight_layout: column order of ``W_fused``, ``"split"`` or ``"packed"``.
+
+    Returns:
+        ``W_q, W_k, W_v`` ``[C, H*D]`` and ``W_recip [D, R]``, in the dtype of ``W_fused``.
+
+    Raises:
+        TypeError: not a tensor, or a count that is not an int.
+        ValueError: columns that do not divide into heads, R out of range, an unknown
+            ``weight_layout``.
+    """
+    check_choice("weight_layout", weight_layout, WEIGHT_LAYOUTS)
+    layout = _layout_of(W_fused, R, n_head, None)
+    s = layout.split_columns(layout.unpack(W_fused) if weight_layout == "packed" else W_fused)
+    W_q = torch.cat((s["q_std"], s["q_low"]), dim=-1).flatten(-2)
+    W_k = torch.cat((s["k_std"], s["k_low"]), dim=-1).flatten(-2)
+    return W_q, W_k, s["v"].flatten(-2), last_lanes(W_fused.new_empty(layout.head_dim, R))
+
+
+def last_lanes(W_recip: Tensor) -> Tensor:
+    """A W_recip like the given ``[..., D, R]`` that picks the last R lanes: ``[0; I]``."""
+    D, R = W_recip.shape[-2:]
+    eye = torch.eye(D, dtype=W_recip.dtype, device=W_recip.device)
+    return eye[:, D - R :].expand_as(W_recip).clone()
 
 
 def _layout_of(w: Tensor, R: int, n_head: int | None, n_kv_head: int | None) -> RALayout:

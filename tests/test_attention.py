@@ -57,6 +57,13 @@ def test_queries_and_keys_of_different_length(backend, T_q, T_k, causal):
 
 
 @backends
+@pytest.mark.parametrize("causal", [True, False])
+def test_every_offset_between_queries_and_keys_modulo_a_tile(backend, causal):
+    for T_k in range(3, 37):
+        check_case(AttentionCase(T_q=3, T_k=T_k, causal=causal), backend)
+
+
+@backends
 @pytest.mark.parametrize(("n_kv_head", "group"), [(1, 4), (2, 3), (3, 2)])
 def test_grouped_heads(backend, n_kv_head, group):
     check_case(AttentionCase(B=2, T_q=19, T_k=19, H_kv=n_kv_head, group=group), backend)

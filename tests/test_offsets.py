@@ -15,14 +15,12 @@ from strategies import DEVICE
 SCRIPT = """
 import sys, torch, ra_triton
 
-FAR = 2**31 // 2 + 2**20  # elements: two steps are beyond int32
-
 def spread(t, dim):
-    '''t in a buffer where dim has a stride of FAR elements: 6 GB of addresses, a few pages used.'''
-    near = t.clone()
-    strides = list(near.stride())
-    strides[dim] = FAR
-    flat = torch.empty((t.shape[dim] - 1) * FAR + t.numel() + 1, dtype=t.dtype)
+    '''t at a stride such that the last rows, and the last tile of 16, lie beyond int32.'''
+    n = t.shape[dim]
+    strides = list(t.stride())
+    strides[dim] = 2**31 // (2 if n == 3 else n - 8) + 2**20
+    flat = torch.empty((n - 1) * strides[dim] + t.numel() + 1, dtype=t.dtype)  # a few pages used
     return flat.as_strided(t.shape, strides).copy_(t)
 
 def far(dim, *shape):
@@ -35,10 +33,10 @@ def check(function, *tensors):
         assert a.isfinite().all()
         assert torch.equal(a, e), (a - e).abs().max()
 
-def attention(dim):
+def attention(dim, n=3):
     check(
         lambda q, k, v: [ra_triton.packed_attention(q, k, v, backend="triton")],
-        *(far(dim, *(3 if d == dim else 2 for d in range(3)), 16) for _ in range(3)),
+        *(far(dim, *(n if d == dim else 2 for d in range(3)), 16) for _ in range(3)),
     )
 
 def projection(dim):
@@ -48,13 +46,13 @@ def projection(dim):
         far(dim, *(3 if d == dim else 2 for d in range(2)), 8),
     )
 
-def weight():
-    x = torch.randn(1, 2, 3).half()
+def weight(n=3):
+    x = torch.randn(1, 2, n).half()
     check(
         lambda W: ra_triton.project(
             x, W, n_head=1, weight_layout="packed", backend="triton"
         ),
-        far(0, 3, 48),
+        far(0, n, 48),
     )
 
 def packing(dim):
@@ -72,9 +70,11 @@ CASES = {
     "attention with a long batch stride": "attention(0)",
     "attention with a long token stride": "attention(1)",
     "attention with a long head stride": "attention(2)",
+    "attention over tiles far apart": "attention(1, 40)",
     "projection with a long batch stride": "projection(0)",
     "projection with a long token stride": "projection(1)",
     "projection with long weight rows": "weight()",
+    "projection with weight tiles far apart": "weight(40)",
     "packing with a long batch stride": "packing(0)",
     "packing with a long token stride": "packing(1)",
     "packing with a long head stride": "packing(2)",

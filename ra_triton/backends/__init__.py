@@ -1,7 +1,7 @@
 """Backends: modules with one signature each, and the choice between them.
 
-A backend is a module with ``unsupported``, ``project``, ``packed_attention``, ``pack_qk`` and
-``pack_qk_``. ``unsupported`` returns the reason why the module cannot run a call, or None.
+A backend is a module with ``project``, ``packed_attention``, ``layer`` (both of them), ``pack_qk``,
+``pack_qk_`` and ``unsupported``, which returns the reason why it cannot run a call, or None.
 """
 
 import warnings

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ra_triton.layout import RALayout
 from ra_triton.options import AttentionOptions
 
 
@@ -64,6 +65,13 @@ def packed_attention(
         out = out.masked_fill(no_key, 0.0)
     lse = _logsumexp(q, k, mask, options) if options.return_lse else None
     return out.transpose(1, 2), lse
+
+
+def layer(
+    x: Tensor, W_packed: Tensor, bias: Tensor | None, layout: RALayout, options: AttentionOptions
+) -> Tensor:
+    """Projection and attention: ``[B, T, C] -> [B, T, H, D]``."""
+    return packed_attention(*layout.views(project(x, W_packed, bias, None)), options)[0]
 
 
 def pack_qk(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor, Tensor]:

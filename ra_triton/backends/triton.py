@@ -6,7 +6,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ra_triton import ops
+from ra_triton.backends import sdpa
 from ra_triton.checks import needs_grad
+from ra_triton.layout import RALayout
 from ra_triton.options import AttentionOptions
 
 MIN_CAPABILITY = (8, 0)
@@ -20,15 +23,12 @@ def unsupported(
     reason = _device_unsupported(tensors[0].device)  # type: ignore[union-attr]
     if reason is not None:
         return reason
-    if needs_grad(*tensors):
-        return "the kernels have no gradient yet (call under torch.no_grad() for inference)"
     if options is None:
         return None
     if head_dim not in HEAD_DIMS:
         return f"head dim {head_dim} is outside {HEAD_DIMS.start}..{HEAD_DIMS.stop - 1}"
-    for name in ("dropout_p", "softcap"):
-        if getattr(options, name):
-            return f"the kernels have no {name} yet"
+    if options.softcap:
+        return "the kernels have no softcap yet"
     left, right = options.reach
     if left >= 0 or (right >= 0 and not options.causal):
         return "the kernels have no window_size yet"
@@ -37,29 +37,30 @@ def unsupported(
 
 def project(x: Tensor, W_packed: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
     """``x @ W_packed + bias``: ``[B, T, C] @ [C, N] -> [B, T, N]``."""
-    from ra_triton.kernels.projection import projection
-
-    with _on_device_of(x):
-        return projection(x, W_packed, bias, out)
+    return ops.project(x, W_packed, bias, out)
 
 
 def packed_attention(
     q_pack: Tensor, k_pack: Tensor, v: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over ``[B, T, H, D]`` operands: ``(out, lse [B, H, Tq])``."""
-    from ra_triton.kernels.attention_forward import attention_forward
+    return ops.attention(q_pack, k_pack, v, options)
 
-    with _on_device_of(q_pack):
-        return attention_forward(
-            q_pack, k_pack, v, causal=options.causal, softmax_scale=options.softmax_scale
-        )
+
+def layer(
+    x: Tensor, W_packed: Tensor, bias: Tensor | None, layout: RALayout, options: AttentionOptions
+) -> Tensor:
+    """Projection and attention: ``[B, T, C] -> [B, T, H, D]``."""
+    return ops.layer(x, W_packed, bias, layout, options)
 
 
 def pack_qk(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor, Tensor]:
     """``[q_std|k_low], [k_std|q_low]``, out of place."""
     from ra_triton.kernels.packing import pack
 
-    with _on_device_of(q):
+    if needs_grad(q, k, q_low, k_low):
+        return sdpa.pack_qk(q, k, q_low, k_low)  # the same copies, differentiable
+    with torch.cuda.device_of(q):
         return pack(q, k, q_low, k_low)
 
 
@@ -67,13 +68,8 @@ def pack_qk_(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> None:
     """Overwrites the last R lanes of ``q`` and ``k``."""
     from ra_triton.kernels.packing import pack_
 
-    with _on_device_of(q):
+    with torch.cuda.device_of(q):
         pack_(q, k, q_low, k_low)
-
-
-def _on_device_of(t: Tensor) -> torch.cuda.device_of:
-    """Launch on the tensor's GPU, whichever is current; nothing to do for CPU tensors."""
-    return torch.cuda.device_of(t)
 
 
 @cache

@@ -19,17 +19,21 @@ from torch import Tensor
 
 from ra_triton.kernels.configs import LaunchConfig, launch_config
 from ra_triton.kernels.tiles import (
-    descriptor,
+    LN2,
+    LOG2E,
+    block_d_of,
     dot,
     dot_precision,
+    head_offset,
     is_aligned,
     is_wide,
+    kept,
+    key_range,
     load_rows,
+    row_source,
+    store_rows,
     target_of,
 )
-
-LOG2E = math.log2(math.e)
-LN2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
@@ -40,8 +44,11 @@ def _attend(
     q,  # [BLOCK_M, BLOCK_D]
     k_source,
     v_source,
+    seed,
     b,
+    head,
     h_kv,
+    m,
     begin,
     end,
     key_limit,  # [BLOCK_M]
@@ -49,12 +56,15 @@ def _attend(
     stride_vt,
     T_k,
     scale_log2,
+    dropout_p,
     D: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
+    DROPOUT: tl.constexpr,
     USE_TMA: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -65,8 +75,8 @@ def _attend(
             D, MASKED, USE_TMA, WIDE, ALIGNMENT, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         s = dot(q, k.T, None, PRECISION)  # [BLOCK_M, BLOCK_N]
+        offs_n = n + tl.arange(0, BLOCK_N)
         if MASKED:
-            offs_n = n + tl.arange(0, BLOCK_N)
             s = tl.where(offs_n[None, :] < key_limit[:, None], s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
         m_scaled = m_new * scale_log2
@@ -76,6 +86,9 @@ def _attend(
         p = tl.exp2(s * scale_log2 - m_scaled[:, None])
         alpha = tl.exp2(m_i * scale_log2 - m_scaled)
         l_i = l_i * alpha + tl.sum(p, 1)
+        if DROPOUT:
+            offs_m = m + tl.arange(0, BLOCK_M)
+            p = tl.where(kept(seed, head, offs_m[:, None], offs_n[None, :], dropout_p), p, 0.0)
         acc = acc * alpha[:, None]
         v = load_rows(
             v_source, b, h_kv, n, stride_vt, T_k,
@@ -87,16 +100,11 @@ def _attend(
 
 
 @triton.jit
-def _head_offset(b, h, stride_b, stride_h, ALIGNMENT: tl.constexpr):
-    """``(b * stride_b + h * stride_h) * ALIGNMENT`` in 64 bits."""
-    return (tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h) * ALIGNMENT
-
-
-@triton.jit
 def _attention_forward_kernel(
     q_source,  # pointers, or descriptors of [B, H, T, D] with USE_TMA
     k_source,
     v_source,
+    seed_ptr,  # one int64, with DROPOUT
     o_ptr,
     lse_ptr,
     stride_qb,  # strides in units of ALIGNMENT elements
@@ -114,9 +122,11 @@ def _attention_forward_kernel(
     T_q,
     T_k,
     scale_log2,  # softmax_scale * log2(e)
+    dropout_p,
     D: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
     USE_TMA: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -132,48 +142,37 @@ def _attention_forward_kernel(
     h = head % H
     h_kv = h // group
     if not USE_TMA:
-        q_source += _head_offset(b, h, stride_qb, stride_qh, ALIGNMENT)
-        k_source += _head_offset(b, h_kv, stride_kb, stride_kh, ALIGNMENT)
-        v_source += _head_offset(b, h_kv, stride_vb, stride_vh, ALIGNMENT)
+        q_source += head_offset(b, h, stride_qb, stride_qh, ALIGNMENT)
+        k_source += head_offset(b, h_kv, stride_kb, stride_kh, ALIGNMENT)
+        v_source += head_offset(b, h_kv, stride_vb, stride_vh, ALIGNMENT)
 
     offs_m = m + tl.arange(0, BLOCK_M)
-    if CAUSAL:
-        # Query i stands at key position i + T_k - T_q and sees the keys before key_limit.
-        key_limit = tl.minimum(offs_m + 1 + (T_k - T_q), T_k)
-        unmasked = tl.minimum(tl.maximum(m + 1 + (T_k - T_q), 0), T_k) // BLOCK_N * BLOCK_N
-        end = tl.maximum(tl.minimum(m + BLOCK_M, T_q) + (T_k - T_q), 0)
-    else:
-        key_limit = tl.full([BLOCK_M], 0, tl.int32) + T_k
-        unmasked = T_k // BLOCK_N * BLOCK_N
-        end = T_k
-
+    key_limit, unmasked, end = key_range(m, T_q, T_k, CAUSAL, BLOCK_M, BLOCK_N)
     q = load_rows(
         q_source, b, h, m, stride_qt, T_q,
         D, True, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_D,
     )  # fmt: skip
+    seed = tl.load(seed_ptr) if DROPOUT else 0
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     acc, l_i, m_i = _attend(
-        acc, l_i, m_i, q, k_source, v_source, b, h_kv, 0, unmasked, key_limit,
-        stride_kt, stride_vt, T_k, scale_log2,
-        D, PRECISION, False, USE_TMA, WIDE, ALIGNMENT, BLOCK_N, BLOCK_D,
+        acc, l_i, m_i, q, k_source, v_source, seed, b, head, h_kv, m, 0, unmasked, key_limit,
+        stride_kt, stride_vt, T_k, scale_log2, dropout_p,
+        D, PRECISION, False, DROPOUT, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     acc, l_i, m_i = _attend(
-        acc, l_i, m_i, q, k_source, v_source, b, h_kv, unmasked, end, key_limit,
-        stride_kt, stride_vt, T_k, scale_log2,
-        D, PRECISION, True, USE_TMA, WIDE, ALIGNMENT, BLOCK_N, BLOCK_D,
+        acc, l_i, m_i, q, k_source, v_source, seed, b, head, h_kv, m, unmasked, end, key_limit,
+        stride_kt, stride_vt, T_k, scale_log2, dropout_p,
+        D, PRECISION, True, DROPOUT, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
     l_i = tl.where(l_i == 0.0, 1.0, l_i)  # a row without keys: o = 0, lse = -inf
-    o = acc / l_i[:, None]
+    o = acc / (l_i * (1 - dropout_p))[:, None] if DROPOUT else acc / l_i[:, None]
     lse = (m_i * scale_log2 + tl.log2(l_i)) * LN2
-    offs_d = tl.arange(0, BLOCK_D)
-    o_tile = o_ptr + ((tl.cast(b, tl.int64) * T_q + m) * H + h) * D
-    o_pointers = o_tile + (tl.arange(0, BLOCK_M)[:, None] * (H * D) + offs_d[None, :])
-    mask_m = offs_m < T_q
-    tl.store(o_pointers, o.to(o_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_d[None, :] < D))
-    tl.store(lse_ptr + tl.cast(head, tl.int64) * T_q + offs_m, lse, mask=mask_m)
+    o_head = o_ptr + (tl.cast(b, tl.int64) * T_q * H + h) * D
+    store_rows(o_head, o, m, H * D, T_q, D, BLOCK_M, BLOCK_D)
+    tl.store(lse_ptr + tl.cast(head, tl.int64) * T_q + offs_m, lse, mask=offs_m < T_q)
 
 
 def attention_forward(
@@ -183,11 +182,14 @@ def attention_forward(
     *,
     causal: bool,
     softmax_scale: float | None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``q [B, T_q, H, D]``, ``k, v [B, T_k, H_kv, D]`` → ``o [B, T_q, H, D]``, ``lse [B, H, T_q]``.
 
-    Operands may have any strides but the last, which is 1; o is contiguous, lse float32.
+    Operands may have any strides but the last, which is 1; o is contiguous, lse float32. ``seed``
+    is one int64 on the device; the same seed drops the same scores.
     """
     B, T_q, H, D = q.shape
     T_k, H_kv = k.shape[1:3]
@@ -201,21 +203,18 @@ def attention_forward(
     alignment = 16 // q.element_size() if aligned else 1
     if config is None:
         config = launch_config("attention_forward", D, q.dtype, target_of(q.device), aligned)
-    block_d = max(16, triton.next_power_of_2(D))
     blocks = (config.block_m, config.block_n, config.block_n)
-    sources = (q, k, v)
-    if config.use_tma:
-        sources = tuple(
-            descriptor(t.transpose(1, 2), [1, 1, rows, block_d])
-            for t, rows in zip((q, k, v), blocks, strict=True)
-        )
+    q_source, k_source, v_source = (
+        row_source(t, rows, config.use_tma) for t, rows in zip((q, k, v), blocks, strict=True)
+    )
     if softmax_scale is None:
         softmax_scale = 1 / math.sqrt(D)
     grid = (B * H * triton.cdiv(T_q, config.block_m),)
     _attention_forward_kernel[grid](
-        q_source=sources[0],
-        k_source=sources[1],
-        v_source=sources[2],
+        q_source=q_source,
+        k_source=k_source,
+        v_source=v_source,
+        seed_ptr=seed,
         o_ptr=o,
         lse_ptr=lse,
         stride_qb=q.stride(0) // alignment,
@@ -232,16 +231,18 @@ def attention_forward(
         group=H // H_kv,
         T_q=T_q,
         T_k=T_k,
-        scale_log2=softmax_scale * LOG2E,
+        scale_log2=softmax_scale * LOG2E.value,
+        dropout_p=dropout_p,
         D=D,
         CAUSAL=causal,
         PRECISION=dot_precision(q.dtype),
+        DROPOUT=dropout_p > 0,
         USE_TMA=config.use_tma,
         WIDE=any(is_wide(t.stride(1) * max(blocks)) for t in (q, k, v)),
         ALIGNMENT=alignment,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        BLOCK_D=block_d,
+        BLOCK_D=block_d_of(D),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -49,7 +49,7 @@ def launch_config(
     """The configuration of one launch.
 
     Args:
-        stage: ``"attention_forward"``, ``"projection"`` or ``"packing"``.
+        stage: a kernel's name without its underscores, e.g. ``"attention_forward"``.
         head_dim: ``D``; only attention depends on it.
         dtype: of the operands.
         target: from :func:`target`, or ``"interpreter"``.
@@ -60,13 +60,28 @@ def launch_config(
             "attention_forward": LaunchConfig(32, 4, block_n=16),
             "projection": LaunchConfig(32, 4, block_n=32, block_k=16),
             "packing": LaunchConfig(16, 4),
+            "delta": LaunchConfig(16, 4),
+            "key_value_gradient": LaunchConfig(16, 4, block_n=32),
+            "query_gradient": LaunchConfig(32, 4, block_n=16),
+            "weight_gradient": LaunchConfig(32, 4, block_n=32, block_k=16),
+            "bias_gradient": LaunchConfig(16, 4, block_n=32),
+            "add_splits": LaunchConfig(64, 4),
         }[stage]
     full_precision = dtype == torch.float32
-    if stage == "packing":
-        return LaunchConfig(64, 4)
+    if stage == "attention_forward":
+        return _attention_forward(head_dim, full_precision, target, aligned)
+    if stage in ("key_value_gradient", "query_gradient"):
+        return _attention_backward(stage, head_dim, full_precision, target, aligned)
     if stage == "projection":
         return _projection(full_precision, target, aligned)
-    return _attention_forward(head_dim, full_precision, target, aligned)
+    if stage == "weight_gradient":
+        return _weight_gradient(full_precision, target, aligned)
+    return {
+        "packing": LaunchConfig(64, 4),
+        "delta": LaunchConfig(32, 4),
+        "bias_gradient": LaunchConfig(32, 4, block_n=64),
+        "add_splits": LaunchConfig(1024, 4),
+    }[stage]
 
 
 def _projection(full_precision: bool, target: str, aligned: bool) -> LaunchConfig:
@@ -100,3 +115,35 @@ def _attention_forward(
     if head_dim <= 64:  # static: 255 registers, no spill, two CTAs per SM
         return LaunchConfig(128, 4, 3, block_n=64)
     return LaunchConfig(128, 8, 2, block_n=64)  # static: 64 KB, fits the 99 KB of sm_86 and sm_89
+
+
+def _attention_backward(
+    stage: str, head_dim: int, full_precision: bool, target: str, aligned: bool
+) -> LaunchConfig:
+    """Static, all of them: the largest tiles without a spill."""
+    small = head_dim <= 64
+    for_keys = stage == "key_value_gradient"
+    if full_precision:
+        if small:
+            return LaunchConfig(32, 8, 2, block_n=32)
+        if for_keys and target != "sm_90":
+            return LaunchConfig(16, 8, 2, block_n=16)
+        return LaunchConfig(32, 16, 2, block_n=32)
+    if not aligned:
+        return LaunchConfig(32, 4 if small else 8, 1, block_n=32)
+    if target == "sm_90":
+        return LaunchConfig(64, 4 if small else 8, 2, block_n=64, use_tma=True)
+    if not for_keys:
+        return LaunchConfig(64, 4 if small else 8, 2, block_n=64)
+    if small:
+        return LaunchConfig(64, 4, 3, block_n=32)
+    return LaunchConfig(32, 8, 2, block_n=64)
+
+
+def _weight_gradient(full_precision: bool, target: str, aligned: bool) -> LaunchConfig:
+    """Static, all of them."""
+    if full_precision:
+        return LaunchConfig(64, 8, 3, block_n=64, block_k=16)
+    if target == "sm_90" and aligned:
+        return LaunchConfig(128, 4, 3, block_n=128, block_k=64, use_tma=True)
+    return LaunchConfig(128, 8, 3, block_n=128, block_k=32)

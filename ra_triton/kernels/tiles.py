@@ -1,5 +1,6 @@
 """Tile helpers shared by the stages, and what a launcher needs to describe a tensor to a kernel."""
 
+import math
 from functools import cache
 
 import torch
@@ -10,6 +11,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ra_triton.kernels.configs import target
 
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2))
 INTERPRETED = triton.knobs.runtime.interpret
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -58,6 +61,63 @@ def load_rows(
     return tile
 
 
+@triton.jit
+def key_range(m, T_q, T_k, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which keys the queries ``m ... m + BLOCK_M`` see.
+
+    Query i stands at key position i + T_k - T_q and sees the keys before ``key_limit[i - m]``; key
+    tiles before ``unmasked`` are seen whole by all of them, those from there to ``end`` in part.
+    """
+    offs_m = m + tl.arange(0, BLOCK_M)
+    if CAUSAL:
+        key_limit = tl.minimum(offs_m + 1 + (T_k - T_q), T_k)
+        unmasked = tl.minimum(tl.maximum(m + 1 + (T_k - T_q), 0), T_k) // BLOCK_N * BLOCK_N
+        end = tl.maximum(tl.minimum(m + BLOCK_M, T_q) + (T_k - T_q), 0)
+    else:
+        key_limit = tl.full([BLOCK_M], 0, tl.int32) + T_k
+        unmasked = T_k // BLOCK_N * BLOCK_N
+        end = T_k
+    return key_limit, unmasked, end
+
+
+@triton.jit
+def kept(seed, head, rows, columns, dropout_p):
+    """Whether dropout keeps each score: Philox at counter (column, row, head), keyed by ``seed``.
+
+    ``rows`` and ``columns`` broadcast against each other. A function of the position alone, so the
+    backward, whatever its tiles, drops what the forward dropped.
+    """
+    columns, rows = tl.broadcast(columns, rows)
+    bits, _, _, _ = tl.philox(seed, columns, rows, head, 0)
+    return tl.uint_to_uniform_float(bits) >= dropout_p
+
+
+@triton.jit
+def head_offset(b, h, stride_b, stride_h, ALIGNMENT: tl.constexpr):
+    """``(b * stride_b + h * stride_h) * ALIGNMENT`` in 64 bits."""
+    return (tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h) * ALIGNMENT
+
+
+@triton.jit
+def store_rows(
+    pointer,  # to row 0 of this batch and head
+    tile,  # [ROWS, BLOCK_D]
+    row,
+    stride_t,
+    n_rows,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write rows ``row ... row + ROWS``, up to ``n_rows`` and ``D``, in the pointer's dtype."""
+    offs_t = tl.arange(0, ROWS)
+    offs_d = tl.arange(0, BLOCK_D)
+    row_ptr = pointer + tl.cast(row, tl.int64) * stride_t
+    mask = (offs_t[:, None] < n_rows - row) & (offs_d[None, :] < D)
+    pointers = row_ptr + (offs_t[:, None] * stride_t + offs_d[None, :])
+    tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=mask)
+
+
 @cache
 def target_of(device: torch.device) -> str:
     """The row of the config table for a device."""
@@ -92,6 +152,18 @@ def is_aligned(t: Tensor) -> bool:
             if n > 1
         )
     )
+
+
+def block_d_of(D: int) -> int:
+    """Lanes of a tile: the head dim rounded up to a power of two that a dot accepts."""
+    return max(16, triton.next_power_of_2(D))
+
+
+def row_source(t: Tensor, rows: int, use_tma: bool) -> Tensor | TensorDescriptor:
+    """``t [B, T, H, D]`` as :func:`load_rows` reads it: itself, or a descriptor of ``rows``."""
+    if not use_tma:
+        return t
+    return descriptor(t.transpose(1, 2), [1, 1, rows, block_d_of(t.shape[-1])])
 
 
 def descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
