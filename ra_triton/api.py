@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ra_triton.backends import choose
+from ra_triton.backend import choose
 from ra_triton.checks import (
     check_attention_inputs,
     check_choice,

@@ -31,7 +31,7 @@ class AttentionOptions:
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
         if self.softmax_scale is not None:
             _check_number("softmax_scale", self.softmax_scale)
-            if not (math.isfinite(self.softmax_scale) and self.softmax_scale > 0):
+            if not 0 < self.softmax_scale < math.inf:
                 raise ValueError(
                     f"softmax_scale must be finite and above 0, got {self.softmax_scale}"
                 )
@@ -45,7 +45,7 @@ class AttentionOptions:
         if any(side < -1 for side in window):
             raise ValueError(f"window_size sides must be -1 (no limit) or more, got {window}")
         _check_number("softcap", self.softcap)
-        if not (math.isfinite(self.softcap) and self.softcap >= 0):
+        if not 0 <= self.softcap < math.inf:
             raise ValueError(f"softcap must be finite and at least 0 (off), got {self.softcap}")
         _check_number("dropout_p", self.dropout_p)
         if not 0 <= self.dropout_p < 1:

@@ -8,7 +8,7 @@ from budget import assert_bitwise
 from strategies import BACKENDS, backends, normal
 
 import ra_triton
-from ra_triton.backends import BACKENDS as MODULES
+from ra_triton.backend import BACKENDS as MODULES
 
 H, D, C = 2, 16, 12
 

@@ -8,7 +8,7 @@ from budget import assert_bitwise
 from strategies import DEVICE, AttentionCase, backends, normal
 
 import ra_triton
-from ra_triton import backends as registry
+from ra_triton import backend as registry
 from ref import reciprocal_attention as ref
 
 H, D, C, R = 2, 16, 12, 4

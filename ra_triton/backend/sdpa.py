@@ -58,7 +58,7 @@ def packed_attention(
             dropout_p=options.dropout_p,
             is_causal=options.causal and mask is None,
             scale=options.softmax_scale,
-            enable_gqa=q.shape[1] != k.shape[1],
+            **({} if q.shape[1] == k.shape[1] else {"enable_gqa": True}),
         )
     if mask is not None:
         no_key = ~mask.any(dim=-1, keepdim=True)  # such a row gives 0

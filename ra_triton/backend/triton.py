@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from ra_triton import ops
-from ra_triton.backends import sdpa
+from ra_triton.backend import sdpa
 from ra_triton.checks import needs_grad
 from ra_triton.layout import RALayout
 from ra_triton.options import AttentionOptions
 
 MIN_CAPABILITY = (8, 0)
-HEAD_DIMS = range(16, 129)
+MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
 
 
 def unsupported(
@@ -25,8 +25,8 @@ def unsupported(
         return reason
     if options is None:
         return None
-    if head_dim not in HEAD_DIMS:
-        return f"head dim {head_dim} is outside {HEAD_DIMS.start}..{HEAD_DIMS.stop - 1}"
+    if head_dim is None or not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+        return f"head dim {head_dim} is outside {MIN_HEAD_DIM}..{MAX_HEAD_DIM}"
     if options.softcap:
         return "the kernels have no softcap yet"
     left, right = options.reach
@@ -72,8 +72,13 @@ def pack_qk_(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> None:
         pack_(q, k, q_low, k_low)
 
 
-@cache
+@torch.compiler.assume_constant_result  # a compiler need not see how we find out
 def _device_unsupported(device: torch.device) -> str | None:
+    return _look_at(device)
+
+
+@cache
+def _look_at(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cpu":

@@ -10,7 +10,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from ra_triton.backends import sdpa, triton
+from ra_triton.backend import sdpa, triton
 from ra_triton.checks import check_choice
 from ra_triton.options import AttentionOptions
 

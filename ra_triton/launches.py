@@ -1,0 +1,131 @@
+"""The kernels of each function and of its gradient, on the right device; no autograd here.
+
+Kernels are imported by the first call, so that a process that never launches needs no Triton.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ra_triton.layout import RALayout
+from ra_triton.options import AttentionOptions
+
+
+def new_seed(t: Tensor, options: AttentionOptions) -> Tensor | None:
+    """Dropout's key, drawn on the device from PyTorch's generator: no synchronisation."""
+    if options.dropout_p == 0:
+        return None
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=t.device)
+
+
+def project(x: Tensor, W_packed: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """``x [B, T, C] @ W_packed [C, N] + bias``, into ``out`` if given."""
+    from ra_triton.kernels.projection import projection
+
+    with torch.cuda.device_of(x):
+        return projection(x, W_packed, bias, out)
+
+
+def project_backward(
+    x: Tensor, W_packed: Tensor, dy: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``(dx, dW, dbias)``, each only if needed; ``dy`` is contiguous."""
+    from ra_triton.kernels.projection import projection
+    from ra_triton.kernels.projection_backward import bias_gradient, weight_gradient
+
+    with torch.cuda.device_of(x):
+        return (
+            projection(dy, W_packed.mT, None) if needed[0] else None,
+            weight_gradient(x, dy) if needed[1] else None,
+            bias_gradient(dy) if needed[2] else None,
+        )
+
+
+def attend(
+    q_pack: Tensor, k_pack: Tensor, v: Tensor, options: AttentionOptions, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``(out [B, T_q, H, D], lse [B, H, T_q])``."""
+    from ra_triton.kernels.attention_forward import attention_forward
+
+    with torch.cuda.device_of(q_pack):
+        return attention_forward(
+            q_pack,
+            k_pack,
+            v,
+            causal=options.causal,
+            softmax_scale=options.softmax_scale,
+            dropout_p=options.dropout_p,
+            seed=seed,
+        )
+
+
+def attend_backward(
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor | None,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    options: AttentionOptions,
+    seed: Tensor | None,
+) -> None:
+    """Write the gradients into those of dq, dk and dv that are not None."""
+    from ra_triton.kernels.attention_backward import attention_backward
+
+    with torch.cuda.device_of(out):
+        attention_backward(
+            q_pack,
+            k_pack,
+            v,
+            out,
+            lse,
+            do,
+            dq,
+            dk,
+            dv,
+            dlse=dlse,
+            causal=options.causal,
+            softmax_scale=options.softmax_scale,
+            dropout_p=options.dropout_p,
+            seed=seed,
+        )
+
+
+def layer(
+    x: Tensor,
+    W_packed: Tensor,
+    bias: Tensor | None,
+    layout: RALayout,
+    options: AttentionOptions,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Projection and attention: ``(out [B, T, H, D], lse [B, H, T], packed [B, T, N])``."""
+    packed = project(x, W_packed, bias)
+    q_pack, k_pack, v = layout.views(packed)
+    out, lse = attend(q_pack, k_pack, v, options, seed)
+    return out, lse, packed
+
+
+def layer_backward(
+    x: Tensor,
+    W_packed: Tensor,
+    packed: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    layout: RALayout,
+    options: AttentionOptions,
+    seed: Tensor | None,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``(dx, dW, dbias)``, each only if needed; dq, dk and dv share one buffer ``[B, T, N]``."""
+    dpacked = torch.empty_like(packed)
+    q_pack, k_pack, v = layout.views(packed)
+    dq, dk, dv = layout.views(dpacked)
+    attend_backward(q_pack, k_pack, v, out, lse, do, None, dq, dk, dv, options, seed)
+    return project_backward(x, W_packed, dpacked, needed)

@@ -1,0 +1,280 @@
+"""The kernels as registered operators, for what is traced: ``torch.ops.ra_triton.*``.
+
+Each has a fake kernel (shapes and strides without data) and an autograd formula whose backward is
+an operator too, so a compiled graph holds forward and backward as opaque calls. A gradient that
+nobody needs comes back as a tensor of size 0, and leaves the formula as None.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ra_triton import launches
+from ra_triton.layout import RALayout
+from ra_triton.options import AttentionOptions
+
+Grads = tuple[Tensor | None, ...]
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+def _layout(W_packed: Tensor, n_head: int, n_kv_head: int) -> RALayout:
+    return RALayout(n_head, n_kv_head, W_packed.shape[1] // (n_head + 2 * n_kv_head), 0)
+
+
+def _options(causal: bool, softmax_scale: float | None, dropout_p: float) -> AttentionOptions:
+    return AttentionOptions(causal=causal, softmax_scale=softmax_scale, dropout_p=dropout_p)
+
+
+def _present(grads: Grads, like: Tensor) -> Three:
+    first, second, third = (like.new_empty(0) if t is None else t for t in grads)
+    return first, second, third
+
+
+def _wanted(grads: Three, needed: Sequence[bool]) -> Grads:
+    return tuple(t if need else None for t, need in zip(grads, needed, strict=True))
+
+
+def _fake_grads(like: Tensor, shapes: Sequence[Sequence[int]], needed: Sequence[bool]) -> Three:
+    first, second, third = (
+        like.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needed, strict=True)
+    )
+    return first, second, third
+
+
+# Projection: y = x W + bias
+
+
+@torch.library.custom_op("ra_triton::project", mutates_args=())
+def project(x: Tensor, W_packed: Tensor, bias: Tensor | None) -> Tensor:
+    """``[B, T, C] @ [C, N] -> [B, T, N]``."""
+    return launches.project(x, W_packed, bias)
+
+
+@project.register_fake
+def _(x: Tensor, W_packed: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], W_packed.shape[1])
+
+
+@torch.library.custom_op("ra_triton::project_backward", mutates_args=())
+def project_backward(x: Tensor, W_packed: Tensor, dy: Tensor, needed: Sequence[bool]) -> Three:
+    """``(dx, dW, dbias)``."""
+    return _present(launches.project_backward(x, W_packed, dy.contiguous(), needed), x)
+
+
+@project_backward.register_fake
+def _(x: Tensor, W_packed: Tensor, dy: Tensor, needed: Sequence[bool]) -> Three:
+    return _fake_grads(x, (x.shape, W_packed.shape, W_packed.shape[1:]), needed)
+
+
+def _save_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, W_packed, _ = inputs
+    ctx.save_for_backward(x, W_packed)
+
+
+def project_gradients(x: Tensor, W_packed: Tensor, dy: Tensor, needed: Sequence[bool]) -> Grads:
+    """``launches.project_backward`` through its operator."""
+    return _wanted(project_backward(x, W_packed, dy, list(needed)), needed)
+
+
+def _project_grads(ctx: Any, dy: Tensor) -> Grads:
+    x, W_packed = ctx.saved_tensors
+    return project_gradients(x, W_packed, dy, ctx.needs_input_grad)
+
+
+project.register_autograd(_project_grads, setup_context=_save_project)
+
+
+# Attention over packed operands
+
+
+@torch.library.custom_op("ra_triton::attention", mutates_args=())
+def attention(
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    seed: Tensor | None,
+    causal: bool,
+    softmax_scale: float | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """``(out [B, T_q, H, D], lse [B, H, T_q])``."""
+    return launches.attend(q_pack, k_pack, v, _options(causal, softmax_scale, dropout_p), seed)
+
+
+@attention.register_fake
+def _(q_pack: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q_pack.shape
+    return q_pack.new_empty(q_pack.shape), q_pack.new_empty((B, H, T), dtype=torch.float32)
+
+
+@torch.library.custom_op("ra_triton::attention_backward", mutates_args=())
+def attention_backward(
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor,
+    seed: Tensor | None,
+    causal: bool,
+    softmax_scale: float | None,
+    dropout_p: float,
+    needed: Sequence[bool],
+) -> Three:
+    """``(dq, dk, dv)``."""
+    dq, dk, dv = (
+        t.new_empty(t.shape) if need else None
+        for t, need in zip((q_pack, k_pack, v), needed, strict=True)
+    )
+    options = _options(causal, softmax_scale, dropout_p)
+    launches.attend_backward(q_pack, k_pack, v, out, lse, do, dlse, dq, dk, dv, options, seed)
+    return _present((dq, dk, dv), v)
+
+
+@attention_backward.register_fake
+def _(q_pack: Tensor, k_pack: Tensor, v: Tensor, *others: Any) -> Three:
+    return _fake_grads(v, (q_pack.shape, k_pack.shape, v.shape), others[-1])
+
+
+def attention_gradients(
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    do: Tensor | None,
+    dlse: Tensor | None,
+    seed: Tensor | None,
+    options: AttentionOptions,
+    needed: Sequence[bool],
+) -> Grads:
+    """``(dq, dk, dv)``, each only if needed, through the operator."""
+    do = torch.zeros_like(out) if do is None else do
+    dlse = torch.zeros_like(lse) if dlse is None else dlse
+    numbers = (options.causal, options.softmax_scale, options.dropout_p)
+    saved = (q_pack, k_pack, v, out, lse, do, dlse, seed)
+    return _wanted(attention_backward(*saved, *numbers, list(needed)), needed)
+
+
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q_pack, k_pack, v, seed, *numbers = inputs
+    ctx.options = _options(*numbers)
+    ctx.save_for_backward(q_pack, k_pack, v, *output, seed)
+
+
+def _attention_grads(ctx: Any, do: Tensor, dlse: Tensor) -> Grads:
+    q_pack, k_pack, v, out, lse, seed = ctx.saved_tensors
+    saved = (q_pack, k_pack, v, out, lse, do, dlse, seed)
+    grads = attention_gradients(*saved, ctx.options, ctx.needs_input_grad[:3])
+    return (*grads, None, None, None, None)
+
+
+attention.register_autograd(_attention_grads, setup_context=_save_attention)
+
+
+# The layer: both of them
+
+
+@torch.library.custom_op("ra_triton::layer", mutates_args=())
+def layer(
+    x: Tensor,
+    W_packed: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    n_head: int,
+    n_kv_head: int,
+    causal: bool,
+    softmax_scale: float | None,
+    dropout_p: float,
+) -> Three:
+    """``(out [B, T, H, D], lse [B, H, T], packed [B, T, N])``; only out is differentiable."""
+    layout = _layout(W_packed, n_head, n_kv_head)
+    return launches.layer(
+        x, W_packed, bias, layout, _options(causal, softmax_scale, dropout_p), seed
+    )
+
+
+@layer.register_fake
+def _(
+    x: Tensor,
+    W_packed: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    n_head: int,
+    n_kv_head: int,
+    *others: Any,
+) -> Three:
+    B, T, _ = x.shape
+    D = _layout(W_packed, n_head, n_kv_head).head_dim
+    lse = x.new_empty((B, n_head, T), dtype=torch.float32)
+    return x.new_empty((B, T, n_head, D)), lse, x.new_empty((B, T, W_packed.shape[1]))
+
+
+@torch.library.custom_op("ra_triton::layer_backward", mutates_args=())
+def layer_backward(
+    x: Tensor,
+    W_packed: Tensor,
+    packed: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    seed: Tensor | None,
+    n_head: int,
+    n_kv_head: int,
+    causal: bool,
+    softmax_scale: float | None,
+    dropout_p: float,
+    needed: Sequence[bool],
+) -> Three:
+    """``(dx, dW, dbias)``."""
+    layout = _layout(W_packed, n_head, n_kv_head)
+    options = _options(causal, softmax_scale, dropout_p)
+    grads = launches.layer_backward(
+        x, W_packed, packed, out, lse, do, layout, options, seed, needed
+    )
+    return _present(grads, x)
+
+
+@layer_backward.register_fake
+def _(x: Tensor, W_packed: Tensor, *others: Any) -> Three:
+    return _fake_grads(x, (x.shape, W_packed.shape, W_packed.shape[1:]), others[-1])
+
+
+def layer_gradients(
+    x: Tensor,
+    W_packed: Tensor,
+    packed: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    layout: RALayout,
+    options: AttentionOptions,
+    seed: Tensor | None,
+    needed: Sequence[bool],
+) -> Grads:
+    """``launches.layer_backward`` through its operator."""
+    saved = (x, W_packed, packed, out, lse, do, seed)
+    heads = (layout.n_head, layout.n_kv_head)
+    numbers = (options.causal, options.softmax_scale, options.dropout_p)
+    return _wanted(layer_backward(*saved, *heads, *numbers, list(needed)), needed)
+
+
+def _save_layer(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
+    x, W_packed, _, seed, n_head, n_kv_head, *numbers = inputs
+    out, lse, packed = output
+    ctx.layout, ctx.options = _layout(W_packed, n_head, n_kv_head), _options(*numbers)
+    ctx.mark_non_differentiable(lse, packed)
+    ctx.save_for_backward(x, W_packed, packed, out, lse, seed)
+
+
+def _layer_grads(ctx: Any, do: Tensor, *_: Any) -> Grads:
+    x, W_packed, packed, out, lse, seed = ctx.saved_tensors
+    saved = (x, W_packed, packed, out, lse, do)
+    grads = layer_gradients(*saved, ctx.layout, ctx.options, seed, ctx.needs_input_grad[:3])
+    return (*grads, *[None] * 6)
+
+
+layer.register_autograd(_layer_grads, setup_context=_save_layer)

@@ -1,0 +1,14 @@
+"""Modules: a drop-in attention layer, its exchange with stock GPT-2, and inference buffers."""
+
+from ra_triton.nn.attention import RACausalSelfAttention
+from ra_triton.nn.composed import ComposedLinear
+from ra_triton.nn.gpt2 import from_gpt2, to_gpt2
+from ra_triton.workspace import Workspace
+
+__all__ = [
+    "ComposedLinear",
+    "RACausalSelfAttention",
+    "Workspace",
+    "from_gpt2",
+    "to_gpt2",
+]

@@ -1,0 +1,206 @@
+"""Causal self-attention as a module, with nanoGPT's names."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ra_triton.api import project, ra_attention
+from ra_triton.checks import check_choice
+from ra_triton.layout import RALayout
+from ra_triton.nn.composed import INIT_STD, ComposedLinear
+
+PARAMETRISATIONS = ("free", "composed")
+
+
+class RACausalSelfAttention(nn.Module):
+    """Reciprocal causal self-attention, a drop-in for nanoGPT's ``CausalSelfAttention``.
+
+    ``c_proj(ra_attention(x, W_fused))`` with dropout on the attention weights and on the result.
+    ``parametrisation`` says what is trained:
+
+    ``"free"``      ``c_attn`` is an ``nn.Linear`` with W_fused in packed order. That is the layout
+                    of GPT-2, so any GPT-2 checkpoint loads, and R only says which lanes are called
+                    reciprocal: the function class is plain attention's.
+    ``"composed"``  ``c_attn`` is a :class:`ComposedLinear`: W_q, W_k, W_v, W_recip and one gate per
+                    head and term (``c_attn.w_std``, ``c_attn.w_rec``), composed on each step.
+
+    Both start as GPT-2 does: normal weights of standard deviation 0.02, zero biases.
+    """
+
+    def __init__(
+        self,
+        n_embd: int,
+        n_head: int,
+        R: int = 4,
+        bias: bool = True,
+        dropout: float = 0.0,
+        *,
+        parametrisation: str = "free",
+        recip_per_head: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Check the sizes and initialise the parameters.
+
+        Args:
+            n_embd: channels ``C``, a multiple of ``n_head``.
+            n_head: heads ``H``; the head dim is ``D = C / H``.
+            R: reciprocal rank, ``0 <= R <= D``; 0 is plain attention.
+            bias: whether both projections have one.
+            dropout: probability, in training, for attention weights and for the result.
+            parametrisation: ``"free"`` or ``"composed"``.
+            recip_per_head: a W_recip for each head, ``[H, D, R]``, not one for all; composed only.
+            backend: see :func:`ra_triton.ra_attention`, which checks it when it is called.
+            device: of the parameters.
+            dtype: of the parameters.
+
+        Raises:
+            TypeError: counts that are no ints, a dropout that is no number.
+            ValueError: sizes that do not divide, values out of range, unknown choices.
+        """
+        super().__init__()
+        _check(n_embd, n_head, dropout)
+        RALayout.from_columns(3 * n_embd, R, n_head)  # checks R
+        check_choice("parametrisation", parametrisation, PARAMETRISATIONS)
+        if recip_per_head and parametrisation == "free":
+            raise ValueError("recip_per_head needs parametrisation='composed': free has no W_recip")
+        self.n_embd, self.n_head, self.R = n_embd, n_head, R
+        self.dropout, self.parametrisation, self.backend = dropout, parametrisation, backend
+        factory: Any = {"device": device, "dtype": dtype}
+        self.c_attn: nn.Linear | ComposedLinear
+        if parametrisation == "free":
+            self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias, **factory)
+        else:
+            self.c_attn = ComposedLinear(
+                n_embd, n_head, R, bias, recip_per_head=recip_per_head, **factory
+            )
+        self.c_proj = nn.Linear(n_embd, n_embd, bias=bias, **factory)
+        self.resid_dropout = nn.Dropout(dropout)
+        self.reset_parameters()
+
+    @classmethod
+    def from_config(cls, config: Any, **options: Any) -> "RACausalSelfAttention":
+        """Build from a nanoGPT config: ``n_embd``, ``n_head``, ``bias``, ``dropout``.
+
+        Args:
+            config: an object with these four attributes.
+            **options: everything else that the constructor takes: ``R``, ``parametrisation``, ...
+
+        Raises:
+            AttributeError: an attribute that the config lacks; and what the constructor raises.
+        """
+        given = {name: getattr(config, name) for name in ("n_embd", "n_head", "bias", "dropout")}
+        return cls(**{**given, **options})
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """GPT-2's initialisation; a model scales ``c_proj`` by its depth, as nanoGPT does."""
+        if isinstance(self.c_attn, ComposedLinear):
+            self.c_attn.reset_parameters()
+        for layer in (self.c_attn, self.c_proj):
+            if isinstance(layer, nn.Linear):
+                layer.weight.normal_(std=INIT_STD)
+                if layer.bias is not None:
+                    layer.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend: ``x [B, T, C]`` to ``[B, T, C]`` in the same dtype (under autocast, its dtype).
+
+        Raises:
+            TypeError: not a tensor, or not in the dtype of the parameters.
+            ValueError: not ``[B, T, n_embd]``, or on another device.
+            NotImplementedError: the backend lacks an option; the message names one that has it.
+        """
+        W_fused, bias = self.fused_weight()
+        y = ra_attention(
+            x,
+            W_fused,
+            self.R,
+            n_head=self.n_head,
+            bias=bias,
+            weight_layout="packed",
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        return self.resid_dropout(self.c_proj(y))
+
+    def fused_weight(self) -> tuple[Tensor, Tensor | None]:
+        """``W_fused [C, 3 * C]`` and its bias ``[3 * C]`` or None, in packed order."""
+        if isinstance(self.c_attn, ComposedLinear):
+            return self.c_attn.fused()
+        return self.c_attn.weight.mT, self.c_attn.bias
+
+    def gates(self) -> dict[str, Tensor]:
+        """``{"w_std": [H], "w_rec": [H]}``, detached copies; empty for free, which has no gates."""
+        if not isinstance(self.c_attn, ComposedLinear):
+            return {}
+        return {name: getattr(self.c_attn, name).detach().clone() for name in ("w_std", "w_rec")}
+
+    @torch.no_grad()
+    def reciprocal_share(self, x: Tensor) -> Tensor:
+        """How much of the variation of the scores the reciprocal term makes, per head.
+
+        ``V_rec / (V_std + V_rec)``: V is a term's variance over the keys of a query, averaged over
+        queries, as softmax ignores what all keys of a query share. About ``R / D`` at
+        initialisation. Computes ``H * T * T`` scores at a time.
+
+        Args:
+            x: ``[B, T, C]``, the input of the layer.
+
+        Returns:
+            ``[H]`` float32 in [0, 1]; 0 where the scores do not vary, as for one token.
+
+        Raises:
+            TypeError: see :meth:`forward`.
+            ValueError: see :meth:`forward`.
+        """
+        W_fused, bias = self.fused_weight()
+        q_pack, k_pack, _ = project(
+            x,
+            W_fused,
+            self.R,
+            n_head=self.n_head,
+            bias=bias,
+            weight_layout="packed",
+            backend=self.backend,
+        )
+        d_std = q_pack.shape[-1] - self.R
+        variances = torch.zeros(2, self.n_head, device=x.device)  # standard, reciprocal
+        for q, k in zip(q_pack.float(), k_pack.float(), strict=True):  # [T, H, D]
+            terms = ((q[..., :d_std], k[..., :d_std]), (q[..., d_std:], k[..., d_std:]))
+            for total, (a, b) in zip(variances, terms, strict=True):
+                total += _variance_over_keys(torch.einsum("ihd,jhd->hij", a, b))
+        total = variances.sum(0)
+        return torch.where(total > 0, variances[1] / total, 0.0)
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        return (
+            f"n_embd={self.n_embd}, n_head={self.n_head}, R={self.R}, dropout={self.dropout}, "
+            f"parametrisation={self.parametrisation!r}, backend={self.backend!r}"
+        )
+
+
+def _variance_over_keys(S: Tensor) -> Tensor:
+    """Causal scores ``[H, T, T]`` to ``[H]``: variance over each query's keys, summed."""
+    T = S.shape[-1]
+    seen = torch.ones(T, T, dtype=torch.bool, device=S.device).tril()
+    count = seen.sum(-1, keepdim=True)
+    mean = S.masked_fill(~seen, 0.0).sum(-1, keepdim=True) / count
+    return ((S - mean).masked_fill(~seen, 0.0).square() / count).sum((-2, -1))
+
+
+def _check(n_embd: int, n_head: int, dropout: float) -> None:
+    for name, count in (("n_embd", n_embd), ("n_head", n_head)):
+        if type(count) is not int:
+            raise TypeError(f"{name} must be an int, got {count!r}")
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    if n_embd % n_head:
+        raise ValueError(f"n_embd={n_embd} must be a multiple of n_head={n_head}")
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+        raise TypeError(f"dropout must be a number, got {dropout!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")

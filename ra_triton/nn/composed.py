@@ -1,0 +1,203 @@
+"""A ``c_attn`` whose weight is composed from the factors of reciprocal attention."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ra_triton.checks import needs_grad
+from ra_triton.weights import compose_weights, last_lanes
+from ra_triton.workspace import stream_id
+
+INIT_STD = 0.02  # GPT-2's, for every projection
+
+_optimizer_steps = 0
+
+
+def _count_optimizer_step(*_: Any) -> None:
+    """Fused optimizers write parameters without raising their version counters."""
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_optimizer_step)
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """A composed result and what it was composed from."""
+
+    factors: tuple[Tensor, ...]  # aliases, which keep the addresses from being reused
+    versions: tuple[int, ...]
+    optimizer_steps: int
+    stream: int  # another stream has not waited for this result
+    fused: tuple[Tensor, Tensor | None]
+
+    def is_of(self, factors: tuple[Tensor, ...], stream: int) -> bool:
+        """Whether this was composed from these factors, as they are now."""
+        return (
+            self.stream == stream
+            and self.optimizer_steps == _optimizer_steps
+            and self.versions == tuple(p._version for p in factors)
+            and all(
+                p.data_ptr() == old.data_ptr() and p.shape == old.shape
+                for p, old in zip(factors, self.factors, strict=True)
+            )
+        )
+
+
+class ComposedLinear(nn.Module):
+    """Trainable ``W_q, W_k, W_v, W_recip`` and gates, read as one ``nn.Linear`` by attention.
+
+    ``weight`` is ``[3 * C, C]`` and ``bias`` ``[3 * C]`` in packed order, composed by
+    :func:`ra_triton.compose_weights`, so gradients reach every factor. In ``eval()`` and without
+    gradients the result is kept until a factor changes. A write through ``parameter.data`` is
+    invisible to autograd and to that cache: call ``eval()`` or ``train()`` after it.
+
+    Attributes:
+        W_q: ``[C, C]`` in float32 unless ``dtype`` says otherwise, used as ``x @ W_q``.
+        W_k: ``[C, C]``.
+        W_v: ``[C, C]``.
+        W_recip: ``[D, R]``, or ``[H, D, R]`` with ``recip_per_head``.
+        w_std: ``[H]`` gates on the standard term, any sign.
+        w_rec: ``[H]`` gates on the reciprocal term, any sign.
+        b_q: ``[C]`` or None, like ``b_k`` and ``b_v``: biases before W_recip, folded like weights.
+    """
+
+    b_q: nn.Parameter | None
+    b_k: nn.Parameter | None
+    b_v: nn.Parameter | None
+
+    def __init__(
+        self,
+        n_embd: int,
+        n_head: int,
+        R: int,
+        bias: bool = True,
+        *,
+        recip_per_head: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Sizes as for :class:`RACausalSelfAttention`, which checks them."""
+        super().__init__()
+        self.n_head, self.R = n_head, R
+        factory: Any = {"device": device, "dtype": dtype}
+        D = n_embd // n_head
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, **factory))
+
+        self.W_q, self.W_k, self.W_v = (parameter(n_embd, n_embd) for _ in range(3))
+        self.W_recip = parameter(*([n_head] if recip_per_head else []), D, R)
+        self.w_std, self.w_rec = parameter(n_head), parameter(n_head)
+        for name in ("b_q", "b_k", "b_v"):
+            self.register_parameter(name, parameter(n_embd) if bias else None)
+        self._cached: _Cached | None = None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start as plain attention: the composed weight is distributed exactly as GPT-2's c_attn.
+
+        W_q, W_k, W_v: normal, standard deviation 0.02. W_recip picks the R lanes that the standard
+        term leaves out, so low lanes have the scale of standard ones and no correlation with them.
+        Gates 1, biases 0.
+        """
+        for w in (self.W_q, self.W_k, self.W_v):
+            w.normal_(std=INIT_STD)
+        self.W_recip.copy_(last_lanes(self.W_recip))
+        for gate in (self.w_std, self.w_rec):
+            gate.fill_(1.0)
+        for b in (self.b_q, self.b_k, self.b_v):
+            if b is not None:
+                b.zero_()
+
+    @property
+    def weight(self) -> Tensor:
+        """``[3 * C, C]`` in packed order, as of ``nn.Linear``."""
+        return self.fused()[0].mT
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``[3 * C]`` in packed order, or None."""
+        return self.fused()[1]
+
+    def fused(self) -> tuple[Tensor, Tensor | None]:
+        """``W_fused [C, 3 * C]`` and its bias ``[3 * C]`` or None, in packed order."""
+        if not self._may_cache():
+            return self._compose()
+        factors = tuple(self.parameters())
+        stream = stream_id(factors[0].device)
+        cached = self._cached
+        if cached is None or not cached.is_of(factors, stream):
+            # A tensor born in inference mode could not take part in a graph later.
+            with torch.inference_mode(False), torch.no_grad():
+                cached = self._cached = _Cached(
+                    factors=tuple(p.detach() for p in factors),
+                    versions=tuple(p._version for p in factors),
+                    optimizer_steps=_optimizer_steps,
+                    stream=stream,
+                    fused=self._compose(),
+                )
+        return cached.fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x @ W_fused + bias``: ``[..., C] -> [..., 3 * C]``; attention reads the weight."""
+        W_fused, bias = self.fused()
+        return nn.functional.linear(x, W_fused.mT, bias)
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        return f"n_embd={self.W_q.shape[0]}, n_head={self.n_head}, R={self.R}"
+
+    def _compose(self) -> tuple[Tensor, Tensor | None]:
+        W_q, W_k, W_v = (
+            # One more row: the bias folds like a weight over a constant 1.
+            w if b is None else torch.cat((w, b[None]))
+            for w, b in ((self.W_q, self.b_q), (self.W_k, self.b_k), (self.W_v, self.b_v))
+        )
+        # Autocast would round the low lanes twice: here, and where attention casts the result.
+        with torch.autocast(W_q.device.type, enabled=False):
+            fused = compose_weights(
+                W_q,
+                W_k,
+                W_v,
+                self.W_recip,
+                n_head=self.n_head,
+                w_std=self.w_std,
+                w_rec=self.w_rec,
+                weight_layout="packed",
+            )
+        return (fused, None) if self.b_q is None else (fused[:-1], fused[-1])
+
+    def _may_cache(self) -> bool:
+        """Whether a kept result is safe: nothing here is traced, recorded or differentiated."""
+        factors = tuple(self.parameters())
+        if self.training or torch.compiler.is_compiling() or needs_grad(*factors):
+            return False
+        # Other types come from functional_call or FSDP; inference tensors have no version.
+        if any(type(p) is not nn.Parameter or p.is_inference() for p in factors):
+            return False
+        # A captured graph would hold the address of a result that is freed when a factor changes.
+        return not (factors[0].is_cuda and torch.cuda.is_current_stream_capturing())
+
+    def train(self, mode: bool = True) -> "ComposedLinear":
+        """Switch the mode; ``eval()`` too comes through here and starts from fresh factors."""
+        self._cached = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "ComposedLinear":
+        """Moves and casts replace the data under the parameters."""
+        self._cached = None
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._cached = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles do not carry the kept result."""
+        return {**self.__dict__, "_cached": None}

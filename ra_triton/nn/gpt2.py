@@ -1,0 +1,169 @@
+"""Exchange with stock GPT-2: reciprocal layers folded into plain ``c_attn`` weights, and back.
+
+Two orientations of the same names: ``"linear"`` is nanoGPT's ``nn.Linear`` (``c_attn.weight
+[3 * C, C]``), ``"conv1d"`` is Hugging Face's ``Conv1D`` (``[C, 3 * C]``), which always has biases.
+"""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ra_triton.checks import check_choice
+from ra_triton.nn.attention import RACausalSelfAttention
+from ra_triton.nn.composed import ComposedLinear
+from ra_triton.weights import factor_weight
+
+ORIENTATIONS = ("linear", "conv1d")
+PROJECTIONS = ("c_attn", "c_proj", "c_fc")  # transposed between the orientations
+BIASED = (*PROJECTIONS, "ln_1", "ln_2", "ln_f")  # with a bias in every stock GPT-2
+MASKS = (".attn.bias", ".attn.masked_bias")  # buffers in old checkpoints, not weights
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@torch.no_grad()
+def to_gpt2(module: nn.Module, *, orientation: str = "linear") -> dict[str, Tensor]:
+    """The state dict of the plain GPT-2 that computes what ``module`` computes.
+
+    Args:
+        module: a :class:`RACausalSelfAttention`, or a model with any number of them and nanoGPT's
+            names.
+        orientation: ``"linear"`` for nanoGPT, ``"conv1d"`` for Hugging Face; there biases that the
+            model lacks are zeros.
+
+    Returns:
+        Names and detached tensors, ``c_attn`` folded; the rest may share memory with the module.
+
+    Raises:
+        ValueError: unknown orientation.
+    """
+    check_choice("orientation", orientation, ORIENTATIONS)
+    state = {name: t.detach() for name, t in module.state_dict().items()}
+    for name, attention in _attentions(module):
+        if isinstance(attention.c_attn, ComposedLinear):
+            for factor in attention.c_attn.state_dict():
+                del state[f"{name}c_attn.{factor}"]
+            W_fused, bias = attention.c_attn.fused()
+            state[f"{name}c_attn.weight"] = W_fused.mT.contiguous()
+            if bias is not None:
+                state[f"{name}c_attn.bias"] = bias.clone()
+    return _with_biases(_transposed(state)) if orientation == "conv1d" else state
+
+
+@torch.no_grad()
+def from_gpt2(
+    module: Module, state: Mapping[str, Tensor], *, orientation: str = "linear"
+) -> Module:
+    """Load the weights of a plain GPT-2 into ``module``, which then computes the same function.
+
+    A composed layer takes them too: the last R lanes of each head become the reciprocal ones, with
+    both gates at 1 (:func:`ra_triton.weights.factor_weight`).
+
+    Args:
+        module: a :class:`RACausalSelfAttention`, or a model with any number of them and nanoGPT's
+            names; overwritten.
+        state: the state dict of the layer or model, in any dtype and on any device.
+        orientation: that of ``state``.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        TypeError: a value of ``state`` that is not a tensor.
+        ValueError: unknown orientation; names that are missing or left over, shapes that do not
+            fit (nothing is loaded); a bias other than zero for a module without biases.
+    """
+    check_choice("orientation", orientation, ORIENTATIONS)
+    for name, t in state.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"state[{name!r}] must be a tensor, got {type(t).__name__}")
+    loaded = {name: t for name, t in state.items() if not f".{name}".endswith(MASKS)}
+    if orientation == "conv1d":
+        loaded = _transposed(loaded)
+    expected = to_gpt2(module)
+    loaded = _without_zero_biases(loaded, expected)
+    _check_names_and_shapes(loaded, expected, orientation)
+    for name, attention in _attentions(module):
+        if isinstance(attention.c_attn, ComposedLinear):
+            weight, bias = (loaded.pop(f"{name}c_attn.{key}", None) for key in ("weight", "bias"))
+            assert weight is not None
+            for factor, t in _factors(attention.c_attn, weight, bias).items():
+                loaded[f"{name}c_attn.{factor}"] = t
+    module.load_state_dict(loaded)
+    return module
+
+
+def _attentions(module: nn.Module) -> list[tuple[str, RACausalSelfAttention]]:
+    """``[(prefix of its names, layer)]``, a layer that is used twice under each of its names."""
+    return [
+        (f"{name}." if name else "", m)
+        for name, m in module.named_modules(remove_duplicate=False)
+        if isinstance(m, RACausalSelfAttention)
+    ]
+
+
+def _factors(c_attn: ComposedLinear, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    """State of a :class:`ComposedLinear` that composes ``weight [3 * C, C]`` and ``bias``."""
+    sizes = {"R": c_attn.R, "n_head": c_attn.n_head}
+    *weights, W_recip = factor_weight(weight.mT, **sizes, weight_layout="packed")
+    state = dict(zip(("W_q", "W_k", "W_v"), weights, strict=True))
+    state["W_recip"] = W_recip.expand_as(c_attn.W_recip)
+    if bias is not None:
+        *biases, _ = factor_weight(bias, **sizes, weight_layout="packed")
+        state |= zip(("b_q", "b_k", "b_v"), biases, strict=True)
+    gates = {"w_std": c_attn.w_std, "w_rec": c_attn.w_rec}
+    return state | {name: torch.ones_like(gate) for name, gate in gates.items()}
+
+
+def _owner(name: str) -> str:
+    """``transformer.h.0.mlp.c_fc.weight`` → ``c_fc``."""
+    return name.split(".")[-2] if "." in name else ""
+
+
+def _transposed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Projection weights in the other orientation, each with memory of its own."""
+    return {
+        name: t.mT.contiguous()
+        if _owner(name) in PROJECTIONS and name.endswith("weight") and t.dim() == 2
+        else t
+        for name, t in state.items()
+    }
+
+
+def _with_biases(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros for the biases that stock GPT-2 has; ``Conv1D`` weights are ``[in, out]``."""
+    full = dict(state)
+    for name, t in state.items():
+        bias = name.removesuffix("weight") + "bias"
+        if _owner(name) in BIASED and name.endswith("weight") and bias not in state:
+            full[bias] = t.new_zeros(t.shape[-1])
+    return full
+
+
+def _without_zero_biases(
+    state: dict[str, Tensor], expected: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Drop biases that the module lacks; ValueError where that would change the function."""
+    kept = dict(state)
+    for name, t in state.items():
+        if name not in expected and name.endswith(".bias") and _owner(name) in BIASED:
+            if t.count_nonzero():
+                raise ValueError(f"{name} is not zero, but the module has no such bias")
+            del kept[name]
+    return kept
+
+
+def _check_names_and_shapes(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], orientation: str
+) -> None:
+    missing, left_over = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected)
+    if missing or left_over:
+        raise ValueError(f"state does not fit the module: missing {missing}, left over {left_over}")
+    for name, t in expected.items():
+        if state[name].shape != t.shape:
+            raise ValueError(
+                f"{name} must be {tuple(t.shape)} as nn.Linear has it, got "
+                f"{tuple(state[name].shape)} with orientation={orientation!r}"
+            )
