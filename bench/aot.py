@@ -168,6 +168,10 @@ def _launches() -> Iterator[tuple[str, Callable[[], Any]]]:
                 yield f"{name} D={D} causal={causal}", _attention_grad(dtype, D, causal)
             yield f"{name} D={D} misaligned", _attention(dtype, D, offset=1)
             yield f"{name} D={D} misaligned", _attention_grad(dtype, D, offset=1)
+            for offset in (0, 1):
+                label = f"{name} D={D} dropout" + " misaligned" * offset
+                yield label, _with_dropout(_attention(dtype, D, offset=offset))
+                yield label, _with_dropout(_attention_grad(dtype, D, offset=offset))
             for in_place in (True, False):
                 yield f"{name} D={D} in_place={in_place}", _packing(dtype, D, in_place)
         for D in (16, 72, 80, 96):
@@ -189,6 +193,10 @@ def _launches() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"tf32 D={D}", _with_tf32(_attention_grad(torch.float32, D))
     yield "tf32", _with_tf32(_projection(torch.float32, 768, False))
     yield "tf32", _with_tf32(partial(projection_backward.weight_gradient, *_rows(torch.float32, 0)))
+
+
+def _with_dropout(launch: Callable[..., Any]) -> Callable[[], Any]:
+    return partial(launch, dropout_p=0.1, seed=_tensor(torch.int64, 1))
 
 
 def _with_tf32(launch: Callable[[], Any]) -> Callable[[], Any]:

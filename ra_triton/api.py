@@ -20,6 +20,7 @@ from ra_triton.checks import (
 from ra_triton.layout import RALayout
 from ra_triton.options import AttentionOptions
 from ra_triton.weights import WEIGHT_LAYOUTS
+from ra_triton.workspace import Workspace
 
 
 def ra_attention(
@@ -36,6 +37,7 @@ def ra_attention(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     dropout_p: float = 0.0,
+    workspace: Workspace | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Reciprocal self-attention of ``x``: one projection, one flash attention.
@@ -59,6 +61,9 @@ def ra_attention(
         window_size: ``(left, right)`` keys seen around the diagonal, both ends included; -1: all.
         softcap: scores become ``softcap * tanh(scores / softcap)``; 0 is off.
         dropout_p: probability of dropping an attention weight; 0 is off.
+        workspace: buffers for a call without gradients, so that a steady state allocates nothing on
+            the Triton backend; the result is then valid until the next call with the workspace.
+            Compilers plan memory themselves and ignore it.
         backend: ``"triton"``, ``"sdpa"``, or ``"auto"``: Triton on a supported GPU, SDPA elsewhere.
 
     Returns:
@@ -66,7 +71,8 @@ def ra_attention(
 
     Raises:
         TypeError: not a tensor, dtypes that differ or are not supported, counts that are no ints.
-        ValueError: shapes that do not fit, values out of range, different devices.
+        ValueError: shapes that do not fit, values out of range, different devices; a workspace
+            where a gradient is needed.
         NotImplementedError: the backend lacks an option; the message names one that has it.
 
     Source: github.com/mcgrof/knlp; flash attention: arXiv:2205.14135, arXiv:2307.08691.
@@ -74,9 +80,13 @@ def ra_attention(
     options = AttentionOptions(causal, softmax_scale, window_size, softcap, dropout_p)
     x, W_fused, bias = _autocast(x, W_fused, bias)
     layout = _projection_layout(x, W_fused, R, n_head, n_kv_head, bias, weight_layout)
+    if workspace is not None:
+        if not isinstance(workspace, Workspace):
+            raise TypeError(f"workspace must be a Workspace or None, got {workspace!r}")
+        workspace.refuse_gradients(x, W_fused, bias)
     module, _ = choose(backend, (x, W_fused, bias), options, layout.head_dim)
     W_packed, bias = _packed(layout, W_fused, bias, weight_layout)
-    return module.layer(x, W_packed, bias, layout, options).flatten(2)
+    return module.layer(x, W_packed, bias, layout, options, workspace).flatten(2)
 
 
 def project(

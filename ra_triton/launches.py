@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ra_triton.layout import RALayout
 from ra_triton.options import AttentionOptions
+from ra_triton.workspace import Workspace
 
 
 def new_seed(t: Tensor, options: AttentionOptions) -> Tensor | None:
@@ -43,9 +44,15 @@ def project_backward(
 
 
 def attend(
-    q_pack: Tensor, k_pack: Tensor, v: Tensor, options: AttentionOptions, seed: Tensor | None
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    options: AttentionOptions,
+    seed: Tensor | None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(out [B, T_q, H, D], lse [B, H, T_q])``."""
+    """``(out [B, T_q, H, D], lse [B, H, T_q])``, new unless given."""
     from ra_triton.kernels.attention_forward import attention_forward
 
     with torch.cuda.device_of(q_pack):
@@ -57,6 +64,8 @@ def attend(
             softmax_scale=options.softmax_scale,
             dropout_p=options.dropout_p,
             seed=seed,
+            o=out,
+            lse=lse,
         )
 
 
@@ -103,11 +112,24 @@ def layer(
     layout: RALayout,
     options: AttentionOptions,
     seed: Tensor | None,
+    workspace: Workspace | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Projection and attention: ``(out [B, T, H, D], lse [B, H, T], packed [B, T, N])``."""
-    packed = project(x, W_packed, bias)
+    """Projection and attention: ``(out [B, T, H, D], lse [B, H, T], packed [B, T, N])``.
+
+    With a workspace all three are buffers of it.
+    """
+    B, T, _ = x.shape
+    buffers: list[Tensor | None] = [None, None, None]
+    if workspace is not None:
+        shapes = ((B, T, layout.columns), (B, T, layout.n_head, layout.head_dim))
+        buffers = [
+            workspace.buffer(name, shape, x.dtype, x.device)
+            for name, shape in zip(("packed", "out"), shapes, strict=True)
+        ]
+        buffers.append(workspace.buffer("lse", (B, layout.n_head, T), torch.float32, x.device))
+    packed = project(x, W_packed, bias, buffers[0])
     q_pack, k_pack, v = layout.views(packed)
-    out, lse = attend(q_pack, k_pack, v, options, seed)
+    out, lse = attend(q_pack, k_pack, v, options, seed, *buffers[1:])
     return out, lse, packed
 
 

@@ -17,6 +17,7 @@ from ra_triton import launches, library
 from ra_triton.checks import needs_grad
 from ra_triton.layout import RALayout
 from ra_triton.options import AttentionOptions
+from ra_triton.workspace import Workspace
 
 
 def project(x: Tensor, W_packed: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
@@ -44,9 +45,14 @@ def attention(
 
 
 def layer(
-    x: Tensor, W_packed: Tensor, bias: Tensor | None, layout: RALayout, options: AttentionOptions
+    x: Tensor,
+    W_packed: Tensor,
+    bias: Tensor | None,
+    layout: RALayout,
+    options: AttentionOptions,
+    workspace: Workspace | None,
 ) -> Tensor:
-    """Projection and attention: ``[B, T, C] -> [B, T, H, D]``."""
+    """Projection and attention: ``[B, T, C] -> [B, T, H, D]``; a workspace needs no gradient."""
     seed = launches.new_seed(x, options)
     recorded = needs_grad(x, W_packed, bias)
     if _traced(x, W_packed) or (_transformed() and not recorded):
@@ -55,7 +61,7 @@ def layer(
         return library.layer(x, W_packed, bias, seed, *heads, *numbers)[0]
     if recorded:
         return _Layer.apply(x, W_packed, bias, layout, options, seed)[0]
-    return launches.layer(x, W_packed, bias, layout, options, seed)[0]
+    return launches.layer(x, W_packed, bias, layout, options, seed, workspace)[0]
 
 
 def _traced(*tensors: Tensor | None) -> bool:

@@ -86,6 +86,17 @@ def lay_out(t: Tensor, layout: str) -> Tensor:
     return LAYOUTS[layout](t)
 
 
+# A gradient comes from whatever follows: a sum sends one number, a concatenation its slice.
+GRADIENT_LAYOUTS = {
+    **LAYOUTS,
+    "of_a_sum": lambda t: t.flatten()[:1].expand(t.numel()).view_as(t) if t.numel() else t,
+    "of_a_concatenation": lambda t: torch.cat((t, torch.full_like(t, NAN)), -1)[..., : t.shape[-1]],
+    "lanes_apart": lambda t: torch.stack((t, torch.full_like(t, NAN)), -1)[..., 0],
+}
+SAME_NUMBERS = tuple(name for name in GRADIENT_LAYOUTS if name not in ("expanded", "of_a_sum"))
+gradient_layouts = st.sampled_from(list(GRADIENT_LAYOUTS))
+
+
 def redzoned(t: Tensor, fill: float) -> Tensor:
     """``t`` as a slice of a wider buffer filled with ``fill``."""
     return _sliced(t, fill)
@@ -131,6 +142,11 @@ class AttentionCase:
                     t[:, token % t.shape[1], :, (token + i) % self.D] = value
             tensors.append(lay_out(t, layout))
         return tuple(tensors)
+
+    def gradient(self, layout: str = "contiguous") -> Tensor:
+        """``dO [B, T_q, H, D]``."""
+        shape = (self.B, self.T_q, self.H_kv * self.group, self.D)
+        return GRADIENT_LAYOUTS[layout](normal(*shape, dtype=self.dtype, seed=50 + self.seed))
 
 
 def lengths(blocks: int = 3, block: int = 16) -> st.SearchStrategy[int]:

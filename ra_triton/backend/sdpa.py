@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ra_triton.layout import RALayout
 from ra_triton.options import AttentionOptions
+from ra_triton.workspace import Workspace
 
 
 def unsupported(
@@ -68,10 +69,21 @@ def packed_attention(
 
 
 def layer(
-    x: Tensor, W_packed: Tensor, bias: Tensor | None, layout: RALayout, options: AttentionOptions
+    x: Tensor,
+    W_packed: Tensor,
+    bias: Tensor | None,
+    layout: RALayout,
+    options: AttentionOptions,
+    workspace: Workspace | None,
 ) -> Tensor:
-    """Projection and attention: ``[B, T, C] -> [B, T, H, D]``."""
-    return packed_attention(*layout.views(project(x, W_packed, bias, None)), options)[0]
+    """Projection and attention: ``[B, T, C] -> [B, T, H, D]``.
+
+    A workspace holds the projection; what SDPA returns is its own.
+    """
+    out = None
+    if workspace is not None:
+        out = workspace.buffer("packed", (*x.shape[:2], layout.columns), x.dtype, x.device)
+    return packed_attention(*layout.views(project(x, W_packed, bias, out)), options)[0]
 
 
 def pack_qk(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor, Tensor]:

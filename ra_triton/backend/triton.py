@@ -11,6 +11,7 @@ from ra_triton.backend import sdpa
 from ra_triton.checks import needs_grad
 from ra_triton.layout import RALayout
 from ra_triton.options import AttentionOptions
+from ra_triton.workspace import Workspace
 
 MIN_CAPABILITY = (8, 0)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
@@ -48,10 +49,15 @@ def packed_attention(
 
 
 def layer(
-    x: Tensor, W_packed: Tensor, bias: Tensor | None, layout: RALayout, options: AttentionOptions
+    x: Tensor,
+    W_packed: Tensor,
+    bias: Tensor | None,
+    layout: RALayout,
+    options: AttentionOptions,
+    workspace: Workspace | None,
 ) -> Tensor:
     """Projection and attention: ``[B, T, C] -> [B, T, H, D]``."""
-    return ops.layer(x, W_packed, bias, layout, options)
+    return ops.layer(x, W_packed, bias, layout, options, workspace)
 
 
 def pack_qk(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,9 +78,13 @@ def pack_qk_(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> None:
         pack_(q, k, q_low, k_low)
 
 
-@torch.compiler.assume_constant_result  # a compiler need not see how we find out
 def _device_unsupported(device: torch.device) -> str | None:
     return _look_at(device)
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler (and Triton) here:
+# a tracer takes the answer and need not see how it was found.
+_device_unsupported._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -432,7 +432,8 @@ def attention_backward(
         _launch_delta(o, do, dlse, delta)
 
     def table(stage: str) -> LaunchConfig:
-        return config or launch_config(stage, D, q.dtype, target_of(q.device), aligned)
+        target = target_of(q.device)
+        return config or launch_config(stage, D, q.dtype, target, aligned, dropout_p > 0)
 
     aligned = all(is_aligned(t) for t in (q, k, v, do))
     if dk is not None or dv is not None:

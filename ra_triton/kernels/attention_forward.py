@@ -184,17 +184,21 @@ def attention_forward(
     softmax_scale: float | None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    o: Tensor | None = None,
+    lse: Tensor | None = None,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``q [B, T_q, H, D]``, ``k, v [B, T_k, H_kv, D]`` → ``o [B, T_q, H, D]``, ``lse [B, H, T_q]``.
 
-    Operands may have any strides but the last, which is 1; o is contiguous, lse float32. ``seed``
-    is one int64 on the device; the same seed drops the same scores.
+    Operands may have any strides but the last, which is 1; o and lse (float32) are contiguous, and
+    new unless given. ``seed`` is one int64 on the device; the same seed drops the same scores.
     """
     B, T_q, H, D = q.shape
     T_k, H_kv = k.shape[1:3]
-    o = torch.empty((B, T_q, H, D), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, H, T_q), dtype=torch.float32, device=q.device)
+    if o is None:
+        o = torch.empty((B, T_q, H, D), dtype=q.dtype, device=q.device)
+    if lse is None:
+        lse = torch.empty((B, H, T_q), dtype=torch.float32, device=q.device)
     if o.numel() == 0:
         return o, lse
 
@@ -202,7 +206,8 @@ def attention_forward(
     # Strides that are whole 16-byte units go to the kernel as such, so that it can rely on it.
     alignment = 16 // q.element_size() if aligned else 1
     if config is None:
-        config = launch_config("attention_forward", D, q.dtype, target_of(q.device), aligned)
+        target = target_of(q.device)
+        config = launch_config("attention_forward", D, q.dtype, target, aligned, dropout_p > 0)
     blocks = (config.block_m, config.block_n, config.block_n)
     q_source, k_source, v_source = (
         row_source(t, rows, config.use_tma) for t, rows in zip((q, k, v), blocks, strict=True)

@@ -44,7 +44,12 @@ def target(capability: tuple[int, int], shared_memory: int) -> str:
 
 
 def launch_config(
-    stage: str, head_dim: int, dtype: torch.dtype, target: str, aligned: bool
+    stage: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    target: str,
+    aligned: bool,
+    dropout: bool = False,
 ) -> LaunchConfig:
     """The configuration of one launch.
 
@@ -54,6 +59,7 @@ def launch_config(
         dtype: of the operands.
         target: from :func:`target`, or ``"interpreter"``.
         aligned: whether the operands' addresses and strides suit 16-byte loads and bulk copies.
+        dropout: whether attention draws random numbers, which takes registers.
     """
     if target == "interpreter":  # small tiles, so that short inputs reach every loop
         return {
@@ -69,9 +75,9 @@ def launch_config(
         }[stage]
     full_precision = dtype == torch.float32
     if stage == "attention_forward":
-        return _attention_forward(head_dim, full_precision, target, aligned)
+        return _attention_forward(head_dim, full_precision, target, aligned, dropout)
     if stage in ("key_value_gradient", "query_gradient"):
-        return _attention_backward(stage, head_dim, full_precision, target, aligned)
+        return _attention_backward(stage, head_dim, full_precision, target, aligned, dropout)
     if stage == "projection":
         return _projection(full_precision, target, aligned)
     if stage == "weight_gradient":
@@ -95,12 +101,16 @@ def _projection(full_precision: bool, target: str, aligned: bool) -> LaunchConfi
 
 
 def _attention_forward(
-    head_dim: int, full_precision: bool, target: str, aligned: bool
+    head_dim: int, full_precision: bool, target: str, aligned: bool, dropout: bool
 ) -> LaunchConfig:
     if full_precision:  # static: no spill with IEEE products and with TF32
         if head_dim <= 64:
             return LaunchConfig(32, 4, 2, block_n=32)
-        return LaunchConfig(32, 16, 2, block_n=32)
+        return LaunchConfig(32, 16, 2, block_n=16 if dropout else 32)
+    if dropout and aligned:  # static: no spill
+        return LaunchConfig(
+            64, 4 if head_dim <= 64 else 8, 2, block_n=64, use_tma=target == "sm_90"
+        )
     if target == "sm_90" and aligned:
         if head_dim <= 64:  # static: 187 registers, two CTAs per SM
             return LaunchConfig(128, 4, 2, block_n=64, use_tma=True)
@@ -118,14 +128,14 @@ def _attention_forward(
 
 
 def _attention_backward(
-    stage: str, head_dim: int, full_precision: bool, target: str, aligned: bool
+    stage: str, head_dim: int, full_precision: bool, target: str, aligned: bool, dropout: bool
 ) -> LaunchConfig:
     """Static, all of them: the largest tiles without a spill."""
     small = head_dim <= 64
     for_keys = stage == "key_value_gradient"
     if full_precision:
         if small:
-            return LaunchConfig(32, 8, 2, block_n=32)
+            return LaunchConfig(32, 16 if dropout else 8, 2, block_n=32)
         if for_keys and target != "sm_90":
             return LaunchConfig(16, 8, 2, block_n=16)
         return LaunchConfig(32, 16, 2, block_n=32)
@@ -133,10 +143,10 @@ def _attention_backward(
         return LaunchConfig(32, 4 if small else 8, 1, block_n=32)
     if target == "sm_90":
         return LaunchConfig(64, 4 if small else 8, 2, block_n=64, use_tma=True)
+    if small and (for_keys or dropout):
+        return LaunchConfig(64, 4, 2, block_n=32)
     if not for_keys:
         return LaunchConfig(64, 4 if small else 8, 2, block_n=64)
-    if small:
-        return LaunchConfig(64, 4, 3, block_n=32)
     return LaunchConfig(32, 8, 2, block_n=64)
 
 

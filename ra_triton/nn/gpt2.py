@@ -46,7 +46,7 @@ def to_gpt2(module: nn.Module, *, orientation: str = "linear") -> dict[str, Tens
             for factor in attention.c_attn.state_dict():
                 del state[f"{name}c_attn.{factor}"]
             W_fused, bias = attention.c_attn.fused()
-            state[f"{name}c_attn.weight"] = W_fused.mT.contiguous()
+            state[f"{name}c_attn.weight"] = _transpose(W_fused)
             if bias is not None:
                 state[f"{name}c_attn.bias"] = bias.clone()
     return _with_biases(_transposed(state)) if orientation == "conv1d" else state
@@ -123,13 +123,18 @@ def _owner(name: str) -> str:
 
 
 def _transposed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Projection weights in the other orientation, each with memory of its own."""
+    """Projection weights in the other orientation."""
     return {
-        name: t.mT.contiguous()
+        name: _transpose(t)
         if _owner(name) in PROJECTIONS and name.endswith("weight") and t.dim() == 2
         else t
         for name, t in state.items()
     }
+
+
+def _transpose(t: Tensor) -> Tensor:
+    """A contiguous copy: files hold no strides, and the layer keeps its own weight."""
+    return t.mT.clone(memory_format=torch.contiguous_format)
 
 
 def _with_biases(state: dict[str, Tensor]) -> dict[str, Tensor]:

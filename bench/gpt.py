@@ -1,0 +1,156 @@
+"""A small GPT-2 after nanoGPT, with its names, and with the attention layer as an argument.
+
+Activations are GPT-2's own (tanh GELU), so weights exchange with stock GPT-2.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes of a model; the names are nanoGPT's.
+
+    Attributes:
+        block_size: longest sequence.
+        vocab_size: tokens; 256 for bytes.
+        n_layer: blocks.
+        n_head: heads per block.
+        n_embd: channels, a multiple of ``n_head``.
+        dropout: probability, in training.
+        bias: whether linear layers and layer norms have one.
+    """
+
+    block_size: int = 128
+    vocab_size: int = 256
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    dropout: float = 0.0
+    bias: bool = True
+
+
+class CausalSelfAttention(nn.Module):
+    """nanoGPT's attention: ``x [B, T, C]`` to ``[B, T, C]``."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        """Projections of the config's sizes."""
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend to the token itself and all before it."""
+        heads = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # [B, T, 3, H, D]
+        q, k, v = (t.transpose(1, 2) for t in heads.unbind(2))
+        dropout_p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
+
+
+AttentionMaker = Callable[[GPTConfig], nn.Module]
+
+
+class MLP(nn.Module):
+    """Two linear layers, four times as wide between them."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        """Projections of the config's sizes."""
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU(approximate="tanh")
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, T, C]`` to ``[B, T, C]``."""
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each after a layer norm and beside a residual."""
+
+    def __init__(self, config: GPTConfig, attention: AttentionMaker) -> None:
+        """``attention(config)`` makes the attention layer."""
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, T, C]`` to ``[B, T, C]``."""
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """A language model: tokens ``[B, T]`` to logits ``[B, T, vocab_size]``."""
+
+    def __init__(self, config: GPTConfig, attention: AttentionMaker = CausalSelfAttention) -> None:
+        """GPT-2's initialisation; ``attention(config)`` makes each attention layer.
+
+        ``attention`` is called like nanoGPT's class, so ``RACausalSelfAttention.from_config`` fits.
+        """
+        super().__init__()
+        self.config = config
+        wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": wte,
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList(Block(config, attention) for _ in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = wte.weight  # tied
+        self.apply(_initialise)
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of the next token at each position.
+
+        Raises:
+            ValueError: more tokens than ``block_size``.
+        """
+        length = tokens.shape[1]
+        if length > self.config.block_size:
+            raise ValueError(f"at most {self.config.block_size} tokens, got {length}")
+        parts = self.transformer
+        x = parts["wte"](tokens) + parts["wpe"](torch.arange(length, device=tokens.device))
+        x = parts["drop"](x)
+        for block in parts["h"]:  # type: ignore[attr-defined]  # a ModuleList
+            x = block(x)
+        return self.lm_head(parts["ln_f"](x))
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of each token of ``[B, T]`` after those before it."""
+        logits = self(tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """``tokens [B, T]`` and ``count`` drawn ones after them."""
+        for _ in range(count):
+            logits = self(tokens[:, -self.config.block_size :])[:, -1].float()
+            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            tokens = torch.cat((tokens, drawn), dim=1)
+        return tokens
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

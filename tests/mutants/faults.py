@@ -1,0 +1,924 @@
+"""The faults: one edit each, and the tests that ought to notice it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One edit of one file.
+
+    Attributes:
+        name: what is wrong.
+        file: path from the repository's root.
+        old: text that occurs exactly once in the file.
+        new: what replaces it.
+        tests: pytest arguments, node ids alone.
+        hangs: whether running past the limit counts as killed.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    hangs: bool = False
+
+
+TILES = "ra_triton/kernels/tiles.py"
+FORWARD = "ra_triton/kernels/attention_forward.py"
+BACKWARD = "ra_triton/kernels/attention_backward.py"
+PROJECTION = "ra_triton/kernels/projection.py"
+WEIGHT = "ra_triton/kernels/projection_backward.py"
+PACKING = "ra_triton/kernels/packing.py"
+LAUNCHES, OPS, API = "ra_triton/launches.py", "ra_triton/ops.py", "ra_triton/api.py"
+LAYOUT, WEIGHTS = "ra_triton/layout.py", "ra_triton/weights.py"
+SDPA = "ra_triton/backend/sdpa.py"
+
+_A, _I, _P = (f"tests/test_{name}.py::test_" for name in ("attention", "invariance", "projection"))
+LENGTHS = f"{_A}lengths_around_tile_boundaries"
+T_Q_T_K = f"{_A}queries_and_keys_of_different_length"
+NO_KEYS = f"{_A}rows_without_keys_give_zero_and_minus_infinity"
+HEAD_DIMS = f"{_A}head_dims_also_those_that_are_no_power_of_two"
+GROUPS = f"{_A}grouped_heads"
+SCALES = f"{_A}softmax_scale {_A}logits_of_every_size"
+PROMISE = f"{_A}error_is_within_the_promise_of_eager_pytorch"
+WINDOWS = f"{_A}sdpa_windows_include_both_ends"
+LAYOUTS = f"{_I}one_operand_in_another_layout_than_the_others"
+X_LAYOUTS = f"{_I}x_and_weight_in_any_two_layouts"
+REDZONES = f"{_I}memory_around_the_operands_does_not_matter"
+X_REDZONES = f"{_I}memory_around_x_and_the_weight_does_not_matter"
+ANY_ORDER = f"{_I}programs_in_any_order_give_the_same_bits"
+SIZES = f"{_P}sizes_around_tile_boundaries"
+VIEWS = f"{_P}the_inputs_may_be_any_views"
+OUT = f"{_P}out_receives_the_result"
+LANES = f"{_P}lanes_land_where_the_definition_says"
+PACK = "tests/test_packing.py::test_pack_qk_joins_lanes_and_leaves_its_inputs"
+PACK_IN_PLACE = "tests/test_packing.py::test_pack_qk_in_place_writes_the_low_lanes_alone"
+COMPOSED = "tests/test_weights.py::test_composed_scores_are_those_of_the_definition"
+GAPS = "tests/test_mutant_gaps.py"
+_G = "tests/test_gradients.py"
+GRADIENTS = GRADIENT_LAYOUTS = GRADIENT_SUBSETS = DROPOUT = WEIGHT_GRADIENTS = _G
+
+
+def far(case: str) -> str:
+    """One case of the offsets beyond 2³¹."""
+    return f"'tests/test_offsets.py::test_offsets_beyond_two_to_the_thirty_first[{case}]'"
+
+
+TILE_FAULTS = [
+    Fault(
+        "causal: one key too many",
+        TILES,
+        "tl.minimum(offs_m + 1 + (T_k - T_q), T_k)",
+        "tl.minimum(offs_m + 2 + (T_k - T_q), T_k)",
+        LENGTHS,
+    ),
+    Fault(
+        "causal: aligned top-left",
+        TILES,
+        "key_limit = tl.minimum(offs_m + 1 + (T_k - T_q), T_k)",
+        "key_limit = tl.minimum(offs_m + 1, T_k)",
+        T_Q_T_K,
+    ),
+    Fault(
+        "causal: one tile too far without a mask",
+        TILES,
+        "tl.maximum(m + 1 + (T_k - T_q), 0), T_k) // BLOCK_N * BLOCK_N",
+        "tl.maximum(m + 1 + (T_k - T_q), 0), T_k) // BLOCK_N * BLOCK_N + BLOCK_N",
+        LENGTHS,
+    ),
+    Fault(
+        "causal: keys end a tile early",
+        TILES,
+        "end = tl.maximum(tl.minimum(m + BLOCK_M, T_q) + (T_k - T_q), 0)",
+        "end = tl.maximum(tl.minimum(m + BLOCK_M, T_q) + (T_k - T_q) - BLOCK_N, 0)",
+        LENGTHS,
+    ),
+    Fault(
+        "keys past the end of a tile are loaded without a limit",
+        TILES,
+        "key_limit = tl.minimum(offs_m + 1 + (T_k - T_q), T_k)",
+        "key_limit = offs_m + 1 + (T_k - T_q)",
+        f"{LENGTHS} {T_Q_T_K} {REDZONES}",
+    ),
+    Fault(
+        "full attention: tail mask dropped",
+        TILES,
+        "unmasked = T_k // BLOCK_N * BLOCK_N",
+        "unmasked = tl.cdiv(T_k, BLOCK_N) * BLOCK_N",
+        f"{T_Q_T_K} {REDZONES}",
+    ),
+    Fault(
+        "full attention: last key tile skipped", TILES, "end = T_k\n", "end = unmasked\n", T_Q_T_K
+    ),
+    Fault(
+        "load: rows past the end not masked",
+        TILES,
+        "mask = (offs_t[:, None] < n_rows - row) & (offs_d[None, :] < D)\n            tile",
+        "mask = (offs_t[:, None] >= 0) & (offs_d[None, :] < D)\n            tile",
+        REDZONES,
+    ),
+    Fault(
+        "load: lanes past D not masked in cut tiles",
+        TILES,
+        "& (offs_d[None, :] < D)\n            tile = tl.load(pointers, mask=mask, other=0.0)",
+        "& (offs_d[None, :] >= 0)\n            tile = tl.load(pointers, mask=mask, other=0.0)",
+        REDZONES,
+    ),
+    Fault(
+        "load: lanes past D not masked in full tiles",
+        TILES,
+        "tile = tl.load(pointers, mask=offs_d[None, :] < D, other=0.0)",
+        "tile = tl.load(pointers)",
+        HEAD_DIMS,
+    ),
+    Fault(
+        "load: masked elements are not zero",
+        TILES,
+        "tile = tl.load(pointers, mask=mask, other=0.0)",
+        "tile = tl.load(pointers, mask=mask, other=1.0)",
+        HEAD_DIMS,
+    ),
+    Fault(
+        "load: what masked elements hold is left open",
+        TILES,
+        "tile = tl.load(pointers, mask=mask, other=0.0)",
+        "tile = tl.load(pointers, mask=mask)",
+        GAPS,
+    ),
+    Fault(
+        "load: row * stride in 32 bits",
+        TILES,
+        "row_ptr = source + tl.cast(row, tl.int64) * stride_t * ALIGNMENT",
+        "row_ptr = source + row * stride_t * ALIGNMENT",
+        far("attention over tiles far apart"),
+    ),
+    Fault(
+        "load: offsets inside a tile always in 32 bits",
+        TILES,
+        "in_tile = offs_t.to(tl.int64) if WIDE else offs_t",
+        "in_tile = offs_t",
+        far("attention with a long token stride"),
+    ),
+    Fault(
+        "no tile is wide",
+        TILES,
+        "return elements >= 2**31",
+        "return False",
+        far("attention with a long token stride"),
+    ),
+    Fault(
+        "head_offset: batch in 32 bits",
+        TILES,
+        "tl.cast(b, tl.int64) * stride_b",
+        "b * stride_b",
+        far("attention with a long batch stride"),
+    ),
+    Fault(
+        "head_offset: head in 32 bits",
+        TILES,
+        "tl.cast(h, tl.int64) * stride_h",
+        "h * stride_h",
+        far("attention with a long head stride"),
+    ),
+    Fault(
+        "head_offset: batch and head strides swapped",
+        TILES,
+        "(tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h)",
+        "(tl.cast(b, tl.int64) * stride_h + tl.cast(h, tl.int64) * stride_b)",
+        GROUPS,
+    ),
+    Fault(
+        "store: rows past the end are written",
+        TILES,
+        "mask = (offs_t[:, None] < n_rows - row) & (offs_d[None, :] < D)\n    pointers",
+        "mask = (offs_t[:, None] >= 0) & (offs_d[None, :] < D)\n    pointers",
+        f"{ANY_ORDER} {GAPS}",
+    ),
+    Fault(
+        "store: lanes past D are written",
+        TILES,
+        "& (offs_d[None, :] < D)\n    pointers",
+        "& (offs_d[None, :] >= 0)\n    pointers",
+        f"{HEAD_DIMS} {GAPS}",
+    ),
+    Fault(
+        "store: row * stride in 32 bits",
+        TILES,
+        "row_ptr = pointer + tl.cast(row, tl.int64) * stride_t\n",
+        "row_ptr = pointer + row * stride_t\n",
+        GAPS,
+    ),
+    Fault(
+        "is_aligned: storage offset ignored",
+        TILES,
+        "t.data_ptr() % 16 == 0\n        and ",
+        "",
+        GAPS,
+    ),
+    Fault("is_aligned: stride 0 accepted", TILES, "stride > 0 and stride", "stride", GAPS),
+    Fault(
+        "is_aligned: strides ignored", TILES, "stride > 0 and stride * size % 16 == 0", "stride > 0",
+        LAYOUTS,
+    ),
+]  # fmt: skip
+
+FORWARD_FAULTS = [
+    Fault(
+        "forward: key mask includes its limit",
+        FORWARD,
+        "offs_n[None, :] < key_limit[:, None], s",
+        "offs_n[None, :] <= key_limit[:, None], s",
+        LENGTHS,
+    ),
+    Fault(
+        "forward: no guard against -inf - -inf",
+        FORWARD,
+        'm_scaled = tl.where(m_new == float("-inf"), 0.0, m_scaled)',
+        "m_scaled = m_new * scale_log2",
+        NO_KEYS,
+    ),
+    Fault(
+        "forward: no guard against a sum of 0",
+        FORWARD,
+        "l_i = tl.where(l_i == 0.0, 1.0, l_i)",
+        "l_i = l_i * 1.0",
+        NO_KEYS,
+    ),
+    Fault(
+        "forward: acc not rescaled",
+        FORWARD,
+        "acc = acc * alpha[:, None]",
+        "acc = acc * 1.0",
+        LENGTHS,
+    ),
+    Fault(
+        "forward: l_i not rescaled", FORWARD, "l_i * alpha + tl.sum(p, 1)", "l_i + tl.sum(p, 1)",
+        LENGTHS,
+    ),
+    Fault(
+        "forward: maximum of this tile alone",
+        FORWARD,
+        "m_new = tl.maximum(m_i, tl.max(s, 1))",
+        "m_new = tl.max(s, 1)",
+        f"{T_Q_T_K} {SCALES}",
+    ),
+    Fault("forward: lse in base 2", FORWARD, "tl.log2(l_i)) * LN2", "tl.log2(l_i))", LENGTHS),
+    Fault(
+        "forward: lse without the maximum",
+        FORWARD,
+        "(m_i * scale_log2 + tl.log2(l_i))",
+        "tl.log2(l_i)",
+        LENGTHS,
+    ),
+    Fault(
+        "forward: lse past the end is written",
+        FORWARD,
+        "+ offs_m, lse, mask=offs_m < T_q)",
+        "+ offs_m, lse)",
+        f"{ANY_ORDER} {GAPS}",
+    ),
+    Fault(
+        "forward: heads of a group interleaved", FORWARD, "h_kv = h // group", "h_kv = h % (H // group)",
+        GROUPS,
+    ),
+    Fault(
+        "forward: v of the head through k's strides",
+        FORWARD,
+        "v_source += head_offset(b, h_kv, stride_vb, stride_vh, ALIGNMENT)",
+        "v_source += head_offset(b, h_kv, stride_kb, stride_kh, ALIGNMENT)",
+        LAYOUTS,
+    ),
+    Fault(
+        "forward: rows of v at k's stride",
+        FORWARD,
+        "v_source, b, h_kv, n, stride_vt, T_k,",
+        "v_source, b, h_kv, n, stride_kt, T_k,",
+        LAYOUTS,
+    ),
+    Fault(
+        "forward: launched with k's token stride for v",
+        FORWARD,
+        "stride_vt=v.stride(1)",
+        "stride_vt=k.stride(1)",
+        LAYOUTS,
+    ),
+    Fault(
+        "forward: scale of the padded head dim",
+        FORWARD,
+        "softmax_scale = 1 / math.sqrt(D)",
+        "softmax_scale = 1 / math.sqrt(block_d_of(D))",
+        HEAD_DIMS,
+    ),
+    Fault(
+        "forward: scores rounded to the operands' dtype",
+        FORWARD,
+        "s = dot(q, k.T, None, PRECISION)",
+        "s = dot(q, k.T, None, PRECISION).to(q.dtype).to(tl.float32)",
+        f"{SCALES} {PROMISE}",
+    ),
+    Fault(
+        "forward: base of o in 32 bits",
+        FORWARD,
+        "o_ptr + (tl.cast(b, tl.int64) * T_q * H + h) * D",
+        "o_ptr + (b * T_q * H + h) * D",
+        LENGTHS,
+    ),
+    Fault(
+        "dropout: kept weights not scaled up",
+        FORWARD,
+        "acc / (l_i * (1 - dropout_p))[:, None] if DROPOUT else acc / l_i[:, None]",
+        "acc / l_i[:, None]",
+        DROPOUT,
+    ),
+    Fault(
+        "dropout: rows counted from the tile",
+        FORWARD,
+        "offs_m = m + tl.arange(0, BLOCK_M)\n            p = tl.where",
+        "offs_m = tl.arange(0, BLOCK_M)\n            p = tl.where",
+        DROPOUT,
+    ),
+    Fault(
+        "dropout: before the sum of the softmax",
+        FORWARD,
+        """        l_i = l_i * alpha + tl.sum(p, 1)
+        if DROPOUT:
+            offs_m = m + tl.arange(0, BLOCK_M)
+            p = tl.where(kept(seed, head, offs_m[:, None], offs_n[None, :], dropout_p), p, 0.0)
+""",
+        """        if DROPOUT:
+            offs_m = m + tl.arange(0, BLOCK_M)
+            p = tl.where(kept(seed, head, offs_m[:, None], offs_n[None, :], dropout_p), p, 0.0)
+        l_i = l_i * alpha + tl.sum(p, 1)
+""",
+        DROPOUT,
+    ),
+    Fault(
+        "dropout: the same for every head", TILES, "columns, rows, head, 0)", "columns, rows, 0, 0)",
+        DROPOUT,
+    ),
+    Fault("dropout: the same for every seed", TILES, "philox(seed, ", "philox(0, ", DROPOUT),
+    Fault("dropout: keeps what it should drop", TILES, ") >= dropout_p", ") < dropout_p", DROPOUT),
+    Fault(
+        "dropout: the same seed on every call",
+        LAUNCHES,
+        "torch.randint(2**63 - 1, (1,), dtype",
+        "torch.zeros((1,), dtype",
+        DROPOUT,
+    ),
+]  # fmt: skip
+
+BACKWARD_FAULTS = [
+    Fault(
+        "dq: delta forgotten", BACKWARD, "ds = p * (dp - delta[:, None])", "ds = p * dp", GRADIENTS
+    ),
+    Fault(
+        "dk: delta forgotten",
+        BACKWARD,
+        "dsT = pT * (dpT - delta[None, :])",
+        "dsT = pT * dpT",
+        GRADIENTS,
+    ),
+    Fault("delta: dlse forgotten", BACKWARD, "delta -= tl.load(", "0.0 * tl.load(", GRADIENTS),
+    Fault("delta: dlse added", BACKWARD, "delta -= tl.load(", "delta += tl.load(", GRADIENTS),
+    Fault(
+        "delta: heads and tokens swapped",
+        BACKWARD,
+        "out = (b * H + h) * T + t",
+        "out = (b * T + t) * H + h",
+        GRADIENTS,
+    ),
+    Fault(
+        "delta: dO at o's strides",
+        BACKWARD,
+        "**_strides(g=do),",
+        "**_strides(g=o),",
+        GRADIENT_LAYOUTS,
+    ),
+    Fault("delta: left out for dk alone", BACKWARD, "if dq is not None or dk is not None:",
+          "if dq is not None:", GRADIENT_SUBSETS),
+    Fault(
+        "dlse taken for contiguous", BACKWARD, "else dlse.contiguous()", "else dlse",
+        GRADIENT_LAYOUTS,
+    ),
+    Fault(
+        "dO of last stride 0 taken as it is",
+        BACKWARD,
+        "if do.stride(-1) != 1:",
+        "if False:",
+        GRADIENT_LAYOUTS,
+    ),
+    Fault("dO at q's strides", BACKWARD, "v=v, g=do)", "v=v, g=q)", GRADIENT_LAYOUTS),
+    Fault(
+        "dO not asked whether it is aligned",
+        BACKWARD,
+        "aligned = all(is_aligned(t) for t in (q, k, v, do))",
+        "aligned = all(is_aligned(t) for t in (q, k, v))",
+        GRADIENT_LAYOUTS,
+    ),
+    Fault(
+        "dO not asked whether its tiles are wide",
+        BACKWARD,
+        "max(t.stride(1) for t in (q, k, v, do))",
+        "max(t.stride(1) for t in (q, k, v))",
+        GAPS,
+    ),
+    Fault("dq: scale forgotten", BACKWARD, "dq * (scale_log2 * LN2), m", "dq, m", GRADIENTS),
+    Fault("dk: scale forgotten", BACKWARD, "dk * (scale_log2 * LN2), n", "dk, n", GRADIENTS),
+    Fault("dk: scale in base 2", BACKWARD, "dk * (scale_log2 * LN2)", "dk * scale_log2", GRADIENTS),
+    Fault("dk, dv: lse in base 2", BACKWARD, "(lse * LOG2E)[None, :]", "lse[None, :]", GRADIENTS),
+    Fault(
+        "dk, dv: the diagonal is masked",
+        BACKWARD,
+        "offs_m[None, :] >= first_query[:, None]",
+        "offs_m[None, :] > first_query[:, None]",
+        GRADIENTS,
+    ),
+    Fault(
+        "dq: key mask includes its limit",
+        BACKWARD,
+        "offs_n[None, :] < key_limit[:, None], p",
+        "offs_n[None, :] <= key_limit[:, None], p",
+        GRADIENTS,
+    ),
+    Fault(
+        "dk, dv: causal mask aligned top-left",
+        BACKWARD,
+        "first_query = n + tl.arange(0, BLOCK_N) - (T_k - T_q)",
+        "first_query = n + tl.arange(0, BLOCK_N)",
+        GRADIENTS,
+    ),
+    Fault(
+        "dk, dv: first query tile skipped",
+        BACKWARD,
+        "begin = tl.maximum(n - (T_k - T_q), 0) // BLOCK_M * BLOCK_M",
+        "begin = tl.cdiv(tl.maximum(n - (T_k - T_q), 0), BLOCK_M) * BLOCK_M",
+        GRADIENTS,
+    ),
+    Fault(
+        "dk, dv: a cut query tile goes unmasked",
+        BACKWARD,
+        "tl.minimum(tl.cdiv(last, BLOCK_M) * BLOCK_M, T_q)",
+        "tl.minimum(last // BLOCK_M * BLOCK_M, T_q)",
+        GRADIENTS,
+    ),
+    Fault(
+        "dk, dv: rows past the end have lse 0",
+        BACKWARD,
+        'lse_ptr + offs_m, mask=offs_m < T_q, other=float("inf"))',
+        "lse_ptr + offs_m, mask=offs_m < T_q, other=0.0)",
+        GRADIENTS,
+    ),
+    Fault(
+        "dk, dv: rows past the end have lse -inf",
+        BACKWARD,
+        'lse_ptr + offs_m, mask=offs_m < T_q, other=float("inf"))',
+        'lse_ptr + offs_m, mask=offs_m < T_q, other=float("-inf"))',
+        GRADIENTS,
+    ),
+    Fault(
+        "dk, dv: one head of the group left out",
+        BACKWARD,
+        "tl.range(h_kv * group, (h_kv + 1) * group)",
+        "tl.range(h_kv * group, (h_kv + 1) * group - 1)",
+        GRADIENTS,
+    ),
+    Fault(
+        "dq: heads of a group interleaved",
+        BACKWARD,
+        "h_kv = h // group",
+        "h_kv = h % (H // group)",
+        GRADIENTS,
+    ),
+    Fault(
+        "dk, dv: rows of v at k's stride",
+        BACKWARD,
+        "v_source, b, h_kv, n, stride_vt, T_k,\n        D, True",
+        "v_source, b, h_kv, n, stride_kt, T_k,\n        D, True",
+        GRADIENT_LAYOUTS,
+    ),
+    Fault(
+        "dq: rows of v at k's stride",
+        BACKWARD,
+        "v_source, b, h_kv, n, stride_vt, T_k,\n            D, MASKED",
+        "v_source, b, h_kv, n, stride_kt, T_k,\n            D, MASKED",
+        GRADIENT_LAYOUTS,
+    ),
+    Fault(
+        "dk, dv: launched as if dv were needed",
+        BACKWARD,
+        "NEED_DV=dv is not None",
+        "NEED_DV=True",
+        GRADIENT_SUBSETS,
+    ),
+    Fault(
+        "no queries or keys: gradients left as they are",
+        BACKWARD,
+        "                t.zero_()",
+        "                pass",
+        GRADIENTS,
+    ),
+    Fault(
+        "dropout: backward forgets the batch",
+        BACKWARD,
+        "keep = kept(seed, head, offs_m[None, :], offs_n[:, None], dropout_p)",
+        "keep = kept(seed, h, offs_m[None, :], offs_n[:, None], dropout_p)",
+        DROPOUT,
+    ),
+    Fault(
+        "dropout: backward swaps rows and columns",
+        BACKWARD,
+        "keep = kept(seed, head, offs_m[:, None], offs_n[None, :], dropout_p)",
+        "keep = kept(seed, head, offs_n[None, :], offs_m[:, None], dropout_p)",
+        DROPOUT,
+    ),
+    Fault(
+        "dropout: backward counts columns from the tile",
+        BACKWARD,
+        "offs_n = n + tl.arange(0, BLOCK_N)\n            keep",
+        "offs_n = tl.arange(0, BLOCK_N)\n            keep",
+        DROPOUT,
+    ),
+    Fault("dropout: dv from all weights", BACKWARD, "dot((pT * zT)", "dot(pT", DROPOUT),
+    Fault(
+        "dropout: dk from all weights",
+        BACKWARD,
+        "dpT = dot(v, do.T, None, PRECISION) * zT",
+        "dpT = dot(v, do.T, None, PRECISION)",
+        DROPOUT,
+    ),
+    Fault(
+        "dropout: dq not scaled up",
+        BACKWARD,
+        "tl.where(keep, dp / (1 - dropout_p), 0.0)",
+        "tl.where(keep, dp, 0.0)",
+        DROPOUT,
+    ),
+    Fault(
+        "dropout: backward draws another seed",
+        OPS,
+        "do, dlse, dq, dk, dv, ctx.options, seed\n",
+        "do, dlse, dq, dk, dv, ctx.options, launches.new_seed(v, ctx.options)\n",
+        DROPOUT,
+    ),
+    Fault(
+        "attention: dq and dk returned in the wrong order",
+        OPS,
+        "return dq, dk, dv, None, None",
+        "return dk, dq, dv, None, None",
+        GRADIENTS,
+    ),
+    Fault(
+        "attention: no dO means garbage",
+        OPS,
+        "torch.zeros_like(out) if do is None",
+        "torch.empty_like(out) if do is None",
+        GRADIENTS,
+    ),
+    Fault(
+        "layer: gradients overwrite the saved operands",
+        LAUNCHES,
+        "dpacked = torch.empty_like(packed)",
+        "dpacked = packed",
+        GRADIENTS,
+    ),
+]  # fmt: skip
+
+PROJECTION_FAULTS = [
+    Fault("C taken for a multiple of the tile", PROJECTION, "EVEN_C=C % config.block_k == 0",
+          "EVEN_C=True", SIZES),
+    Fault(
+        "tail of C: x not masked",
+        PROJECTION,
+        "x = tl.load(x_pointers, mask=offs_k[None, :] < C - k, other=0.0)",
+        "x = tl.load(x_pointers)",
+        X_REDZONES,
+    ),
+    Fault(
+        "tail of C: weight not masked",
+        PROJECTION,
+        "mask_w = (offs_k[:, None] < C - k) & (offs_n[None, :] < N)",
+        "mask_w = offs_n[None, :] < N",
+        X_REDZONES,
+    ),
+    Fault(
+        "tail of N: weight not masked",
+        PROJECTION,
+        "w = tl.load(w_pointers, mask=offs_n[None, :] < N, other=0.0)",
+        "w = tl.load(w_pointers)",
+        f"{SIZES} {X_REDZONES}",
+    ),
+    Fault(
+        "bias added twice", PROJECTION, "acc += tl.load(bias_ptr", "acc += 2 * tl.load(bias_ptr",
+        SIZES,
+    ),
+    Fault(
+        "bias not added in the last column tile",
+        PROJECTION,
+        "bias_ptr + offs_n, mask=offs_n < N,",
+        "bias_ptr + offs_n, mask=offs_n < N - BLOCK_N,",
+        SIZES,
+    ),
+    Fault(
+        "bias taken for contiguous", PROJECTION, "else bias.contiguous()", "else bias",
+        f"{_P}a_bias_with_any_stride",
+    ),
+    Fault(
+        "x always taken for one long batch element",
+        PROJECTION,
+        "flat = B == 1 or x.stride(0) == T * x.stride(1)",
+        "flat = True",
+        X_LAYOUTS,
+    ),
+    Fault(
+        "weight taken for row-major", PROJECTION, "stride_wn=w.stride(1)", "stride_wn=1", VIEWS
+    ),
+    Fault(
+        "x: batch in 32 bits",
+        PROJECTION,
+        "tl.cast(row // T, tl.int64)",
+        "(row // T)",
+        far("projection with a long batch stride"),
+    ),
+    Fault(
+        "x: token in 32 bits",
+        PROJECTION,
+        "tl.cast(row % T, tl.int64)",
+        "(row % T)",
+        far("projection with a long token stride"),
+    ),
+    Fault(
+        "weight: k * stride in 32 bits",
+        PROJECTION,
+        "tl.cast(k, tl.int64) * stride_wc",
+        "k * stride_wc",
+        far("projection with weight tiles far apart"),
+    ),
+    Fault(
+        "weight: offsets inside a tile always in 32 bits",
+        PROJECTION,
+        "in_k = offs_k.to(tl.int64) if WIDE else offs_k",
+        "in_k = offs_k",
+        far("projection with long weight rows"),
+    ),
+    Fault(
+        "y: row * N in 32 bits",
+        PROJECTION,
+        "tl.cast(offs_m, tl.int64)[:, None] * N",
+        "offs_m[:, None] * N",
+        SIZES,
+    ),
+    Fault(
+        "tile order: the last group is full",
+        PROJECTION,
+        "size = tl.minimum(n_m - first, GROUP_M)",
+        "size = GROUP_M",
+        SIZES,
+    ),
+    Fault(
+        "out ignored", PROJECTION, "device=x.device) if out is None else out", "device=x.device)",
+        OUT,
+    ),
+    Fault(
+        "y: rows past the end are written",
+        PROJECTION,
+        "mask = (offs_m[:, None] < M) & (offs_n[None, :] < N)",
+        "mask = (offs_m[:, None] >= 0) & (offs_n[None, :] < N)",
+        GAPS,
+    ),
+    Fault(
+        "dW: tokens past the end of a split are added",
+        WEIGHT,
+        "inside = (row < end)[:, None]",
+        "inside = (row >= 0)[:, None]",
+        WEIGHT_GRADIENTS,
+    ),
+    Fault(
+        "dW: a split ends where the next one ends",
+        WEIGHT,
+        "end = tl.minimum((split + 1) * split_rows, M)\n    offs_c",
+        "end = tl.minimum((split + 2) * split_rows, M)\n    offs_c",
+        WEIGHT_GRADIENTS,
+    ),
+    Fault(
+        "dW: every split writes the same place",
+        WEIGHT,
+        "(tl.cast(split, tl.int64) * C + offs_c)",
+        "offs_c",
+        WEIGHT_GRADIENTS,
+    ),
+    Fault(
+        "dW: x always taken for one long batch element",
+        WEIGHT,
+        "if B == 1 or x.stride(0) == T * x.stride(1):",
+        "if True:",
+        WEIGHT_GRADIENTS,
+    ),
+    Fault("dW: not zeroed without tokens", WEIGHT, "return dw.zero_()", "return dw",
+          WEIGHT_GRADIENTS),
+    Fault("dbias: not zeroed without tokens", WEIGHT, "return dbias.zero_()", "return dbias",
+          WEIGHT_GRADIENTS),
+    Fault(
+        "dbias: rows past the end are added",
+        WEIGHT,
+        "mask = (row < end)[:, None] & (offs_n < N)[None, :]",
+        "mask = (row >= 0)[:, None] & (offs_n < N)[None, :]",
+        WEIGHT_GRADIENTS,
+    ),
+    Fault(
+        "the last split is left out", WEIGHT, "tl.range(0, splits)", "tl.range(0, splits - 1)",
+        WEIGHT_GRADIENTS,
+    ),
+    Fault(
+        "the rows of the last split are left out",
+        WEIGHT,
+        "return triton.cdiv(rows, split_rows), split_rows",
+        "return max(1, rows // split_rows), split_rows",
+        WEIGHT_GRADIENTS,
+    ),
+    Fault(
+        "dx: weight read in its own order instead of transposed",
+        LAUNCHES,
+        "projection(dy, W_packed.mT, None)",
+        "projection(dy, W_packed.reshape(W_packed.mT.shape), None)",
+        WEIGHT_GRADIENTS,
+    ),
+    Fault(
+        "dy taken for contiguous",
+        OPS,
+        "launches.project_backward(x, W_packed, dy.contiguous()",
+        "launches.project_backward(x, W_packed, dy",
+        WEIGHT_GRADIENTS,
+    ),
+    Fault(
+        "dbias only where dW is needed",
+        LAUNCHES,
+        "bias_gradient(dy) if needed[2]",
+        "bias_gradient(dy) if needed[1]",
+        WEIGHT_GRADIENTS,
+    ),
+]  # fmt: skip
+
+LANE_FAULTS = [
+    Fault(
+        "pack: queries carry Q_low", PACKING, "q_ptr, k_low_ptr, q_pack_ptr",
+        "q_ptr, q_low_ptr, q_pack_ptr", PACK,
+    ),
+    Fault(
+        "pack: K_low at Q_low's strides",
+        PACKING,
+        "stride_qb, stride_qt, stride_qh, stride_klb, stride_klt, stride_klh",
+        "stride_qb, stride_qt, stride_qh, stride_qlb, stride_qlt, stride_qlh",
+        PACK,
+    ),
+    Fault("pack: low lanes begin one late", PACKING, "lane >= D - R\n", "lane > D - R\n", PACK),
+    Fault(
+        "pack: lanes past D are written",
+        PACKING,
+        "(row < n_rows)[:, None] & (lane < D)",
+        "(row < n_rows)[:, None]",
+        PACK_IN_PLACE,
+    ),
+    Fault(
+        "pack: rows past the end are written",
+        PACKING,
+        "(row < n_rows)[:, None] & (lane < D)",
+        "(row >= 0)[:, None] & (lane < D)",
+        PACK_IN_PLACE,
+    ),
+    Fault(
+        "pack: head in 32 bits",
+        PACKING,
+        "h = tl.cast(row % H, tl.int64)[:, None]",
+        "h = (row % H)[:, None]",
+        far("packing with a long head stride"),
+    ),
+    Fault(
+        "pack: grid for the queries alone",
+        PACKING,
+        "grid = (triton.cdiv(B * T * max(H, H_kv), config.block_m), 2)",
+        "grid = (triton.cdiv(B * T * H, config.block_m), 2)",
+        GAPS,
+    ),
+    Fault(
+        "pack in place: sources not copied first",
+        API,
+        "return source.clone() if shared else source",
+        "return source",
+        "tests/test_packing.py::test_packing_a_buffer_whose_low_lanes_are_views_of_itself",
+    ),
+    Fault(
+        "layout: low lanes first",
+        LAYOUT,
+        'q_pack = torch.cat((s["q_std"], s["k_low"])',
+        'q_pack = torch.cat((s["k_low"], s["q_std"])',
+        LANES,
+    ),
+    Fault(
+        "layout: queries carry Q_low",
+        LAYOUT,
+        'torch.cat((s["q_std"], s["k_low"]), dim=-1)  # [..., H, D]\n'
+        '        k_pack = torch.cat((s["k_std"], s["q_low"])',
+        'torch.cat((s["q_std"], s["q_low"]), dim=-1)  # [..., H, D]\n'
+        '        k_pack = torch.cat((s["k_std"], s["k_low"])',
+        LANES,
+    ),
+    Fault(
+        "layout: Q_low and K_low sections swapped",
+        LAYOUT,
+        '"q_low": (H_kv, self.R),\n            "k_low": (H, self.R),',
+        '"k_low": (H, self.R),\n            "q_low": (H_kv, self.R),',
+        "tests/test_layout.py",
+    ),
+    Fault(
+        "bias left in split order",
+        API,
+        "None if bias is None else layout.pack(bias)",
+        "bias",
+        f"{_P}projection_matches_the_definition {_A}ra_attention_is_attention_over_the_projection "
+        "tests/test_backends.py::"
+        "test_sdpa_gradients_of_ra_attention_are_those_of_the_definition",
+    ),
+    Fault(
+        "gate w_rec on both sides",
+        WEIGHTS,
+        '"q_low": q_low,',
+        '"q_low": _gated("w_rec", w_rec, q_low),',
+        COMPOSED,
+    ),
+    Fault(
+        "gate w_std on both sides",
+        WEIGHTS,
+        '"k_std": k[..., : layout.d_std]',
+        '"k_std": _gated("w_std", w_std, k[..., : layout.d_std])',
+        COMPOSED,
+    ),
+    Fault(
+        "W_recip of the first head for all",
+        WEIGHTS,
+        "recip = W_recip.expand(",
+        "recip = W_recip.reshape(-1, D, layout.R)[:1].expand(",
+        COMPOSED,
+    ),
+    Fault(
+        "standard lanes from the end",
+        WEIGHTS,
+        '"k_std": k[..., : layout.d_std]',
+        '"k_std": k[..., layout.R :]',
+        COMPOSED,
+    ),
+]  # fmt: skip
+
+SDPA_FAULTS = [
+    Fault(
+        "sdpa: rows without keys as they come",
+        SDPA,
+        "out = out.masked_fill(no_key, 0.0)",
+        "out = out.masked_fill(no_key & False, 0.0)",
+        f"{NO_KEYS} {WINDOWS}",
+    ),
+    Fault(
+        "sdpa: no keys gives 0 * q",
+        SDPA,
+        "q.masked_fill(q.new_ones((), dtype=torch.bool), 0.0)",
+        "q * 0",
+        f"{_A}no_keys_gives_zero_whatever_the_query",
+    ),
+    Fault("sdpa: left end left out", SDPA, "mask &= ahead >= -left", "mask &= ahead > -left",
+          WINDOWS),
+    Fault("sdpa: right end left out", SDPA, "mask &= ahead <= right", "mask &= ahead < right",
+          WINDOWS),
+    Fault("sdpa: aligned top-left", SDPA, "[:, None] + (T_k - T_q)", "[:, None]", T_Q_T_K),
+    Fault(
+        "sdpa: is_causal for every length",
+        SDPA,
+        "options.causal and T_q == T_k and left < 0",
+        "options.causal and left < 0",
+        T_Q_T_K,
+    ),
+    Fault(
+        "sdpa: lse of interleaved heads",
+        SDPA,
+        "k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)",
+        "k.repeat(1, q.shape[1] // k.shape[1], 1, 1)",
+        GROUPS,
+    ),
+    Fault("sdpa: packing without rank writes all lanes", SDPA, "    if R:\n", "    if True:\n",
+          f"{PACK_IN_PLACE} tests/test_packing.py::test_empty_tensors"),
+]  # fmt: skip
+
+FAULTS = [
+    *TILE_FAULTS,
+    *FORWARD_FAULTS,
+    *BACKWARD_FAULTS,
+    *PROJECTION_FAULTS,
+    *LANE_FAULTS,
+    *SDPA_FAULTS,
+]
+
+# Faults that no test can see, and why; killing one is an error too.
+EXPECTED_SURVIVORS = {
+    "keys past the end of a tile are loaded without a limit": (
+        "equivalent: only rows past T_q have a limit past T_k, and they are not stored"
+    ),
+}

@@ -1,0 +1,225 @@
+"""The contract with PyTorch: opcheck, torch.compile, torch.export, torch.func, the workspace."""
+
+import pytest
+import torch
+from budget import assert_bitwise
+from strategies import DEVICE, backends, normal
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import ra_triton
+from ra_triton import library
+from ra_triton.nn import Workspace
+
+LENGTHS = (9, 16, 17, 33, 40, 50)
+
+
+def contiguous(t):
+    return t
+
+
+def heads_first(t):
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def tokens_first(t):
+    return t.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def sliced(t):
+    return torch.cat((t, t), dim=1)[:, : t.shape[1]]
+
+
+def fused(t):
+    return torch.stack((t, t, t), dim=2)[:, :, 1]
+
+
+def offset(t):
+    return torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape)
+
+
+LAYOUTS = (contiguous, heads_first, tokens_first, sliced, fused, offset)
+
+
+def leaf(t):
+    return t.detach().requires_grad_()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_of_attention(layout):
+    q, k, v = (leaf(layout(normal(2, 7, 3, 16, seed=seed))) for seed in range(3))
+    torch.library.opcheck(library.attention, (q, k, v, None, True, None, 0.0))
+    seed = torch.tensor([5], device=DEVICE)
+    torch.library.opcheck(library.attention, (q, k, v, seed, False, 0.3, 0.2))
+
+
+@pytest.mark.parametrize("layout", [contiguous, tokens_first, sliced, offset])
+def test_opcheck_of_projection_and_layer(layout):
+    x, W = leaf(layout(normal(2, 7, 24))), leaf(normal(24, 3 * 2 * 16))
+    bias = leaf(normal(96))
+    torch.library.opcheck(library.project, (x, W, bias))
+    torch.library.opcheck(library.project, (x, W, None))
+    torch.library.opcheck(library.layer, (x, W, bias, None, 2, 2, True, None, 0.0))
+
+
+def run(function, x, *others):
+    """Output and gradients of a sum of squares."""
+    inputs = [leaf(t) for t in (x, *others)]
+    out = function(*inputs)
+    return out.detach(), *torch.autograd.grad(out.square().sum(), inputs)
+
+
+def assert_compiles(function, make_inputs):
+    """One graph, forward and backward; the bits of eager; at most two recompiles in six lengths."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for T in LENGTHS:
+        inputs = make_inputs(T)
+        for actual, expected in zip(run(compiled, *inputs), run(function, *inputs), strict=True):
+            assert_bitwise(actual, expected, f"T={T}")
+    assert counter.frame_count <= 3
+
+
+@backends
+@pytest.mark.parametrize("weight_layout", ["split", "packed"])
+def test_ra_attention_compiles(backend, weight_layout):
+    W, bias = normal(24, 3 * 2 * 20, scale=0.2), normal(120)
+
+    def function(x, W, bias):
+        return ra_triton.ra_attention(
+            x, W, 3, n_head=2, bias=bias, weight_layout=weight_layout, backend=backend
+        )
+
+    assert_compiles(function, lambda T: (normal(2, T, 24, seed=T), W, bias))
+
+
+@backends
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_attention_compiles(backend, causal):
+    def function(q, k, v):
+        out, lse = ra_triton.packed_attention(
+            q, k, v, causal=causal, return_lse=True, backend=backend
+        )
+        return out * lse.transpose(1, 2).unsqueeze(-1)
+
+    assert_compiles(function, lambda T: [normal(2, T, 2, 16, seed=s) for s in range(3)])
+
+
+@backends
+def test_project_compiles(backend):
+    W = normal(24, 3 * 2 * 20, scale=0.2)
+
+    def function(x, W):
+        q, k, v = ra_triton.project(x, W, 3, n_head=2, backend=backend)
+        return q * k + v
+
+    assert_compiles(function, lambda T: (normal(2, T, 24, seed=T), W))
+
+
+@backends
+def test_ra_attention_exports(backend):
+    class Layer(torch.nn.Module):
+        def forward(self, x, W):
+            return ra_triton.ra_attention(x, W, 3, n_head=2, backend=backend)
+
+    W = normal(24, 3 * 2 * 20, scale=0.2)
+    length = torch.export.Dim("T", min=2, max=512)
+    program = torch.export.export(
+        Layer(), (normal(2, 9, 24), W), dynamic_shapes={"x": {1: length}, "W": None}
+    )
+    for T in (5, 64):
+        x = normal(2, T, 24, seed=T)
+        assert_bitwise(program.module()(x, W), Layer()(x, W))
+
+
+@backends
+def test_torch_func_grad_is_autograds(backend):
+    W, bias = normal(24, 3 * 2 * 20, scale=0.2), normal(120)
+
+    def loss(x, W, bias):
+        out = ra_triton.ra_attention(x, W, 3, n_head=2, bias=bias, backend=backend)
+        return out.square().sum()
+
+    x = normal(2, 9, 24)
+    actual = torch.func.grad(loss, argnums=(0, 1, 2))(x, W, bias)
+    inputs = [leaf(t) for t in (x, W, bias)]
+    for a, e in zip(actual, torch.autograd.grad(loss(*inputs), inputs), strict=True):
+        assert_bitwise(a, e)
+
+
+@backends
+def test_torch_func_grad_of_attention_and_projection(backend):
+    def loss(q, k, v, x, W):
+        out, lse = ra_triton.packed_attention(q, k, v, return_lse=True, backend=backend)
+        q_pack, _, _ = ra_triton.project(x, W, 3, n_head=2, backend=backend)
+        return out.square().sum() + lse.sum() + q_pack.square().sum()
+
+    inputs = [normal(2, 9, 2, 16, seed=seed) for seed in range(3)]
+    inputs += [normal(2, 9, 24), normal(24, 3 * 2 * 20, scale=0.2)]
+    actual = torch.func.grad(loss, argnums=tuple(range(5)))(*inputs)
+    inputs = [leaf(t) for t in inputs]
+    for a, e in zip(actual, torch.autograd.grad(loss(*inputs), inputs), strict=True):
+        assert_bitwise(a, e)
+
+
+def test_vmap_is_a_loop():
+    W, x = normal(24, 3 * 2 * 20, scale=0.2), normal(3, 2, 9, 24)
+
+    def function(x):
+        return ra_triton.ra_attention(x, W, 3, n_head=2, backend="triton")
+
+    mapped = torch.func.vmap(function)(x)
+    assert_bitwise(mapped, torch.stack([function(t) for t in x]))
+
+
+@backends
+def test_workspace_changes_no_bit(backend):
+    workspace, W = Workspace(), normal(24, 3 * 2 * 20, scale=0.2)
+    for T in (9, 33, 5, 33):
+        x = normal(2, T, 24, seed=T)
+        options = {"n_head": 2, "backend": backend}
+        out = ra_triton.ra_attention(x, W, 3, workspace=workspace, **options)
+        assert_bitwise(out, ra_triton.ra_attention(x, W, 3, **options))
+
+
+def test_workspace_makes_a_steady_state_without_allocations(monkeypatch):
+    workspace, W = Workspace(), normal(24, 3 * 2 * 20, scale=0.2)
+
+    def call(T):
+        return ra_triton.ra_attention(
+            normal(2, T, 24),
+            W,
+            n_head=2,
+            weight_layout="packed",
+            workspace=workspace,
+            backend="triton",
+        )
+
+    first = call(33)
+    allocations = []
+    for name in ("empty", "empty_like", "empty_strided", "zeros", "full"):
+        allocate = getattr(torch, name)
+
+        def counted(*args, allocate=allocate, **kwargs):
+            allocations.append(args)
+            return allocate(*args, **kwargs)
+
+        monkeypatch.setattr(torch, name, counted)
+    again = call(33)
+    smaller = call(9)
+    assert not allocations
+    assert again.data_ptr() == first.data_ptr() == smaller.data_ptr()
+
+
+@backends
+def test_workspace_refuses_gradients(backend):
+    x, W = normal(2, 9, 24), normal(24, 3 * 2 * 20).requires_grad_()
+    with pytest.raises(ValueError, match="workspace cannot be used while a gradient is needed"):
+        ra_triton.ra_attention(x, W, 3, n_head=2, workspace=Workspace(), backend=backend)
+    with torch.no_grad():
+        ra_triton.ra_attention(x, W, 3, n_head=2, workspace=Workspace(), backend=backend)
+
+
+def test_workspace_must_be_one():
+    with pytest.raises(TypeError, match="workspace must be a Workspace"):
+        ra_triton.ra_attention(normal(2, 9, 24), normal(24, 120), n_head=2, workspace={})
