@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: sweep test lint types aot clean
+.PHONY: sweep test mutants lint types aot clean
 
 sweep: $(VENV)/.installed            ## measure reciprocal attention against plain attention
 	$(BIN)/python bench/sweep.py $(ARGS)
 
 test: $(VENV)/.installed             ## hold the kernels against the reference
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+mutants: $(VENV)/.installed          ## plant faults in the source; the suite has to notice each
+	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

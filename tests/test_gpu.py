@@ -6,6 +6,7 @@ With a GPU the rest of the suite runs on it too, bfloat16 included.
 import pytest
 import torch
 from budget import assert_attention_close, assert_bitwise, assert_projection_close
+from gradient_budget import attention_gradient_budgets, check_gradients
 from strategies import normal
 
 import ra_triton
@@ -36,6 +37,21 @@ def test_every_attention_config_passes_the_gate(dtype, D, T):
             assert_attention_close(out, q, k, v, lse=lse, **options)
 
 
+@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize("D", [16, 20, 32, 64, 72, 80, 96, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_gradient_config_passes_the_gate(dtype, D, T):
+    for offset in (0, 1):
+        for causal in (True, False):
+            tensors = [t.detach().requires_grad_() for t in fused_qkv(2, T, 3, D, dtype, offset)]
+            out = ra_triton.packed_attention(*tensors, causal=causal, backend="triton")
+            do = normal(*out.shape, dtype=dtype, seed=9)
+            grads = torch.autograd.grad(out, tensors, do)
+            grads = dict(zip(("dq", "dk", "dv"), grads, strict=True))
+            budgets = attention_gradient_budgets(*tensors, do, causal=causal)
+            check_gradients(grads, budgets, dtype=dtype, case=f"D={D} T={T} causal={causal}")
+
+
 @pytest.mark.parametrize("C", [16, 72, 770, 768])
 @pytest.mark.parametrize("T", [1, 127, 129, 500])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,14 +79,22 @@ def test_float32_products_are_ieee_unless_pytorch_allows_tf32():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_hundred_calls_give_the_same_bits_under_load(dtype):
+def test_a_hundred_repeats_give_the_same_bits_under_load(dtype):
     x, W = normal(4, 300, 384, dtype=dtype), normal(384, 1152, dtype=dtype, scale=384**-0.5)
+    x.requires_grad_()
+    W.requires_grad_()
     ballast, load = torch.randn(2048, 2048, device=x.device), torch.cuda.Stream()
-    first = ra_triton.ra_attention(x, W, backend="triton")
+
+    def run():
+        out = ra_triton.ra_attention(x, W, backend="triton")
+        return out.detach(), *torch.autograd.grad(out.square().sum(), (x, W))
+
+    first = run()
     for _ in range(100):
         with torch.cuda.stream(load):
             ballast @ ballast
-        assert_bitwise(ra_triton.ra_attention(x, W, backend="triton"), first)
+        for again, expected in zip(run(), first, strict=True):
+            assert_bitwise(again, expected)
 
 
 def test_calls_run_on_the_current_stream():

@@ -103,14 +103,14 @@ def _projection(full_precision: bool, target: str, aligned: bool) -> LaunchConfi
 def _attention_forward(
     head_dim: int, full_precision: bool, target: str, aligned: bool, dropout: bool
 ) -> LaunchConfig:
+    small = head_dim <= 64
     if full_precision:  # static: no spill with IEEE products and with TF32
-        if head_dim <= 64:
-            return LaunchConfig(32, 4, 2, block_n=32)
+        if small:
+            return LaunchConfig(32, 8 if dropout else 4, 2, block_n=32)
         return LaunchConfig(32, 16, 2, block_n=16 if dropout else 32)
     if dropout and aligned:  # static: no spill
-        return LaunchConfig(
-            64, 4 if head_dim <= 64 else 8, 2, block_n=64, use_tma=target == "sm_90"
-        )
+        keys = 32 if small and target != "sm_90" else 64
+        return LaunchConfig(64, 4 if small else 8, 2, block_n=keys, use_tma=target == "sm_90")
     if target == "sm_90" and aligned:
         if head_dim <= 64:  # static: 187 registers, two CTAs per SM
             return LaunchConfig(128, 4, 2, block_n=64, use_tma=True)
@@ -124,7 +124,7 @@ def _attention_forward(
         return LaunchConfig(64, 8, 1, block_n=32)
     if head_dim <= 64:  # static: 255 registers, no spill, two CTAs per SM
         return LaunchConfig(128, 4, 3, block_n=64)
-    return LaunchConfig(128, 8, 2, block_n=64)  # static: 64 KB, fits the 99 KB of sm_86 and sm_89
+    return LaunchConfig(128, 8, 3, block_n=32)  # static: 200 registers, fits the 99 KB of sm_86
 
 
 def _attention_backward(
@@ -134,11 +134,11 @@ def _attention_backward(
     small = head_dim <= 64
     for_keys = stage == "key_value_gradient"
     if full_precision:
-        if small:
-            return LaunchConfig(32, 16 if dropout else 8, 2, block_n=32)
-        if for_keys and target != "sm_90":
+        if target != "sm_90":
+            if head_dim <= 32:
+                return LaunchConfig(32, 16, 2, block_n=32)
             return LaunchConfig(16, 8, 2, block_n=16)
-        return LaunchConfig(32, 16, 2, block_n=32)
+        return LaunchConfig(32, 8 if small and not dropout else 16, 2, block_n=32)
     if not aligned:
         return LaunchConfig(32, 4 if small else 8, 1, block_n=32)
     if target == "sm_90":

@@ -1,0 +1,48 @@
+"""Forward and backward on six small shapes, for NVIDIA's compute-sanitizer.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitize.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck python tests/sanitize.py
+
+Without PyTorch's caching each tensor is an allocation of its own, so that an access beside one is
+seen. The kernels should be in Triton's cache: run the script once without the sanitizer first.
+"""
+
+import torch
+
+import ra_triton
+
+SHAPES = (  # B, T, H, H_kv, D
+    (1, 1, 1, 1, 16),
+    (2, 65, 2, 1, 20),
+    (1, 130, 2, 2, 64),
+    (2, 127, 4, 2, 72),
+    (1, 200, 1, 1, 128),
+    (3, 64, 2, 2, 32),
+)
+
+
+def main() -> None:
+    """One forward and backward a shape, dtype and dropout rate."""
+    for B, T, H, H_kv, D in SHAPES:
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            for dropout_p in (0.0, 0.1):
+                C, N = 40, (H + 2 * H_kv) * D
+                x = torch.randn(B, T, C, device="cuda", dtype=dtype, requires_grad=True)
+                W = torch.randn(C, N, device="cuda", dtype=dtype, requires_grad=True)
+                bias = torch.randn(N, device="cuda", dtype=dtype, requires_grad=True)
+                out = ra_triton.ra_attention(
+                    x,
+                    W,
+                    n_head=H,
+                    n_kv_head=H_kv,
+                    bias=bias,
+                    dropout_p=dropout_p,
+                    backend="triton",
+                )
+                out.float().square().sum().backward()
+                torch.cuda.synchronize()
+        print(f"B={B} T={T} H={H} H_kv={H_kv} D={D}: done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
