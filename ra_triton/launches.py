@@ -28,13 +28,14 @@ def project(x: Tensor, W_packed: Tensor, bias: Tensor | None, out: Tensor | None
         return projection(x, W_packed, bias, out)
 
 
-def project_backward(
+def project_gradients(
     x: Tensor, W_packed: Tensor, dy: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``(dx, dW, dbias)``, each only if needed; ``dy`` is contiguous."""
+    """``(dx, dW, dbias)``, each only if needed."""
     from ra_triton.kernels.projection import projection
     from ra_triton.kernels.projection_backward import bias_gradient, weight_gradient
 
+    dy = dy.contiguous()
     with torch.cuda.device_of(x):
         return (
             projection(dy, W_packed.mT, None) if needed[0] else None,
@@ -105,6 +106,28 @@ def attend_backward(
         )
 
 
+def attention_gradients(
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    do: Tensor | None,
+    dlse: Tensor | None,
+    seed: Tensor | None,
+    options: AttentionOptions,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``(dq, dk, dv)``, each only if needed; a ``do`` of None is zero, and so is a ``dlse``."""
+    dq, dk, dv = (
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else None
+        for t, need in zip((q_pack, k_pack, v), needed, strict=True)
+    )
+    do = torch.zeros_like(out) if do is None else do
+    attend_backward(q_pack, k_pack, v, out, lse, do, dlse, dq, dk, dv, options, seed)
+    return dq, dk, dv
+
+
 def layer(
     x: Tensor,
     W_packed: Tensor,
@@ -133,7 +156,7 @@ def layer(
     return out, lse, packed
 
 
-def layer_backward(
+def layer_gradients(
     x: Tensor,
     W_packed: Tensor,
     packed: Tensor,
@@ -150,4 +173,4 @@ def layer_backward(
     q_pack, k_pack, v = layout.views(packed)
     dq, dk, dv = layout.views(dpacked)
     attend_backward(q_pack, k_pack, v, out, lse, do, None, dq, dk, dv, options, seed)
-    return project_backward(x, W_packed, dpacked, needed)
+    return project_gradients(x, W_packed, dpacked, needed)

@@ -60,7 +60,7 @@ def _(x: Tensor, W_packed: Tensor, bias: Tensor | None) -> Tensor:
 @torch.library.custom_op("ra_triton::project_backward", mutates_args=())
 def project_backward(x: Tensor, W_packed: Tensor, dy: Tensor, needed: Sequence[bool]) -> Three:
     """``(dx, dW, dbias)``."""
-    return _present(launches.project_backward(x, W_packed, dy.contiguous(), needed), x)
+    return _present(launches.project_gradients(x, W_packed, dy, needed), x)
 
 
 @project_backward.register_fake
@@ -74,7 +74,7 @@ def _save_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def project_gradients(x: Tensor, W_packed: Tensor, dy: Tensor, needed: Sequence[bool]) -> Grads:
-    """``launches.project_backward`` through its operator."""
+    """``launches.project_gradients`` through its operator."""
     return _wanted(project_backward(x, W_packed, dy, list(needed)), needed)
 
 
@@ -125,13 +125,11 @@ def attention_backward(
     needed: Sequence[bool],
 ) -> Three:
     """``(dq, dk, dv)``."""
-    dq, dk, dv = (
-        t.new_empty(t.shape) if need else None
-        for t, need in zip((q_pack, k_pack, v), needed, strict=True)
-    )
     options = _options(causal, softmax_scale, dropout_p)
-    launches.attend_backward(q_pack, k_pack, v, out, lse, do, dlse, dq, dk, dv, options, seed)
-    return _present((dq, dk, dv), v)
+    grads = launches.attention_gradients(
+        q_pack, k_pack, v, out, lse, do, dlse, seed, options, needed
+    )
+    return _present(grads, v)
 
 
 @attention_backward.register_fake
@@ -151,7 +149,7 @@ def attention_gradients(
     options: AttentionOptions,
     needed: Sequence[bool],
 ) -> Grads:
-    """``(dq, dk, dv)``, each only if needed, through the operator."""
+    """``launches.attention_gradients`` through its operator."""
     do = torch.zeros_like(out) if do is None else do
     dlse = torch.zeros_like(lse) if dlse is None else dlse
     numbers = (options.causal, options.softmax_scale, options.dropout_p)
@@ -232,7 +230,7 @@ def layer_backward(
     """``(dx, dW, dbias)``."""
     layout = _layout(W_packed, n_head, n_kv_head)
     options = _options(causal, softmax_scale, dropout_p)
-    grads = launches.layer_backward(
+    grads = launches.layer_gradients(
         x, W_packed, packed, out, lse, do, layout, options, seed, needed
     )
     return _present(grads, x)
@@ -255,7 +253,7 @@ def layer_gradients(
     seed: Tensor | None,
     needed: Sequence[bool],
 ) -> Grads:
-    """``launches.layer_backward`` through its operator."""
+    """``launches.layer_gradients`` through its operator."""
     saved = (x, W_packed, packed, out, lse, do, seed)
     heads = (layout.n_head, layout.n_kv_head)
     numbers = (options.causal, options.softmax_scale, options.dropout_p)
@@ -278,3 +276,11 @@ def _layer_grads(ctx: Any, do: Tensor, *_: Any) -> Grads:
 
 
 layer.register_autograd(_layer_grads, setup_context=_save_layer)
+
+
+def _refuse(ctx: Any, *_: Any) -> Grads:
+    raise RuntimeError("the Triton kernels cannot differentiate twice; use backend='sdpa'")
+
+
+for _backward in (project_backward, attention_backward, layer_backward):
+    _backward.register_autograd(_refuse)

@@ -2,22 +2,26 @@
 
 Three differentiable functions: the projection, the attention, and the whole layer, whose backward
 writes dq, dk and dv into one ``[B, T, N]`` buffer, so that dx and dW are one GEMM each. Without a
-gradient to record, the launches run directly. Differentiating twice raises PyTorch's error. What is
-traced (``torch.compile``, ``torch.export``) takes the registered operators instead, which do the
-same at a higher cost per call.
+gradient to record, the launches run directly. What is traced (``torch.compile``, ``torch.export``)
+takes the registered operators instead, which do the same at a higher cost per call. So does a
+backward that is itself recorded (``create_graph=True``, ``torch.func``): the operators see through
+wrappers, and raise when somebody differentiates a second time.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch._C._functorch import TransformType
 
 from ra_triton import launches, library
 from ra_triton.checks import needs_grad
 from ra_triton.layout import RALayout
 from ra_triton.options import AttentionOptions
 from ra_triton.workspace import Workspace
+
+Grads = tuple[Tensor | None, ...]
 
 
 def project(x: Tensor, W_packed: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
@@ -76,6 +80,21 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def _gradients(direct: Callable[..., Grads], operator: Callable[..., Grads], *args: Any) -> Grads:
+    """A backward: launched directly, or by its operator where it is itself recorded.
+
+    The operator raises when it is differentiated; inside ``torch.func`` it cannot be, so there a
+    second level of differentiation is refused right away.
+    """
+    if _transformed():
+        stack = torch._C._functorch.get_interpreter_stack() or []
+        if sum(level.key() != TransformType.Vmap for level in stack) > 1:
+            raise RuntimeError("the Triton kernels cannot differentiate twice; use backend='sdpa'")
+        with torch.no_grad():
+            return operator(*args)
+    return operator(*args) if torch.is_grad_enabled() else direct(*args)
+
+
 class _Projection(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, W_packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -87,12 +106,10 @@ class _Projection(torch.autograd.Function):
         ctx.save_for_backward(x, W_packed)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> Grads:
         x, W_packed = ctx.saved_tensors
-        if _transformed():
-            return library.project_gradients(x, W_packed, dy, ctx.needs_input_grad)
-        return launches.project_backward(x, W_packed, dy.contiguous(), ctx.needs_input_grad)
+        args = (x, W_packed, dy, ctx.needs_input_grad)
+        return _gradients(launches.project_gradients, library.project_gradients, *args)
 
 
 class _Attention(torch.autograd.Function):
@@ -113,22 +130,12 @@ class _Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Grads:
         q_pack, k_pack, v, out, lse, seed = ctx.saved_tensors
-        if _transformed():
-            saved = (q_pack, k_pack, v, out, lse, do, dlse, seed)
-            needed = ctx.needs_input_grad[:3]
-            return (*library.attention_gradients(*saved, ctx.options, needed), None, None)
-        dq, dk, dv = (
-            torch.empty_like(t, memory_format=torch.contiguous_format) if needed else None
-            for t, needed in zip((q_pack, k_pack, v), ctx.needs_input_grad, strict=False)
-        )
-        do = torch.zeros_like(out) if do is None else do
-        launches.attend_backward(
-            q_pack, k_pack, v, out, lse, do, dlse, dq, dk, dv, ctx.options, seed
-        )
-        return dq, dk, dv, None, None
+        needed = ctx.needs_input_grad[:3]
+        args = (q_pack, k_pack, v, out, lse, do, dlse, seed, ctx.options, needed)
+        grads = _gradients(launches.attention_gradients, library.attention_gradients, *args)
+        return (*grads, None, None)
 
 
 class _Layer(torch.autograd.Function):
@@ -153,20 +160,9 @@ class _Layer(torch.autograd.Function):
         ctx.save_for_backward(x, W_packed, packed, out, lse, seed)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, do: Tensor, *_: Any) -> Grads:
         x, W_packed, packed, out, lse, seed = ctx.saved_tensors
-        backward = library.layer_gradients if _transformed() else launches.layer_backward
-        grads = backward(
-            x,
-            W_packed,
-            packed,
-            out,
-            lse,
-            do,
-            ctx.layout,
-            ctx.options,
-            seed,
-            ctx.needs_input_grad[:3],
-        )
+        needed = ctx.needs_input_grad[:3]
+        args = (x, W_packed, packed, out, lse, do, ctx.layout, ctx.options, seed, needed)
+        grads = _gradients(launches.layer_gradients, library.layer_gradients, *args)
         return (*grads, None, None, None)

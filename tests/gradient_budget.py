@@ -92,9 +92,7 @@ def attention_gradient_budgets(
     Those of ``delta`` and ``lse`` ``[B, H, T_q]`` come along: their errors are common to a row.
     """
     dtype, (H, D), H_kv = q.dtype, q.shape[2:], k.shape[2]
-    expected = reference_gradients(
-        (q, k, v), do, dlse, keep=keep, dropout_p=dropout_p, **options
-    )
+    expected = reference_gradients((q, k, v), do, dlse, keep=keep, dropout_p=dropout_p, **options)
     lse_budget = attention_budget(q, k, v, **options)[1]
     do = torch.zeros_like(q) if do is None else do
     q, k, v, do = (t.double() for t in (q, k, v, do))
@@ -144,22 +142,23 @@ def attention_gradient_budgets(
     if dlse is not None:  # delta is stored in float32
         d = (d.square() + (LOGIT * dlse.squeeze(-1)).square()).sqrt()
 
+    # A P or dS below the smallest normal float32 may be flushed to 0.
+    lost = torch.finfo(torch.float32).tiny * allowed
+    lost_dS, lost_P = lost * (1 + (dP - delta).abs()), lost * z
+
     dq, dk, dv = expected
     row_ij, d_ij = row.unsqueeze(-1), d.unsqueeze(-1)
     variances = {
         "dq": s**2 * over_keys(own, k.square())
         + (column(row) * dq).square()
         + (s * column(d) * over_keys(P, k)).square()
-        + (f * s * over_keys(dS.abs(), k.abs())).square()
+        + (s * over_keys(f * dS.abs() + lost_dS, k.abs())).square()
         + (w * dq).square(),
-        "dk": s**2
-        * over_queries(own + (dS * row_ij).square() + (P * d_ij).square(), q.square())
-        + (f * s * over_queries(dS.abs(), q.abs())).square()
+        "dk": s**2 * over_queries(own + (dS * row_ij).square() + (P * d_ij).square(), q.square())
+        + (s * over_queries(f * dS.abs() + lost_dS, q.abs())).square()
         + (w * dk).square(),
-        "dv": over_queries(
-            (P * z).square() * (w**2 + e.square() + row_ij.square()), do.square()
-        )
-        + (f * over_queries(P * z, do.abs())).square()
+        "dv": over_queries((P * z).square() * (w**2 + e.square() + row_ij.square()), do.square())
+        + over_queries(f * P * z + lost_P, do.abs()).square()
         + (w * dv).square(),
     }
     budgets = {
@@ -167,6 +166,42 @@ def attention_gradient_budgets(
         for (name, variance), value in zip(variances.items(), expected, strict=True)
     }
     return budgets | {"delta": Budget(delta.squeeze(-1), d), "lse": lse_budget}
+
+
+def dropout_budget(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, dropout_p: float, **options
+) -> Budget:
+    """Budget of ``out`` with a given mask: the forward's, with z P for P where v is weighted."""
+    expected, lse = exact_attention(q, k, v, keep=keep, dropout_p=dropout_p, **options)
+    dtype, H, D = q.dtype, *q.shape[2:]
+    q, k, v = (t.double() for t in (q, k, v))
+    k, v = (t.repeat_interleave(H // t.shape[2], dim=2) for t in (k, v))
+    s = options.get("softmax_scale") or 1 / math.sqrt(D)
+    allowed = ref.allowed_keys(
+        q.shape[1], k.shape[1], options.get("causal", True), (-1, -1), q.device
+    )
+    S = (s * torch.einsum("bihd,bjhd->bhij", q, k)).masked_fill(~allowed, -math.inf)
+    P = torch.exp(S - lse.masked_fill(torch.isneginf(lse), 0.0).unsqueeze(-1))
+    z = keep / (1 - dropout_p)
+    shift = (P * LOGIT * s * torch.einsum("bihd,bjhd->bhij", q.abs(), k.abs())).square()
+
+    def spread(weights: Tensor, values: Tensor) -> Tensor:
+        return torch.einsum("bhij,bjhd->bihd", weights, values)
+
+    shift_of_out = (
+        spread(shift * z.square(), v.square())
+        - 2 * expected * spread(shift * z, v)
+        + expected.square() * shift.sum(-1).transpose(1, 2).unsqueeze(-1)
+    ).clamp_min(0)
+    w = _rounding(dtype)
+    variance = (
+        w**2 * spread((P * z).square(), v.square())
+        + (w * expected).square()
+        + (FP32_STEPS * spread(P * z, v.abs())).square()
+        + shift_of_out
+        + torch.finfo(dtype).tiny ** 2
+    )
+    return Budget(expected, variance.sqrt())
 
 
 def projection_gradient_budgets(x: Tensor, W: Tensor, dy: Tensor) -> dict[str, Budget]:

@@ -1,4 +1,4 @@
-"""Calibration of the gradients' gate: an emulated backward passes, every planted fault is caught."""
+"""Calibration of the gradients' gate: an emulated backward passes, planted faults are caught."""
 
 import math
 from functools import cache
@@ -17,7 +17,18 @@ NAMES = ("dq", "dk", "dv")
 
 
 def emulate_backward(
-    q, k, v, do, *, causal=True, delta=True, dk_scale=True, allowed=None, rows=None, keep=None, p=0.0
+    q,
+    k,
+    v,
+    do,
+    *,
+    causal=True,
+    delta=True,
+    dk_scale=True,
+    allowed=None,
+    rows=None,
+    keep=None,
+    p=0.0,
 ):
     """Flash backward after :func:`emulate`: P and dS in the storage dtype, float32 sums."""
     dtype, H_kv, D = q.dtype, k.shape[2], q.shape[-1]
@@ -72,7 +83,7 @@ def check(grads, inputs, **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("T", [1, 2, 3, 17, 64, 130])
+@pytest.mark.parametrize("T", [1, 2, 3, 17, 64])
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_correct_backward_raises_no_alarm(dtype, T, causal):
     for seed in range(3 if T < 64 else 1):
@@ -173,10 +184,10 @@ def _as_if_contiguous(q, k, v, do):
 
 
 def _one_head_of_the_group(q, k, v, do, causal):
-    dq, dk, dv = emulate_backward(q, k, v, do, causal=causal)
+    whole = emulate_backward(q, k, v, do, causal=causal)
     group = q.shape[2] // k.shape[2]
     first = emulate_backward(q[:, :, ::group], k, v, do[:, :, ::group], causal=causal)
-    return [dq, *first[1:]]
+    return [whole[0], *first[1:]]
 
 
 FAULTS = {
@@ -234,9 +245,7 @@ def test_every_planted_fault_is_caught(dtype, T, fault):
 @pytest.mark.parametrize("T", [17, 64])
 def test_tf32_products_are_caught_in_a_float32_backward(T):
     inputs = tensors(T, torch.float32)
-    q, k, v, do = (
-        t.view(torch.int32).bitwise_and(~0x1FFF).view(torch.float32) for t in inputs
-    )
+    q, k, v, do = (t.view(torch.int32).bitwise_and(~0x1FFF).view(torch.float32) for t in inputs)
     for tf32 in ((q, k, *inputs[2:]), (*inputs[:2], v, do)):
         with pytest.raises(AssertionError, match="max"):
             check(emulate_backward(*tf32), inputs)

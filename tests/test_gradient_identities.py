@@ -9,13 +9,15 @@ from gradient_budget import attention_gradient_budgets, projection_gradient_budg
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
+    DEVICE,
     GRADIENT_LAYOUTS,
     NAN,
     AttentionCase,
+    aligned_for,
     attention_cases,
     backend_dtypes,
     backends,
-    few_examples,
+    fewest_examples,
     gradient_layouts,
     normal,
     redzoned,
@@ -58,62 +60,34 @@ def identity_terms(backend, case):
     return [t.double() for t in (*tensors, do)], grads, sigmas, rows
 
 
-identity_cases = attention_cases(spikes=(), values="normal")
-
-
 @backends
-@few_examples
-@given(case=identity_cases)
-def test_queries_and_keys_share_every_lane_of_the_scores(backend, case):
-    """Σ_t q dq = Σ_t k dk, for each head and lane: a lane with a wrong gradient shows."""
-    (q, k, _, _), (dq, dk, _), (sq, sk, _), _ = identity_terms(backend, case)
-    left, right = per_key_head(q * dq, case.H_kv), (k * dk).sum(1)
-    of_queries = per_key_head((q * sq).square(), case.H_kv)
-    of_keys = (k * sk).square().sum(1)
-    # Delta's error reaches both sides through the same Σ p k: once more, as one sum over keys.
-    assert_identity(left, right, of_queries, of_keys, of_queries, what=f"{case}")
-
-
-@backends
-@few_examples
-@given(case=identity_cases)
-def test_gradients_of_all_keys_add_up_to_zero(backend, case):
-    """One vector added to every key changes nothing, so Σ_t dk = 0."""
-    (q, *_), (_, dk, _), (_, sk, _), (delta, _) = identity_terms(backend, case)
+@fewest_examples
+@given(case=attention_cases(spikes=(), values="normal"))
+def test_operands_and_gradients_pair_up(backend, case):
+    """Per head and lane:  Σ q dq = Σ k dk,  Σ dk = 0,  Σ dv = Σ do,  Σ v dv = Σ o do."""
+    case, _ = aligned_for(backend, case)
+    (q, k, v, do), (dq, dk, dv), (sq, sk, sv), (delta, lse) = identity_terms(backend, case)
+    out = ra_triton.packed_attention(*case.tensors(), backend=backend, **case.options).double()
+    of_out = attention_budget(*case.tensors(), **case.options)[0].sigma
     scale = case.scale or 1 / math.sqrt(case.D)
-    common = per_key_head((scale * q * delta).square(), case.H_kv)
-    total = dk.sum(1)
-    assert_identity(total, 0.0, sk.square().sum(1), common, what=f"{case}")
-
-
-@backends
-@few_examples
-@given(case=identity_cases)
-def test_values_take_all_of_the_gradient(backend, case):
-    """Σ_t dv = Σ_t do over the rows that see a key: weights add up to 1."""
-    (*_, do), (_, _, dv), (_, _, sv), (_, lse) = identity_terms(backend, case)
-    if case.causal:  # rows without a key
+    if case.causal:  # rows without a key send their gradient nowhere
         do[:, : max(case.T_q - case.T_k, 0)] = 0
-    common = per_key_head((do * lse).square(), case.H_kv)
-    expected = per_key_head(do, case.H_kv)
-    assert_identity(dv.sum(1), expected, sv.square().sum(1), common, what=f"{case}")
 
+    def by_query(t):
+        return per_key_head(t, case.H_kv)
 
-@backends
-@few_examples
-@given(case=identity_cases)
-def test_values_and_outputs_pair_with_their_gradients_alike(backend, case):
-    """Σ_t v dv = Σ_t o do: the output is linear in v."""
-    (_, _, v, do), (_, _, dv), (_, _, sv), (_, lse) = identity_terms(backend, case)
-    tensors = case.tensors()
-    out = ra_triton.packed_attention(*tensors, backend=backend, **case.options).double()
-    of_out = attention_budget(*tensors, **case.options)[0].sigma
-    variances = (
-        (v * sv).square().sum(1),
-        per_key_head((do * of_out).square() + (do * out * lse).square(), case.H_kv),
+    # Delta's error reaches both sides through the same Σ p k: once more, as one sum over keys.
+    of_queries, of_keys = by_query((q * sq).square()), (k * sk).square().sum(1)
+    assert_identity(
+        by_query(q * dq), (k * dk).sum(1), 2 * of_queries, of_keys, what=f"Σ q dq, {case}"
     )
-    left, right = (v * dv).sum(1), per_key_head(out * do, case.H_kv)
-    assert_identity(left, right, *variances, what=f"{case}")
+    common = by_query((scale * q * delta).square())
+    assert_identity(dk.sum(1), 0.0, sk.square().sum(1), common, what=f"Σ dk, {case}")
+    common = by_query((do * lse).square())
+    assert_identity(dv.sum(1), by_query(do), sv.square().sum(1), common, what=f"Σ dv, {case}")
+    common = by_query((do * of_out).square() + (do * out * lse).square())
+    of_values = (v * sv).square().sum(1)
+    assert_identity((v * dv).sum(1), by_query(out * do), of_values, common, what=f"Σ v dv, {case}")
 
 
 @backend_dtypes
@@ -132,10 +106,14 @@ def test_input_and_weight_pair_with_their_gradients_alike(backend, dtype):
     leaves = x.requires_grad_(), W.requires_grad_()
     packed = ra_triton.project(*leaves, n_head=2, weight_layout="packed", backend=backend)
     packed = torch.cat(packed, 2).flatten(2)
-    x, W, dx, dW = (t.detach().double() for t in (*leaves, *torch.autograd.grad(packed, leaves, dy)))
+    x, W, dx, dW = (
+        t.detach().double() for t in (*leaves, *torch.autograd.grad(packed, leaves, dy))
+    )
     budgets = projection_gradient_budgets(*(t.detach() for t in leaves), dy)
     variances = (x * budgets["dx"].sigma).square().sum((0, 1)), (W * budgets["dW"].sigma).square()
-    assert_identity((x * dx).sum((0, 1)), (W * dW).sum(1), variances[0], variances[1].sum(1), what="")
+    assert_identity(
+        (x * dx).sum((0, 1)), (W * dW).sum(1), variances[0], variances[1].sum(1), what=""
+    )
 
 
 # Bit for bit, for our kernels
@@ -147,25 +125,35 @@ def drawn(data, **fixed):
     return case, tensors, do, backward("triton", tensors, do, **case.options)
 
 
+def same_tiles(*calls):
+    """On a GPU unaligned operands take other tiles than aligned ones, hence other bits."""
+    if DEVICE.type == "cpu":
+        return True
+    from ra_triton.kernels.tiles import is_aligned
+
+    return len({all(is_aligned(t) for t in tensors) for tensors in calls}) == 1
+
+
 def assert_all_bitwise(actual, expected, what="gradient"):
     for name, a, e in zip(NAMES, actual, expected, strict=True):
         assert_bitwise(a, e, f"{what} {name}")
 
 
-@few_examples
+@fewest_examples
 @given(data=st.data())
 def test_two_runs_give_the_same_bits_whatever_the_layouts(data):
     case, tensors, do, _ = drawn(data)
     do = GRADIENT_LAYOUTS[data.draw(gradient_layouts, label="dO")](do)
     first = backward("triton", tensors, do, **case.options)
+    assert_all_bitwise(backward("triton", tensors, do, **case.options), first)
     copies = [t.clone(memory_format=torch.contiguous_format) for t in (*tensors, do)]
-    assert_all_bitwise(backward("triton", copies[:3], copies[3], **case.options), first)
+    if same_tiles((*tensors, do), copies):
+        assert_all_bitwise(backward("triton", copies[:3], copies[3], **case.options), first)
 
 
 @pytest.mark.parametrize("layout", GRADIENT_LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_gradient_in_any_layout_gives_the_bits_of_its_copy(layout, dtype):
-    case = AttentionCase(2, 35, 35, 2, D=20, dtype=dtype)
+def test_a_gradient_in_any_layout_gives_the_bits_of_its_copy(layout):
+    case = AttentionCase(2, 20, 20, 2, D=20, dtype=torch.float16)
     do, tensors = case.gradient(layout), case.tensors()
     expected = backward("triton", tensors, do.clone(memory_format=torch.contiguous_format))
     assert_all_bitwise(backward("triton", tensors, do), expected)
@@ -181,17 +169,19 @@ def test_the_gradient_of_a_sum_equals_that_of_ones(reduce):
     assert_all_bitwise(got, torch.autograd.grad(out, inputs, torch.full_like(out, value)))
 
 
-@few_examples
+@fewest_examples
 @given(data=st.data())
 def test_each_batch_element_is_computed_as_if_alone(data):
     case, tensors, do, grads = drawn(data, B=3)
     for b in range(3):
         alone = [t[b : b + 1] for t in (*tensors, do)]
+        if not same_tiles((*tensors, do), alone):
+            continue
         got = backward("triton", alone[:3], alone[3], **case.options)
         assert_all_bitwise(got, [g[b : b + 1] for g in grads])
 
 
-@few_examples
+@fewest_examples
 @given(data=st.data())
 def test_later_tokens_do_not_reach_earlier_rows(data):
     case, tensors, do, _ = drawn(data, causal=True, self_attention=True)
@@ -201,11 +191,13 @@ def test_later_tokens_do_not_reach_earlier_rows(data):
     changed = [tensor.clone() for tensor in tensors]
     for tensor in changed:
         tensor[:, t:] = 7.0
+    if not same_tiles((*tensors, do), (*changed, do)):
+        return
     results = [backward("triton", ts, do, **case.options) for ts in (tensors, changed)]
     assert_all_bitwise(*([g[:, :t] for g in grads] for grads in results))
 
 
-@few_examples
+@fewest_examples
 @given(data=st.data(), power=st.sampled_from([1, -3, 6]))
 def test_a_power_of_two_of_the_gradient_scales_the_result(data, power):
     case, tensors, do, grads = drawn(data, values="normal", spikes=(), dtype=torch.float32)
@@ -213,11 +205,11 @@ def test_a_power_of_two_of_the_gradient_scales_the_result(data, power):
     assert_all_bitwise(got, [g * 2.0**power for g in grads])
 
 
-@backend_dtypes
+@backends
 @pytest.mark.parametrize("value", [NAN, math.inf])
 @pytest.mark.parametrize("which", range(4))
-def test_a_bad_batch_element_leaves_the_others_alone(backend, dtype, value, which):
-    case = AttentionCase(3, 20, 20, 2, dtype=dtype)
+def test_a_bad_batch_element_leaves_the_others_alone(backend, value, which):
+    case = AttentionCase(3, 17, 17)
     tensors = [*case.tensors(), case.gradient()]
     grads = backward(backend, tensors[:3], tensors[3])
     tensors[which][1] = value
@@ -247,11 +239,12 @@ def test_grouped_heads_have_the_query_gradient_of_repeated_heads():
 
 
 @backends
-@few_examples
+@fewest_examples
 @given(data=st.data())
 def test_inputs_are_never_written(backend, data):
     case = data.draw(attention_cases())
-    tensors = [*case.tensors(), case.gradient(data.draw(gradient_layouts))]
+    case, layout = aligned_for(backend, case, data.draw(gradient_layouts))
+    tensors = [*case.tensors(), case.gradient(layout)]
     before = [(t._version, t.clone()) for t in tensors]
     backward(backend, tensors[:3], tensors[3], **case.options)
     for t, (version, copy) in zip(tensors, before, strict=True):

@@ -262,7 +262,11 @@ def test_programs_in_any_order_give_the_same_bits(monkeypatch, seed):
             q.clone(), k.clone(), v[..., :3], v[..., 3:6], backend="triton"
         )
         out, lse = attend("triton", *packed, v, return_lse=True)
-        return q, k, v, *packed, *in_place, out, lse
+        leaves = x.clone().requires_grad_(), W.clone().requires_grad_()
+        torch.manual_seed(0)
+        layer = ra_triton.ra_attention(*leaves, n_head=2, dropout_p=0.2, backend="triton")
+        grads = torch.autograd.grad(layer.square().sum(), leaves)
+        return q, k, v, *packed, *in_place, out, lse, *grads
 
     expected = run()
     place, visited = builder.set_grid_idx, []

@@ -11,7 +11,8 @@ import conftest  # noqa: F401  sets the interpreter switch when this file runs a
 import pytest
 import torch
 from budget import attention_budget, projection_budget, rms, z_scores
-from strategies import BACKENDS, DEVICE, AttentionCase, ProjectionCase, dtypes_for
+from gradient_budget import attention_gradient_budgets, projection_gradient_budgets
+from strategies import BACKENDS, DEVICE, AttentionCase, ProjectionCase, dtypes_for, normal
 
 import ra_triton
 
@@ -24,6 +25,30 @@ def attention_error(backend: str, dtype: torch.dtype, causal: bool) -> float:
     tensors = case.tensors()
     out = ra_triton.packed_attention(*tensors, backend=backend, **case.options)
     return rms(z_scores(out, attention_budget(*tensors, **case.options)[0]))
+
+
+def gradient_error(backend: str, dtype: torch.dtype, causal: bool) -> float:
+    case = AttentionCase(B=2, T_q=200, T_k=200, H_kv=1, group=2, D=64, dtype=dtype, causal=causal)
+    tensors, do = case.tensors(), case.gradient()
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = ra_triton.packed_attention(*leaves, backend=backend, **case.options)
+    grads = torch.autograd.grad(out, leaves, do)
+    budgets = attention_gradient_budgets(*tensors, do, **case.options)
+    errors = [z_scores(g, budgets[name]) for name, g in zip(("dq", "dk", "dv"), grads, strict=True)]
+    return rms(torch.cat([z.flatten() for z in errors]))
+
+
+def projection_gradient_error(backend: str, dtype: torch.dtype) -> float:
+    case = ProjectionCase(B=2, T=200, C=64, H_kv=2, D=32, dtype=dtype, weight_layout="packed")
+    x, W, _ = case.tensors()
+    dy = normal(2, 200, case.columns, dtype=dtype, seed=50)
+    leaves = [t.detach().requires_grad_() for t in (x, W)]
+    options = {"weight_layout": "packed", "backend": backend, **case.heads}
+    packed = ra_triton.project(*leaves, case.R, **options)
+    grads = torch.autograd.grad(torch.cat(packed, 2).flatten(2), leaves, dy)
+    budgets = projection_gradient_budgets(x, W, dy)
+    errors = [z_scores(g, budgets[name]) for name, g in zip(("dx", "dW"), grads, strict=True)]
+    return rms(torch.cat([z.flatten() for z in errors]))
 
 
 def projection_error(backend: str, dtype: torch.dtype) -> float:
@@ -41,6 +66,8 @@ STAGES = {
     "attention B2 T200 H2 D64 causal": lambda *case: attention_error(*case, True),
     "attention B2 T200 H2 D64 full": lambda *case: attention_error(*case, False),
     "projection B2 T100 C256 N192": projection_error,
+    "attention gradients B2 T200 H2 H_kv1 D64 causal": lambda *case: gradient_error(*case, True),
+    "projection gradients B2 T200 C64 N192": projection_gradient_error,
 }
 
 
@@ -92,7 +119,7 @@ def test_the_limit_notices_an_accumulator_in_bfloat16():
         coarse = (coarse + tile).to(torch.bfloat16).double()
     recorded = json.loads(RECORD.read_text())
     name = str(dtype).removeprefix("torch.")
-    limits = [e for c, e in recorded.items() if c.startswith("attention") and f" {name}," in c]
+    limits = [e for c, e in recorded.items() if c.startswith("attention B2") and f" {name}," in c]
     assert limits
     assert rms(z_scores(coarse.to(dtype), budget)) > LIMIT * max(limits)
 

@@ -141,16 +141,16 @@ def is_wide(elements: int) -> bool:
 
 
 def is_aligned(t: Tensor) -> bool:
-    """16-byte aligned base and strides, none of 0: what bulk copies and 16-byte loads need."""
+    """16-byte aligned base and strides, none of 0: what bulk copies and 16-byte loads need.
+
+    Strides of dims of size 1 count too, so that a batch element alone takes the tiles, and so has
+    the bits, that it has among others.
+    """
     size = t.element_size()
     return (
         t.data_ptr() % 16 == 0
         and t.numel() > 0
-        and all(
-            stride > 0 and stride * size % 16 == 0
-            for stride, n in zip(t.stride()[:-1], t.shape[:-1], strict=True)
-            if n > 1
-        )
+        and all(stride > 0 and stride * size % 16 == 0 for stride in t.stride()[:-1])
     )
 
 

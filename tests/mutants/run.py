@@ -1,8 +1,9 @@
 """Plants one fault at a time in a copy of the tree and sees whether the tests notice.
 
-``python tests/mutants/run.py [--only NAME ...] [--list]``. The unfaulted copy has to pass all named
-tests first; then each fault of ``faults.py`` is applied, its tests run, the file restored. Exit
-status 1 if a fault survives that nobody excused, hangs, breaks the collection, or has moved.
+``python tests/mutants/run.py [--only NAME ...] [--list]``; a part of a name is enough. The
+unfaulted copy has to pass all named tests first; then each fault of ``faults.py`` is applied, its
+tests run, the file restored. Exit status 1 if a fault survives that nobody excused, hangs, breaks
+the collection, or has moved.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def copy_tree(to: Path) -> None:
 
 
 def run_tests(tree: Path, arguments: list[str], limit: float) -> tuple[int | None, str]:
-    """Pytest in ``tree``: its exit status, None if it ran past ``limit`` seconds, and its output."""
+    """Pytest in ``tree``: its exit status, None if it ran past ``limit``, and its output."""
     env = {
         **os.environ,
         "CI": "true",  # hypothesis draws the same examples on every run
@@ -108,17 +109,21 @@ def passes_unfaulted(faults: list[Fault], tree: Path) -> bool:
 def main() -> int:
     """Run, print the table and the score."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these faults alone")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="these faults alone, by any part of a name"
+    )
     parser.add_argument("--list", action="store_true", help="print the faults and leave")
     options = parser.parse_args()
     names = [fault.name for fault in FAULTS]
-    unknown = {*(options.only or []), *EXPECTED_SURVIVORS} - set(names)
+    unknown = [part for part in options.only or [] if not any(part in name for name in names)]
+    unknown += set(EXPECTED_SURVIVORS) - set(names)
     if unknown or len(set(names)) < len(names):
-        parser.error(f"no such fault: {sorted(unknown)}" if unknown else "two faults of one name")
-    faults = [fault for fault in FAULTS if not options.only or fault.name in options.only]
+        parser.error(f"no such fault: {unknown}" if unknown else "two faults of one name")
+    wanted = options.only or [""]
+    faults = [fault for fault in FAULTS if any(part in fault.name for part in wanted)]
     if options.list:
         for fault in faults:
-            print(f"{fault.name:<42} {fault.file:<42} {fault.tests}")
+            print(f"{fault.name:<58} {fault.file:<40} {fault.tests}")
         return 0
 
     verdicts = []
@@ -136,7 +141,7 @@ def main() -> int:
                 verdict, note = plant(fault, tree)
             verdicts.append(verdict)
             seconds = time.monotonic() - begin
-            print(f"{verdict:<9} {seconds:5.1f} s  {fault.name:<42} {note[:150]}", flush=True)
+            print(f"{verdict:<9} {seconds:5.1f} s  {fault.name:<58} {note[:120]}", flush=True)
     killed, excused = verdicts.count("killed"), verdicts.count("excused")
     print(f"\nscore: {killed} of {len(verdicts)} killed, {excused} excused", end="")
     others = {v: verdicts.count(v) for v in dict.fromkeys(verdicts) if v not in FINE}
