@@ -133,7 +133,7 @@ def project(
         if not out.is_contiguous():
             raise ValueError(f"out must be contiguous, got strides {out.stride()}")
         for name, t in (("x", x), ("W_fused", W_fused), ("bias", bias)):
-            if t is not None and t.untyped_storage().data_ptr() == out.untyped_storage().data_ptr():
+            if t is not None and out.numel() and _storage(t) == _storage(out):
                 raise ValueError(f"out must not share memory with {name}")
         if needs_grad(x, W_fused, bias, out):
             raise ValueError("out cannot be used while a gradient is needed; use torch.no_grad()")
@@ -302,6 +302,10 @@ def _autocast(*tensors: Any) -> tuple[Any, ...]:
 
 def _apart_from(source: Tensor, written: tuple[Tensor, ...]) -> Tensor:
     """``source``, copied if it lives in the same storage as a tensor that will be written."""
-    storage = source.untyped_storage().data_ptr()
-    shared = any(t.untyped_storage().data_ptr() == storage for t in written)
+    shared = any(_storage(t) == _storage(source) for t in written)
     return source.clone() if shared else source
+
+
+def _storage(t: Tensor) -> int:
+    """The address of the memory that ``t`` is a view of."""
+    return t.untyped_storage().data_ptr()

@@ -168,7 +168,4 @@ def row_source(t: Tensor, rows: int, use_tma: bool) -> Tensor | TensorDescriptor
 
 def descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
     """Host descriptor of a tensor that :func:`is_aligned`."""
-    # The stride of a dim of size 1 is never used; any valid one will do.
-    strides = [s if n > 1 else t.shape[-1] * 16 for s, n in zip(t.stride(), t.shape, strict=True)]
-    strides[-1] = 1
-    return TensorDescriptor(t, list(t.shape), strides, block)
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), block)

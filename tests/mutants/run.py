@@ -58,10 +58,13 @@ def run_tests(tree: Path, arguments: list[str], limit: float) -> tuple[int | Non
     )
     try:
         output, _ = process.communicate(timeout=limit)
+        return process.returncode, output
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # also what the tests have started
-        return None, process.communicate()[0]
-    return process.returncode, output
+        return None, ""
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # also what the tests have started
+            process.wait()
 
 
 def killer(status: int, output: str) -> str:
@@ -126,6 +129,7 @@ def main() -> int:
             print(f"{fault.name:<58} {fault.file:<40} {fault.tests}")
         return 0
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # clean up, like after Ctrl-C
     verdicts = []
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         tree = Path(folder)
