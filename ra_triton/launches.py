@@ -4,6 +4,9 @@ Kernels are imported by the first call, so that a process that never launches ne
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +14,16 @@ from torch import Tensor
 from ra_triton.layout import RALayout
 from ra_triton.options import AttentionOptions
 from ra_triton.workspace import Workspace
+
+
+@cache
+def _several_gpus() -> bool:
+    return torch.cuda.device_count() > 1
+
+
+def _device_of(t: Tensor) -> AbstractContextManager[Any]:
+    """Makes the device of ``t`` the current one; nothing to do with one GPU or none."""
+    return torch.cuda.device_of(t) if _several_gpus() else nullcontext()
 
 
 def new_seed(t: Tensor, options: AttentionOptions) -> Tensor | None:
@@ -24,7 +37,7 @@ def project(x: Tensor, W_packed: Tensor, bias: Tensor | None, out: Tensor | None
     """``x [B, T, C] @ W_packed [C, N] + bias``, into ``out`` if given."""
     from ra_triton.kernels.projection import projection
 
-    with torch.cuda.device_of(x):
+    with _device_of(x):
         return projection(x, W_packed, bias, out)
 
 
@@ -36,9 +49,9 @@ def project_gradients(
     from ra_triton.kernels.projection_backward import bias_gradient, weight_gradient
 
     dy = dy.contiguous()
-    with torch.cuda.device_of(x):
+    with _device_of(x):
         return (
-            projection(dy, W_packed.mT, None) if needed[0] else None,
+            projection(dy, W_packed.mT, None, stage="input_gradient") if needed[0] else None,
             weight_gradient(x, dy) if needed[1] else None,
             bias_gradient(dy) if needed[2] else None,
         )
@@ -56,7 +69,7 @@ def attend(
     """``(out [B, T_q, H, D], lse [B, H, T_q])``, new unless given."""
     from ra_triton.kernels.attention_forward import attention_forward
 
-    with torch.cuda.device_of(q_pack):
+    with _device_of(q_pack):
         return attention_forward(
             q_pack,
             k_pack,
@@ -87,7 +100,7 @@ def attend_backward(
     """Write the gradients into those of dq, dk and dv that are not None."""
     from ra_triton.kernels.attention_backward import attention_backward
 
-    with torch.cuda.device_of(out):
+    with _device_of(out):
         attention_backward(
             q_pack,
             k_pack,

@@ -134,5 +134,6 @@ class RALayout:
     def views(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views ``(q_pack, k_pack, v)`` of a packed buffer ``[..., columns]``, heads split out."""
         heads = packed.unflatten(-1, (self.packed_heads, self.head_dim))
-        q_pack, k_pack, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=-2)
+        sizes = [self.n_head, self.n_kv_head, self.n_kv_head]
+        q_pack, k_pack, v = heads.split_with_sizes(sizes, dim=-2)
         return q_pack, k_pack, v

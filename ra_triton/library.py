@@ -265,6 +265,7 @@ def _save_layer(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
     out, lse, packed = output
     ctx.layout, ctx.options = _layout(W_packed, n_head, n_kv_head), _options(*numbers)
     ctx.mark_non_differentiable(lse, packed)
+    ctx.set_materialize_grads(False)  # else backward gets zeros as large as packed
     ctx.save_for_backward(x, W_packed, packed, out, lse, seed)
 
 

@@ -157,6 +157,7 @@ class _Layer(torch.autograd.Function):
         x, W_packed, _, ctx.layout, ctx.options, seed = inputs
         out, lse, packed = output
         ctx.mark_non_differentiable(lse, packed)
+        ctx.set_materialize_grads(False)  # else backward gets zeros as large as packed
         ctx.save_for_backward(x, W_packed, packed, out, lse, seed)
 
     @staticmethod

@@ -3,9 +3,12 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitize.py
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck python tests/sanitize.py
 
+Numbers after the script's name choose among its shapes, so that several can run side by side.
 Without PyTorch's caching each tensor is an allocation of its own, so that an access beside one is
 seen. The kernels should be in Triton's cache: run the script once without the sanitizer first.
 """
+
+import sys
 
 import torch
 
@@ -21,9 +24,9 @@ SHAPES = (  # B, T, H, H_kv, D
 )
 
 
-def main() -> None:
+def main(chosen: list[int]) -> None:
     """One forward and backward a shape, dtype and dropout rate."""
-    for B, T, H, H_kv, D in SHAPES:
+    for B, T, H, H_kv, D in [SHAPES[i] for i in chosen] or SHAPES:
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             for dropout_p in (0.0, 0.1):
                 C, N = 40, (H + 2 * H_kv) * D
@@ -45,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main([int(index) for index in sys.argv[1:]])

@@ -7,7 +7,9 @@ import torch
 
 from ra_triton.kernels.configs import LaunchConfig, launch_config, target
 
-STAGES = ("attention_forward", "projection", "packing")
+GEMMS = ("projection", "input_gradient", "weight_gradient")
+ATTENTION = ("attention_forward", "key_value_gradient", "query_gradient")
+STAGES = (*GEMMS, *ATTENTION, "packing", "delta", "bias_gradient", "add_splits")
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "interpreter")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -25,9 +27,9 @@ def test_every_call_has_a_row_with_power_of_two_tiles(stage, target_name):
         assert power_of_two(config.block_m)
         assert power_of_two(config.num_warps)
         assert config.num_stages >= 1
-        if stage != "packing":
+        if stage in GEMMS + ATTENTION:
             assert min(config.block_m, config.block_n) >= 16  # what a tensor core dot needs
-        if stage == "projection":
+        if stage in GEMMS:
             assert config.block_k >= 16
 
 
@@ -38,6 +40,13 @@ def test_bulk_copies_are_chosen_only_for_hopper_and_aligned_operands():
         if launch_config(stage, head_dim, dtype, name, aligned).use_tma:
             assert name == "sm_90"
             assert aligned
+
+
+def test_dependent_launches_are_for_hopper_alone():
+    for stage, name in itertools.product(STAGES, TARGETS):
+        config = launch_config(stage, 64, torch.bfloat16, name, True)
+        assert config.pdl == (name == "sm_90")
+        assert config.options.get("launch_pdl", False) == config.pdl
 
 
 def test_configs_are_frozen_and_hashable():

@@ -36,7 +36,10 @@ def test_every_masked_load_says_what_masked_elements_hold(path):
 
 
 def test_what_bulk_copies_and_wide_loads_may_read():
-    from ra_triton.kernels.tiles import is_aligned
+    from ra_triton.kernels import plans, tiles
+
+    def is_aligned(t):
+        return tiles.is_aligned(plans.layout_of(t), t.dtype)
 
     t = torch.zeros(2, 3, 4, 16, dtype=torch.float16, device=DEVICE)
     flat = torch.zeros(2, 3 * 4 * 16 + 8, dtype=torch.float16, device=DEVICE)

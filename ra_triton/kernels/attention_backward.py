@@ -22,22 +22,29 @@ import triton.language as tl
 from torch import Tensor
 
 from ra_triton.kernels.configs import LaunchConfig, launch_config
+from ra_triton.kernels.plans import Bulk, Layout, Plan, layout_of, on_16_bytes, planned
 from ra_triton.kernels.tiles import (
     LN2,
     LOG2E,
     block_d_of,
     dot,
     dot_precision,
+    follow,
+    head_and_tile,
     head_offset,
+    heads_per_section,
     is_aligned,
     is_wide,
     kept,
     key_range,
     load_rows,
-    row_source,
+    rows_in_bulk,
     store_rows,
+    strides_by_name,
     target_of,
 )
+
+Operands = tuple[Layout, Layout, Layout, Layout]  # q, k, v, do
 
 
 @triton.jit
@@ -56,8 +63,10 @@ def _delta_kernel(
     HAS_DLSE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """``delta = Σ_d o do - dlse``; a row is one token of one head."""
+    follow(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = tl.cast(row // (T * H), tl.int64)
     t = tl.cast(row // H % T, tl.int64)
@@ -91,6 +100,7 @@ def _sum_over_queries(
     n,
     begin,
     end,
+    unmasked,  # queries from this one on see every key of the tile
     first_query,  # [BLOCK_N]: the first query that sees each key
     stride_qt,
     stride_gt,
@@ -121,7 +131,7 @@ def _sum_over_queries(
         lse = tl.load(lse_ptr + offs_m, mask=offs_m < T_q, other=float("inf"))
         sT = dot(k, q.T, None, PRECISION)  # [BLOCK_N, BLOCK_M]
         pT = tl.exp2(sT * scale_log2 - (lse * LOG2E)[None, :])
-        if MASKED:
+        if MASKED and (not USE_TMA or m < unmasked):
             pT = tl.where(offs_m[None, :] >= first_query[:, None], pT, 0.0)
         do = load_rows(
             do_source, b, h, m, stride_gt, T_q,
@@ -142,7 +152,7 @@ def _sum_over_queries(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["section"])
 def _key_value_gradient_kernel(
     q_source,  # pointers, or descriptors of [B, H, T, D] with USE_TMA
     k_source,
@@ -176,6 +186,7 @@ def _key_value_gradient_kernel(
     group,  # H // H_kv
     T_q,
     T_k,
+    section,  # heads at a time
     scale_log2,  # softmax_scale * log2(e)
     dropout_p,
     D: tl.constexpr,
@@ -190,12 +201,14 @@ def _key_value_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Gradients dk and dv of one key tile: the queries that the mask cuts, then all later ones."""
-    pid = tl.program_id(0)
-    b = pid % (B * H_kv) // H_kv
-    h_kv = pid % H_kv
-    n = pid // (B * H_kv) * BLOCK_N  # the first key tiles have most queries
+    head_kv, tile = head_and_tile(tl.program_id(0), B * H_kv, tl.cdiv(T_k, BLOCK_N), section)
+    b = head_kv // H_kv
+    h_kv = head_kv % H_kv
+    n = tile * BLOCK_N  # the first key tiles have most queries
+    follow(PDL)
     if not USE_TMA:
         k_source += head_offset(b, h_kv, stride_kb, stride_kh, ALIGNMENT)
         v_source += head_offset(b, h_kv, stride_vb, stride_vh, ALIGNMENT)
@@ -224,21 +237,21 @@ def _key_value_gradient_kernel(
             do_head += head_offset(b, h, stride_gb, stride_gh, ALIGNMENT)
         head = b * H_kv * group + h
         rows = tl.cast(head, tl.int64) * T_q
-        if CAUSAL:
+        first = begin
+        if CAUSAL and not USE_TMA:  # masks cost registers, so full tiles have a loop of their own
             dk, dv = _sum_over_queries(
                 dk, dv, k, v, q_head, do_head, lse_ptr + rows, delta_ptr + rows,
-                seed, b, head, h, n,
-                begin, unmasked, first_query, stride_qt, stride_gt, T_q, scale_log2,
-                dropout_p,
+                seed, b, head, h, n, begin, unmasked, unmasked, first_query,
+                stride_qt, stride_gt, T_q, scale_log2, dropout_p,
                 D, PRECISION, True, DROPOUT, NEED_DK, NEED_DV,
                 USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
+            first = unmasked
         dk, dv = _sum_over_queries(
             dk, dv, k, v, q_head, do_head, lse_ptr + rows, delta_ptr + rows,
-                seed, b, head, h, n,
-            unmasked, T_q, first_query, stride_qt, stride_gt, T_q, scale_log2,
-                dropout_p,
-            D, PRECISION, False, DROPOUT, NEED_DK, NEED_DV,
+            seed, b, head, h, n, first, T_q, unmasked, first_query,
+            stride_qt, stride_gt, T_q, scale_log2, dropout_p,
+            D, PRECISION, CAUSAL and USE_TMA, DROPOUT, NEED_DK, NEED_DV,
             USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
@@ -266,6 +279,7 @@ def _sum_over_keys(
     m,
     begin,
     end,
+    unmasked,  # keys before this one are seen by every query of the tile
     key_limit,  # [BLOCK_M]
     stride_kt,
     stride_vt,
@@ -292,7 +306,7 @@ def _sum_over_keys(
         s = dot(q, k.T, None, PRECISION)  # [BLOCK_M, BLOCK_N]
         p = tl.exp2(s * scale_log2 - lse_log2[:, None])
         offs_n = n + tl.arange(0, BLOCK_N)
-        if MASKED:
+        if MASKED and (not USE_TMA or n >= unmasked):
             p = tl.where(offs_n[None, :] < key_limit[:, None], p, 0.0)
         v = load_rows(
             v_source, b, h_kv, n, stride_vt, T_k,
@@ -308,7 +322,7 @@ def _sum_over_keys(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["section"])
 def _query_gradient_kernel(
     q_source,  # pointers, or descriptors of [B, H, T, D] with USE_TMA
     k_source,
@@ -338,6 +352,7 @@ def _query_gradient_kernel(
     group,  # H // H_kv
     T_q,
     T_k,
+    section,  # heads at a time
     scale_log2,  # softmax_scale * log2(e)
     dropout_p,
     D: tl.constexpr,
@@ -350,14 +365,16 @@ def _query_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Gradient dq of one query tile: full key tiles, then the tiles that the mask cuts."""
-    pid = tl.program_id(0)
-    head = pid % (B * H)
-    m = (tl.cdiv(T_q, BLOCK_M) - 1 - pid // (B * H)) * BLOCK_M
+    n_m = tl.cdiv(T_q, BLOCK_M)
+    head, tile = head_and_tile(tl.program_id(0), B * H, n_m, section)
+    m = (n_m - 1 - tile) * BLOCK_M
     b = head // H
     h = head % H
     h_kv = h // group
+    follow(PDL)
     if not USE_TMA:
         q_source += head_offset(b, h, stride_qb, stride_qh, ALIGNMENT)
         do_source += head_offset(b, h, stride_gb, stride_gh, ALIGNMENT)
@@ -379,14 +396,17 @@ def _query_gradient_kernel(
     key_limit, unmasked, end = key_range(m, T_q, T_k, CAUSAL, BLOCK_M, BLOCK_N)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    begin = 0
+    if not USE_TMA:  # bounds cost instructions, so full tiles have a loop of their own
+        dq = _sum_over_keys(
+            dq, q, do, lse_log2, delta, k_source, v_source, seed, b, head, h_kv, m,
+            0, unmasked, unmasked, key_limit, stride_kt, stride_vt, T_k, scale_log2, dropout_p,
+            D, PRECISION, False, DROPOUT, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        begin = unmasked
     dq = _sum_over_keys(
         dq, q, do, lse_log2, delta, k_source, v_source, seed, b, head, h_kv, m,
-        0, unmasked, key_limit, stride_kt, stride_vt, T_k, scale_log2, dropout_p,
-        D, PRECISION, False, DROPOUT, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    dq = _sum_over_keys(
-        dq, q, do, lse_log2, delta, k_source, v_source, seed, b, head, h_kv, m,
-        unmasked, end, key_limit, stride_kt, stride_vt, T_k, scale_log2, dropout_p,
+        begin, end, unmasked, key_limit, stride_kt, stride_vt, T_k, scale_log2, dropout_p,
         D, PRECISION, True, DROPOUT, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dq_head = dq_ptr + head_offset(b, h, stride_dqb, stride_dqh, 1)
@@ -418,8 +438,6 @@ def attention_backward(
     shapes of q, k and v and unit last stride. ``dropout_p`` and ``seed`` are the forward's.
     ``config`` replaces the table's for both gradient kernels.
     """
-    B, T_q, H, D = q.shape
-    T_k, H_kv = k.shape[1:3]
     if q.numel() == 0 or k.numel() == 0:
         for t in (dq, dk, dv):
             if t is not None:
@@ -428,108 +446,114 @@ def attention_backward(
     if do.stride(-1) != 1:  # e.g. the gradient of a sum: one number, expanded
         do = do.contiguous()
     delta = torch.empty_like(lse)
+    device, dtype, target = q.device, q.dtype, target_of(q.device)
     if dq is not None or dk is not None:
-        _launch_delta(o, do, dlse, delta)
-
-    def table(stage: str) -> LaunchConfig:
-        target = target_of(q.device)
-        return config or launch_config(stage, D, q.dtype, target, aligned, dropout_p > 0)
-
-    aligned = all(is_aligned(t) for t in (q, k, v, do))
+        dlse = None if dlse is None else dlse.contiguous()
+        others = on_16_bytes(o, dlse, delta)
+        _delta_plan(device, dtype, layout_of(do), others, target)(o, do, dlse, delta)
+    operands = (layout_of(q), layout_of(k), layout_of(v), layout_of(do))
+    options = (causal, softmax_scale, float(dropout_p), dot_precision(dtype), target, config)
+    others = on_16_bytes(lse, delta, seed)
+    inputs = (q, k, v, do, lse, delta, seed)
     if dk is not None or dv is not None:
-        inputs = _inputs(
-            q,
-            k,
-            v,
-            do,
-            lse,
-            delta,
-            table("key_value_gradient"),
-            aligned=aligned,
-            causal=causal,
-            softmax_scale=softmax_scale,
-            dropout_p=dropout_p,
-            seed=seed,
-        )
-        grid = (B * H_kv * triton.cdiv(T_k, inputs["BLOCK_N"]),)
-        _key_value_gradient_kernel[grid](
-            **inputs,
-            dk_ptr=dk,
-            dv_ptr=dv,
-            **_strides(dk=dk, dv=dv),
-            H_kv=H_kv,
-            NEED_DK=dk is not None,
-            NEED_DV=dv is not None,
-        )
+        dk_layout, dv_layout = (None if t is None else layout_of(t) for t in (dk, dv))
+        layouts = (operands, dk_layout, dv_layout)
+        _key_value_plan(device, dtype, *layouts, others, *options)(*inputs, dk, dv)
     if dq is not None:
-        inputs = _inputs(
-            q,
-            k,
-            v,
-            do,
-            lse,
-            delta,
-            table("query_gradient"),
-            aligned=aligned,
-            causal=causal,
-            softmax_scale=softmax_scale,
-            dropout_p=dropout_p,
-            seed=seed,
-        )
-        grid = (B * H * triton.cdiv(T_q, inputs["BLOCK_M"]),)
-        _query_gradient_kernel[grid](**inputs, dq_ptr=dq, **_strides(dq=dq), H=H)
+        _query_plan(device, dtype, operands, layout_of(dq), others, *options)(*inputs, dq)
 
 
-def _launch_delta(o: Tensor, do: Tensor, dlse: Tensor | None, delta: Tensor) -> None:
-    B, T, H, D = o.shape
-    config = launch_config("delta", D, o.dtype, target_of(o.device), False)
-    _delta_kernel[(triton.cdiv(B * T * H, config.block_m),)](
-        o_ptr=o,
-        do_ptr=do,
-        dlse_ptr=None if dlse is None else dlse.contiguous(),
-        delta_ptr=delta,
-        **_strides(g=do),
-        T=T,
-        H=H,
-        n_rows=B * T * H,
-        D=D,
-        HAS_DLSE=dlse is not None,
-        ROWS=config.block_m,
-        BLOCK_D=block_d_of(D),
-        num_warps=config.num_warps,
-    )
+@planned
+def _delta_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    do: Layout,
+    others: tuple[bool | None, ...],
+    target: str,
+) -> Plan:
+    """The launch of delta; ``others`` are o, dlse and delta."""
+    B, T, H, D = do.shape
+    config = launch_config("delta", D, dtype, target, False)
+    arguments = {
+        **strides_by_name(g=do),
+        "T": T,
+        "H": H,
+        "n_rows": B * T * H,
+        "D": D,
+        "HAS_DLSE": others[1] is not None,
+        "ROWS": config.block_m,
+        "BLOCK_D": block_d_of(D),
+        **config.options,
+    }
+    return Plan(_delta_kernel, (triton.cdiv(B * T * H, config.block_m),), arguments)
 
 
-def _inputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    do: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    config: LaunchConfig,
-    *,
-    aligned: bool,
+@planned
+def _key_value_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    operands: Operands,
+    dk: Layout | None,
+    dv: Layout | None,
+    others: tuple[bool | None, ...],
+    *options: Any,
+) -> Plan:
+    """The launch of dk and dv; see :func:`_shared` for ``options``."""
+    config, arguments, bulk = _shared("key_value_gradient", dtype, operands, *options)
+    B, T_q, H, D = operands[0].shape
+    T_k, H_kv = operands[1].shape[1:3]
+    group_bytes = 2 * T_q * D * dtype.itemsize * H // H_kv  # q and do
+    arguments["section"] = heads_per_section(B * H_kv, group_bytes)
+    arguments |= strides_by_name(dk=dk, dv=dv)
+    arguments |= {"H_kv": H_kv, "NEED_DK": dk is not None, "NEED_DV": dv is not None}
+    grid = (B * H_kv * triton.cdiv(T_k, config.block_n),)
+    return Plan(_key_value_gradient_kernel, grid, arguments, bulk)
+
+
+@planned
+def _query_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    operands: Operands,
+    dq: Layout,
+    others: tuple[bool | None, ...],
+    *options: Any,
+) -> Plan:
+    """The launch of dq; see :func:`_shared` for ``options``."""
+    config, arguments, bulk = _shared("query_gradient", dtype, operands, *options)
+    B, T_q, H, D = operands[0].shape
+    T_k, H_kv = operands[1].shape[1:3]
+    head_bytes = 2 * T_k * D * dtype.itemsize * H_kv // H  # k and v
+    arguments["section"] = heads_per_section(B * H, head_bytes)
+    arguments |= {**strides_by_name(dq=dq), "H": H}
+    grid = (B * H * triton.cdiv(T_q, config.block_m),)
+    return Plan(_query_gradient_kernel, grid, arguments, bulk)
+
+
+def _shared(
+    stage: str,
+    dtype: torch.dtype,
+    operands: Operands,
     causal: bool,
     softmax_scale: float | None,
     dropout_p: float,
-    seed: Tensor | None,
-) -> dict[str, Any]:
-    """The arguments that both gradient kernels share."""
+    precision: str,
+    target: str,
+    config: LaunchConfig | None,
+) -> tuple[LaunchConfig, dict[str, Any], dict[int, Bulk] | None]:
+    """The config of a gradient kernel, and the arguments and descriptors that both share."""
+    q, k, _, _ = operands
     H, D = q.shape[2:]
+    aligned = all(is_aligned(t, dtype) for t in operands)
+    if config is None:
+        config = launch_config(stage, D, dtype, target, aligned, dropout_p > 0)
     # Strides that are whole 16-byte units go to the kernel as such, so that it can rely on it.
-    alignment = 16 // q.element_size() if aligned else 1
+    alignment = 16 // dtype.itemsize if aligned else 1
     by_query, by_key = config.block_m, config.block_n
-    widest = max(t.stride(1) for t in (q, k, v, do)) * max(by_query, by_key)
-    return {
-        "q_source": row_source(q, by_query, config.use_tma),
-        "k_source": row_source(k, by_key, config.use_tma),
-        "v_source": row_source(v, by_key, config.use_tma),
-        "do_source": row_source(do, by_query, config.use_tma),
-        "lse_ptr": lse,
-        "delta_ptr": delta,
-        "seed_ptr": seed,
-        **_strides(alignment, q=q, k=k, v=v, g=do),
+    blocks = (by_query, by_key, by_key, by_query)
+    widest = max(t.strides[1] for t in operands) * max(by_query, by_key)
+    arguments = {
+        **strides_by_name(alignment, **dict(zip("qkvg", operands, strict=True))),
         "B": q.shape[0],
         "group": H // k.shape[2],
         "T_q": q.shape[1],
@@ -538,7 +562,7 @@ def _inputs(
         "dropout_p": dropout_p,
         "D": D,
         "CAUSAL": causal,
-        "PRECISION": dot_precision(q.dtype),
+        "PRECISION": precision,
         "DROPOUT": dropout_p > 0,
         "USE_TMA": config.use_tma,
         "WIDE": is_wide(widest),
@@ -546,15 +570,9 @@ def _inputs(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_D": block_d_of(D),
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+        **config.options,
     }
-
-
-def _strides(unit: int = 1, **tensors: Tensor | None) -> dict[str, int]:
-    """``{"stride_qb": ..., "stride_qt": ..., "stride_qh": ...}`` for ``q=...``, in ``unit``s."""
-    return {
-        f"stride_{name}{dim}": 0 if t is None else t.stride(i) // unit
-        for name, t in tensors.items()
-        for i, dim in enumerate("bth")
-    }
+    if not config.use_tma:
+        return config, arguments, None
+    rows = zip(operands, blocks, strict=True)
+    return config, arguments, {i: rows_in_bulk(t, n) for i, (t, n) in enumerate(rows)}

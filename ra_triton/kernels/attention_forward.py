@@ -6,8 +6,9 @@
 over all keys j, or those with j <= t + T_k - T_q if causal.
 
 q ``[B, T_q, H, D]``, k and v ``[B, T_k, H_kv, D]`` → o ``[B, T_q, H, D]``, lse ``[B, H, T_q]``.
-Grid ``(B * H * cdiv(T_q, BLOCK_M),)``: heads fastest, and the query tiles with most keys first, so
-that the short ones fill the last wave. Overwrites nothing. After arXiv:2307.08691.
+Grid ``(B * H * cdiv(T_q, BLOCK_M),)``: heads fastest, in sections that fit L2, and the query tiles
+with most keys first, so that the short ones fill the last wave. Overwrites nothing. After
+arXiv:2307.08691.
 """
 
 import math
@@ -18,20 +19,25 @@ import triton.language as tl
 from torch import Tensor
 
 from ra_triton.kernels.configs import LaunchConfig, launch_config
+from ra_triton.kernels.plans import Layout, Plan, layout_of, on_16_bytes, planned
 from ra_triton.kernels.tiles import (
     LN2,
     LOG2E,
     block_d_of,
     dot,
     dot_precision,
+    follow,
+    head_and_tile,
     head_offset,
+    heads_per_section,
     is_aligned,
     is_wide,
     kept,
     key_range,
     load_rows,
-    row_source,
+    rows_in_bulk,
     store_rows,
+    strides_by_name,
     target_of,
 )
 
@@ -51,6 +57,7 @@ def _attend(
     m,
     begin,
     end,
+    unmasked,  # keys before this one are seen by every query of the tile
     key_limit,  # [BLOCK_M]
     stride_kt,
     stride_vt,
@@ -76,7 +83,7 @@ def _attend(
         )  # fmt: skip
         s = dot(q, k.T, None, PRECISION)  # [BLOCK_M, BLOCK_N]
         offs_n = n + tl.arange(0, BLOCK_N)
-        if MASKED:
+        if MASKED and (not USE_TMA or n >= unmasked):
             s = tl.where(offs_n[None, :] < key_limit[:, None], s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
         m_scaled = m_new * scale_log2
@@ -99,7 +106,7 @@ def _attend(
     return acc, l_i, m_i
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["section"])
 def _attention_forward_kernel(
     q_source,  # pointers, or descriptors of [B, H, T, D] with USE_TMA
     k_source,
@@ -121,6 +128,7 @@ def _attention_forward_kernel(
     group,  # H // H_kv
     T_q,
     T_k,
+    section,  # heads at a time
     scale_log2,  # softmax_scale * log2(e)
     dropout_p,
     D: tl.constexpr,
@@ -133,11 +141,12 @@ def _attention_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """One query tile of one head: full key tiles, then the tiles that the mask cuts."""
-    pid = tl.program_id(0)
-    head = pid % (B * H)
-    m = (tl.cdiv(T_q, BLOCK_M) - 1 - pid // (B * H)) * BLOCK_M
+    """One query tile of one head: full key tiles, then those that the mask cuts."""
+    n_m = tl.cdiv(T_q, BLOCK_M)
+    head, tile = head_and_tile(tl.program_id(0), B * H, n_m, section)
+    m = (n_m - 1 - tile) * BLOCK_M
     b = head // H
     h = head % H
     h_kv = h // group
@@ -146,6 +155,7 @@ def _attention_forward_kernel(
         k_source += head_offset(b, h_kv, stride_kb, stride_kh, ALIGNMENT)
         v_source += head_offset(b, h_kv, stride_vb, stride_vh, ALIGNMENT)
 
+    follow(PDL)
     offs_m = m + tl.arange(0, BLOCK_M)
     key_limit, unmasked, end = key_range(m, T_q, T_k, CAUSAL, BLOCK_M, BLOCK_N)
     q = load_rows(
@@ -156,14 +166,17 @@ def _attention_forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    begin = 0
+    if not USE_TMA:  # bounds cost instructions, so full tiles have a loop of their own
+        acc, l_i, m_i = _attend(
+            acc, l_i, m_i, q, k_source, v_source, seed, b, head, h_kv, m,
+            0, unmasked, unmasked, key_limit, stride_kt, stride_vt, T_k, scale_log2, dropout_p,
+            D, PRECISION, False, DROPOUT, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        begin = unmasked
     acc, l_i, m_i = _attend(
-        acc, l_i, m_i, q, k_source, v_source, seed, b, head, h_kv, m, 0, unmasked, key_limit,
-        stride_kt, stride_vt, T_k, scale_log2, dropout_p,
-        D, PRECISION, False, DROPOUT, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    acc, l_i, m_i = _attend(
-        acc, l_i, m_i, q, k_source, v_source, seed, b, head, h_kv, m, unmasked, end, key_limit,
-        stride_kt, stride_vt, T_k, scale_log2, dropout_p,
+        acc, l_i, m_i, q, k_source, v_source, seed, b, head, h_kv, m,
+        begin, end, unmasked, key_limit, stride_kt, stride_vt, T_k, scale_log2, dropout_p,
         D, PRECISION, True, DROPOUT, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
@@ -193,62 +206,80 @@ def attention_forward(
     Operands may have any strides but the last, which is 1; o and lse (float32) are contiguous, and
     new unless given. ``seed`` is one int64 on the device; the same seed drops the same scores.
     """
-    B, T_q, H, D = q.shape
-    T_k, H_kv = k.shape[1:3]
+    B, T_q, H, _ = q.shape
     if o is None:
-        o = torch.empty((B, T_q, H, D), dtype=q.dtype, device=q.device)
+        o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if lse is None:
         lse = torch.empty((B, H, T_q), dtype=torch.float32, device=q.device)
     if o.numel() == 0:
         return o, lse
-
-    aligned = all(is_aligned(t) for t in (q, k, v))
-    # Strides that are whole 16-byte units go to the kernel as such, so that it can rely on it.
-    alignment = 16 // q.element_size() if aligned else 1
-    if config is None:
-        target = target_of(q.device)
-        config = launch_config("attention_forward", D, q.dtype, target, aligned, dropout_p > 0)
-    blocks = (config.block_m, config.block_n, config.block_n)
-    q_source, k_source, v_source = (
-        row_source(t, rows, config.use_tma) for t, rows in zip((q, k, v), blocks, strict=True)
+    plan = _plan(
+        q.device,
+        q.dtype,
+        layout_of(q),
+        layout_of(k),
+        layout_of(v),
+        on_16_bytes(seed, o, lse),
+        causal,
+        softmax_scale,
+        float(dropout_p),
+        dot_precision(q.dtype),
+        target_of(q.device),
+        config,
     )
+    plan(q, k, v, seed, o, lse)
+    return o, lse
+
+
+@planned
+def _plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    q: Layout,
+    k: Layout,
+    v: Layout,
+    others: tuple[bool | None, ...],
+    causal: bool,
+    softmax_scale: float | None,
+    dropout_p: float,
+    precision: str,
+    target: str,
+    config: LaunchConfig | None,
+) -> Plan:
+    """The launch for operands of these layouts."""
+    B, T_q, H, D = q.shape
+    T_k, H_kv = k.shape[1:3]
+    aligned = all(is_aligned(t, dtype) for t in (q, k, v))
+    # Strides that are whole 16-byte units go to the kernel as such, so that it can rely on it.
+    alignment = 16 // dtype.itemsize if aligned else 1
+    if config is None:
+        config = launch_config("attention_forward", D, dtype, target, aligned, dropout_p > 0)
+    blocks = (config.block_m, config.block_n, config.block_n)
+    rows = zip((q, k, v), blocks, strict=True)
+    bulk = {i: rows_in_bulk(t, n) for i, (t, n) in enumerate(rows)}
     if softmax_scale is None:
         softmax_scale = 1 / math.sqrt(D)
+    arguments = {
+        **strides_by_name(alignment, q=q, k=k, v=v),
+        "B": B,
+        "H": H,
+        "group": H // H_kv,
+        "T_q": T_q,
+        "T_k": T_k,
+        "section": heads_per_section(B * H, 2 * T_k * D * dtype.itemsize * H_kv // H),
+        "scale_log2": softmax_scale * LOG2E.value,
+        "dropout_p": dropout_p,
+        "D": D,
+        "CAUSAL": causal,
+        "PRECISION": precision,
+        "DROPOUT": dropout_p > 0,
+        "USE_TMA": config.use_tma,
+        "WIDE": any(is_wide(t.strides[1] * max(blocks)) for t in (q, k, v)),
+        "ALIGNMENT": alignment,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": block_d_of(D),
+        **config.options,
+    }
     grid = (B * H * triton.cdiv(T_q, config.block_m),)
-    _attention_forward_kernel[grid](
-        q_source=q_source,
-        k_source=k_source,
-        v_source=v_source,
-        seed_ptr=seed,
-        o_ptr=o,
-        lse_ptr=lse,
-        stride_qb=q.stride(0) // alignment,
-        stride_qt=q.stride(1) // alignment,
-        stride_qh=q.stride(2) // alignment,
-        stride_kb=k.stride(0) // alignment,
-        stride_kt=k.stride(1) // alignment,
-        stride_kh=k.stride(2) // alignment,
-        stride_vb=v.stride(0) // alignment,
-        stride_vt=v.stride(1) // alignment,
-        stride_vh=v.stride(2) // alignment,
-        B=B,
-        H=H,
-        group=H // H_kv,
-        T_q=T_q,
-        T_k=T_k,
-        scale_log2=softmax_scale * LOG2E.value,
-        dropout_p=dropout_p,
-        D=D,
-        CAUSAL=causal,
-        PRECISION=dot_precision(q.dtype),
-        DROPOUT=dropout_p > 0,
-        USE_TMA=config.use_tma,
-        WIDE=any(is_wide(t.stride(1) * max(blocks)) for t in (q, k, v)),
-        ALIGNMENT=alignment,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_D=block_d_of(D),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    return o, lse
+    return Plan(_attention_forward_kernel, grid, arguments, bulk if config.use_tma else None)

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ra_triton.kernels.configs import LaunchConfig, launch_config
-from ra_triton.kernels.tiles import target_of
+from ra_triton.kernels.plans import Layout, Plan, layout_of, planned
+from ra_triton.kernels.tiles import follow, strides_by_name, target_of
 
 
 @triton.jit
@@ -91,8 +92,10 @@ def _pack_kernel(
     IN_PLACE: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Queries carry K_low, keys carry Q_low."""
+    follow(PDL)
     if tl.program_id(1) == 0:
         _pack_rows(
             q_ptr, k_low_ptr, q_pack_ptr,
@@ -140,34 +143,42 @@ def _launch(
     in_place: bool,
     config: LaunchConfig | None,
 ) -> None:
+    B, T, H, _ = q.shape
+    if B * T * max(H, k.shape[2]) == 0 or (in_place and q_low.shape[-1] == 0):
+        return
+    tensors = (q, k, q_low, k_low, q_pack, k_pack)
+    layouts = tuple(map(layout_of, tensors))
+    _plan(q.device, q.dtype, layouts, in_place, target_of(q.device), config)(*tensors)
+
+
+@planned
+def _plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    layouts: tuple[Layout, ...],
+    in_place: bool,
+    target: str,
+    config: LaunchConfig | None,
+) -> Plan:
+    """The launch for tensors of these layouts, in the order of the kernel's arguments."""
+    q, k, q_low = layouts[:3]
     B, T, H, D = q.shape
     H_kv, R = k.shape[2], q_low.shape[-1]
-    if B * T * max(H, H_kv) == 0 or (in_place and R == 0):
-        return
     if config is None:
-        config = launch_config("packing", D, q.dtype, target_of(q.device), False)
+        config = launch_config("packing", D, dtype, target, False)
+    names = ("q", "k", "ql", "kl", "qp", "kp")
+    arguments = {
+        **strides_by_name(1, **dict(zip(names, layouts, strict=True))),
+        "B": B,
+        "T": T,
+        "H": H,
+        "H_kv": H_kv,
+        "D": D,
+        "R": R,
+        "IN_PLACE": in_place,
+        "ROWS": config.block_m,
+        "LANES": triton.next_power_of_2(R if in_place else D),
+        **config.options,
+    }
     grid = (triton.cdiv(B * T * max(H, H_kv), config.block_m), 2)
-    _pack_kernel[grid](
-        q,
-        k,
-        q_low,
-        k_low,
-        q_pack,
-        k_pack,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *q_low.stride()[:3],
-        *k_low.stride()[:3],
-        *q_pack.stride()[:3],
-        *k_pack.stride()[:3],
-        B=B,
-        T=T,
-        H=H,
-        H_kv=H_kv,
-        D=D,
-        R=R,
-        IN_PLACE=in_place,
-        ROWS=config.block_m,
-        LANES=triton.next_power_of_2(R if in_place else D),
-        num_warps=config.num_warps,
-    )
+    return Plan(_pack_kernel, grid, arguments)

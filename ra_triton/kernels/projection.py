@@ -13,10 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ra_triton.kernels.configs import LaunchConfig, launch_config
+from ra_triton.kernels.plans import Bulk, Layout, Plan, layout_of, on_16_bytes, planned
 from ra_triton.kernels.tiles import (
-    descriptor,
+    as_one_batch,
     dot,
     dot_precision,
+    follow,
     is_aligned,
     is_wide,
     target_of,
@@ -58,8 +60,10 @@ def _projection_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One tile of y = x w + bias, accumulated over C in steps of BLOCK_K."""
+    follow(PDL)
     tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
     offs_m = m + tl.arange(0, BLOCK_M)
@@ -104,58 +108,83 @@ def projection(
     bias: Tensor | None,
     out: Tensor | None = None,
     *,
+    stage: str = "projection",
     config: LaunchConfig | None = None,
 ) -> Tensor:
     """``x [B, T, C] @ w [C, N] + bias [N]`` → ``[B, T, N]``, written to ``out`` if given.
 
     x may have any strides but the last, which is 1; w and bias any strides at all; ``out`` is
-    contiguous.
+    contiguous. ``stage`` names the row of the config table.
     """
+    B, T, _ = x.shape
+    if out is None:
+        out = torch.empty((B, T, w.shape[1]), dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    bias = None if bias is None else bias.contiguous()
+    plan = _plan(
+        x.device,
+        x.dtype,
+        layout_of(x),
+        layout_of(w),
+        on_16_bytes(bias, out),
+        dot_precision(x.dtype),
+        target_of(x.device),
+        stage,
+        config,
+    )
+    plan(x, w, bias, out)
+    return out
+
+
+@planned
+def _plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    x: Layout,
+    w: Layout,
+    others: tuple[bool | None, ...],
+    precision: str,
+    target: str,
+    stage: str,
+    config: LaunchConfig | None,
+) -> Plan:
+    """The launch for operands of these layouts; ``others`` are bias and y."""
+    x = as_one_batch(x)
     B, T, C = x.shape
     N = w.shape[1]
-    y = torch.empty((B, T, N), dtype=x.dtype, device=x.device) if out is None else out
-    if y.numel() == 0:
-        return y
-
-    # Rows that follow each other at one stride are one long batch element.
-    flat = B == 1 or x.stride(0) == T * x.stride(1)
-    if flat:
-        x = x.as_strided((1, B * T, C), (0, x.stride(1), 1))
-    w_transposed = w.stride(1) != 1
-    w_rows = w.mT if w_transposed else w
-    aligned = flat and w_rows.stride(1) == 1 and is_aligned(x[0]) and is_aligned(w_rows)
+    w_transposed = w.strides[1] != 1
+    w_rows = Layout(w.shape[::-1], w.strides[::-1], w.on_16_bytes) if w_transposed else w
+    rows = Layout(x.shape[1:], x.strides[1:], x.on_16_bytes)
+    bulk_fits = B == 1 and w_rows.strides[1] == 1
+    aligned = bulk_fits and is_aligned(rows, dtype) and is_aligned(w_rows, dtype)
     if config is None:
-        config = launch_config("projection", 0, x.dtype, target_of(x.device), aligned)
-    x_source, w_source = x, w
-    if config.use_tma:
-        x_source = descriptor(x[0], [config.block_m, config.block_k])
-        block_w = [config.block_k, config.block_n]
-        w_source = descriptor(w_rows, block_w[::-1] if w_transposed else block_w)
+        config = launch_config(stage, 0, dtype, target, aligned)
+    block_w = (config.block_k, config.block_n)
+    bulk = {
+        0: Bulk(rows.shape, rows.strides, (config.block_m, config.block_k)),
+        1: Bulk(w_rows.shape, w_rows.strides, block_w[::-1] if w_transposed else block_w),
+    }
+    arguments = {
+        "stride_xb": x.strides[0],
+        "stride_xt": x.strides[1],
+        "stride_wc": w.strides[0],
+        "stride_wn": w.strides[1],
+        "M": B * T,
+        "T": T,
+        "N": N,
+        "C": C,
+        "HAS_BIAS": others[0] is not None,
+        "EVEN_C": C % config.block_k == 0,
+        "W_TRANSPOSED": w_transposed,
+        "PRECISION": precision,
+        "USE_TMA": config.use_tma,
+        "WIDE": is_wide(w.strides[0] * config.block_k + w.strides[1] * config.block_n),
+        "GROUP_M": GROUP_M,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        **config.options,
+    }
     grid = (triton.cdiv(B * T, config.block_m) * triton.cdiv(N, config.block_n),)
-    _projection_kernel[grid](
-        x_source=x_source,
-        w_source=w_source,
-        bias_ptr=None if bias is None else bias.contiguous(),
-        y_ptr=y,
-        stride_xb=x.stride(0),
-        stride_xt=x.stride(1),
-        stride_wc=w.stride(0),
-        stride_wn=w.stride(1),
-        M=B * T,
-        T=x.shape[1],
-        N=N,
-        C=C,
-        HAS_BIAS=bias is not None,
-        EVEN_C=C % config.block_k == 0,
-        W_TRANSPOSED=w_transposed,
-        PRECISION=dot_precision(x.dtype),
-        USE_TMA=config.use_tma,
-        WIDE=is_wide(w.stride(0) * config.block_k + w.stride(1) * config.block_n),
-        GROUP_M=GROUP_M,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    return y
+    return Plan(_projection_kernel, grid, arguments, bulk if config.use_tma else None)

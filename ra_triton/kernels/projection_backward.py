@@ -13,10 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ra_triton.kernels.configs import LaunchConfig, launch_config
-from ra_triton.kernels.tiles import descriptor, dot, dot_precision, is_aligned, target_of
+from ra_triton.kernels.plans import Bulk, Layout, Plan, layout_of, on_16_bytes, planned
+from ra_triton.kernels.tiles import as_one_batch, dot, dot_precision, follow, is_aligned, target_of
 
-TOKENS_PER_SPLIT = 2048
+TOKENS_PER_SPLIT = 1024  # at least
 MAX_SPLITS = 16
+PROGRAMS = 256  # that splitting aims at: about two CTAs per SM
 
 
 @triton.jit
@@ -36,8 +38,10 @@ def _weight_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One tile of ``xᵀ g`` over the tokens of one split."""
+    follow(PDL)
     n_c = tl.cdiv(C, BLOCK_M)
     c = tl.program_id(0) % n_c * BLOCK_M
     n = tl.program_id(0) // n_c * BLOCK_N
@@ -77,8 +81,10 @@ def _column_sum_kernel(
     split_rows,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """``out[split, n] = Σ_r g[r, n]`` over the rows of one split."""
+    follow(PDL)
     split = tl.program_id(1)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     end = tl.minimum((split + 1) * split_rows, M)
@@ -93,8 +99,16 @@ def _column_sum_kernel(
 
 
 @triton.jit
-def _add_splits_kernel(parts_ptr, out_ptr, n_elements, splits, BLOCK: tl.constexpr):
+def _add_splits_kernel(
+    parts_ptr,  # [splits, n_elements] float32
+    out_ptr,
+    n_elements,
+    splits,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """``out[i] = Σ_s parts[s, i]``, s in order."""
+    follow(PDL)
     offs = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n_elements
     total = tl.zeros([BLOCK], tl.float32)
@@ -110,36 +124,62 @@ def weight_gradient(x: Tensor, g: Tensor, *, config: LaunchConfig | None = None)
     dw = torch.empty((C, N), dtype=x.dtype, device=x.device)
     if B * T == 0 or dw.numel() == 0:
         return dw.zero_()
-    if B == 1 or x.stride(0) == T * x.stride(1):  # one long batch element
-        x = x.as_strided((1, B * T, C), (0, x.stride(1), 1))
-    g_rows = g.view(B * T, N)
-    aligned = x.shape[0] == 1 and is_aligned(x[0]) and is_aligned(g_rows)
-    if config is None:
-        config = launch_config("weight_gradient", 0, x.dtype, target_of(x.device), aligned)
-    splits, split_rows = _splits(B * T, config.block_k)
-    parts = dw if splits == 1 else torch.empty((splits, C, N), dtype=torch.float32, device=x.device)
-    block = config.block_k
-    grid = (triton.cdiv(C, config.block_m) * triton.cdiv(N, config.block_n), splits)
-    _weight_gradient_kernel[grid](
-        x_source=descriptor(x[0], [block, config.block_m]) if config.use_tma else x,
-        g_source=descriptor(g_rows, [block, config.block_n]) if config.use_tma else g,
-        dw_ptr=parts,
-        stride_xb=x.stride(0),
-        stride_xt=x.stride(1),
-        M=B * T,
-        T=x.shape[1],
-        C=C,
-        N=N,
-        split_rows=split_rows,
-        PRECISION=dot_precision(x.dtype),
-        USE_TMA=config.use_tma,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+    precision, target = dot_precision(x.dtype), target_of(x.device)
+    plan, splits = _weight_plan(
+        x.device, x.dtype, layout_of(x), N, on_16_bytes(g, dw), precision, target, config
     )
-    return _add_splits(parts, dw) if splits > 1 else dw
+    if splits == 1:
+        plan(x, g, dw)
+        return dw
+    parts = torch.empty((splits, C, N), dtype=torch.float32, device=x.device)
+    plan(x, g, parts)
+    return _add_splits(parts, dw)
+
+
+@planned
+def _weight_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    x: Layout,
+    N: int,
+    others: tuple[bool | None, ...],
+    precision: str,
+    target: str,
+    config: LaunchConfig | None,
+) -> tuple[Plan, int]:
+    """The launch of the weight's gradient, and its number of splits; ``others`` are g and dw."""
+    x = as_one_batch(x)
+    B, T, C = x.shape
+    rows = Layout(x.shape[1:], x.strides[1:], x.on_16_bytes)
+    g_rows = Layout((B * T, N), (N, 1), bool(others[0]))
+    aligned = B == 1 and is_aligned(rows, dtype) and is_aligned(g_rows, dtype)
+    if config is None:
+        config = launch_config("weight_gradient", 0, dtype, target, aligned)
+    bulk = {
+        0: Bulk(rows.shape, rows.strides, (config.block_k, config.block_m)),
+        1: Bulk(g_rows.shape, g_rows.strides, (config.block_k, config.block_n)),
+    }
+    tiles = triton.cdiv(C, config.block_m) * triton.cdiv(N, config.block_n)
+    splits, split_rows = _splits(B * T, config.block_k, tiles)
+    arguments = {
+        "stride_xb": x.strides[0],
+        "stride_xt": x.strides[1],
+        "M": B * T,
+        "T": T,
+        "C": C,
+        "N": N,
+        "split_rows": split_rows,
+        "PRECISION": precision,
+        "USE_TMA": config.use_tma,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        **config.options,
+    }
+    plan = Plan(
+        _weight_gradient_kernel, (tiles, splits), arguments, bulk if config.use_tma else None
+    )
+    return plan, splits
 
 
 def bias_gradient(g: Tensor, *, config: LaunchConfig | None = None) -> Tensor:
@@ -148,38 +188,67 @@ def bias_gradient(g: Tensor, *, config: LaunchConfig | None = None) -> Tensor:
     dbias = torch.empty(N, dtype=g.dtype, device=g.device)
     if M == 0:
         return dbias.zero_()
-    if config is None:
-        config = launch_config("bias_gradient", 0, g.dtype, target_of(g.device), False)
-    splits, split_rows = _splits(M, config.block_m)
-    parts = torch.empty((splits, N), dtype=torch.float32, device=g.device)
-    _column_sum_kernel[(triton.cdiv(N, config.block_n), splits)](
-        g_ptr=g,
-        out_ptr=parts,
-        M=M,
-        N=N,
-        split_rows=split_rows,
-        ROWS=config.block_m,
-        BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
+    plan, splits = _column_sum_plan(
+        g.device, g.dtype, M, N, on_16_bytes(g), target_of(g.device), config
     )
+    parts = torch.empty((splits, N), dtype=torch.float32, device=g.device)
+    plan(g, parts)
     return _add_splits(parts, dbias)
 
 
-def _splits(rows: int, multiple: int) -> tuple[int, int]:
-    """How many splits, and the rows of each, a multiple of ``multiple``."""
-    splits = min(MAX_SPLITS, triton.cdiv(rows, TOKENS_PER_SPLIT))
+@planned
+def _column_sum_plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    M: int,
+    N: int,
+    others: tuple[bool | None, ...],
+    target: str,
+    config: LaunchConfig | None,
+) -> tuple[Plan, int]:
+    """The launch that sums columns, and its number of splits."""
+    if config is None:
+        config = launch_config("bias_gradient", 0, dtype, target, False)
+    tiles = triton.cdiv(N, config.block_n)
+    splits, split_rows = _splits(M, config.block_m, tiles)
+    arguments = {
+        "M": M,
+        "N": N,
+        "split_rows": split_rows,
+        "ROWS": config.block_m,
+        "BLOCK_N": config.block_n,
+        **config.options,
+    }
+    return Plan(_column_sum_kernel, (tiles, splits), arguments), splits
+
+
+def _splits(rows: int, multiple: int, tiles: int) -> tuple[int, int]:
+    """How many splits, and the rows of each, a multiple of ``multiple``.
+
+    Few tiles need many splits to fill the GPU; each split costs a pass over the result in float32.
+    """
+    most = min(MAX_SPLITS, triton.cdiv(rows, TOKENS_PER_SPLIT))
+    splits = max(1, min(most, PROGRAMS // tiles))
     split_rows = triton.cdiv(triton.cdiv(rows, splits), multiple) * multiple
     return triton.cdiv(rows, split_rows), split_rows
 
 
 def _add_splits(parts: Tensor, out: Tensor) -> Tensor:
-    config = launch_config("add_splits", 0, out.dtype, target_of(out.device), False)
-    _add_splits_kernel[(triton.cdiv(out.numel(), config.block_m),)](
-        parts_ptr=parts,
-        out_ptr=out,
-        n_elements=out.numel(),
-        splits=parts.shape[0],
-        BLOCK=config.block_m,
-        num_warps=config.num_warps,
-    )
+    splits = parts.shape[0]
+    _add_plan(out.device, out.dtype, out.numel(), splits, target_of(out.device))(parts, out)
     return out
+
+
+@planned
+def _add_plan(
+    device: torch.device, dtype: torch.dtype, n_elements: int, splits: int, target: str
+) -> Plan:
+    """The launch that adds splits; both tensors are new, hence aligned."""
+    config = launch_config("add_splits", 0, dtype, target, False)
+    arguments = {
+        "n_elements": n_elements,
+        "splits": splits,
+        "BLOCK": config.block_m,
+        **config.options,
+    }
+    return Plan(_add_splits_kernel, (triton.cdiv(n_elements, config.block_m),), arguments)

@@ -1,0 +1,135 @@
+"""Launches decided once: everything of a launch but the tensors it works on.
+
+Triton's JIT binds, specialises and hashes some thirty arguments on every call, which costs more
+than the launch. So a stage derives a :class:`Plan` from the layouts of its tensors, a pure function
+whose results are kept; a plan's first call goes through the JIT, and later ones hand the tensors to
+the compiled kernel. What the compiler specialised on (sizes, strides, alignment) is in the layouts.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+PLANS = 1024  # that a stage keeps; the least recently used goes
+_kept: list[Callable[[], None]] = []
+Planner = TypeVar("Planner", bound=Callable[..., Any])
+
+
+def planned(derive: Planner) -> Planner:
+    """Keeps what a function derives from layouts and options alone."""
+    cached = lru_cache(PLANS)(derive)
+    _kept.append(cached.cache_clear)
+    return cached  # type: ignore[return-value]
+
+
+def forget_plans() -> None:
+    """Derive every plan anew, for who has changed the config table."""
+    for clear in _kept:
+        clear()
+
+
+class Layout(NamedTuple):
+    """What a launch depends on of a tensor besides dtype and device."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    on_16_bytes: bool  # the address
+
+
+def layout_of(t: Tensor) -> Layout:
+    """The layout of a tensor."""
+    return Layout(t.shape, t.stride(), t.data_ptr() % 16 == 0)
+
+
+def on_16_bytes(*tensors: Tensor | None) -> tuple[bool | None, ...]:
+    """Which addresses are 16-byte aligned; None for what is absent."""
+    return tuple(None if t is None else t.data_ptr() % 16 == 0 for t in tensors)
+
+
+class Bulk(NamedTuple):
+    """How a descriptor describes a tensor, whose address the launch adds."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+
+
+class Plan:
+    """A kernel, its grid, and its arguments after the tensors, which come first.
+
+    Args:
+        kernel: the jit function.
+        grid: programs to launch.
+        arguments: what follows the tensors, by name, and the compiler's options.
+        bulk: the tensors that go through descriptors, by their position.
+    """
+
+    def __init__(
+        self,
+        kernel: JITFunction,
+        grid: tuple[int, ...],
+        arguments: Mapping[str, Any],
+        bulk: Mapping[int, Bulk] | None = None,
+    ) -> None:
+        """Nothing is compiled yet."""
+        self.kernel = kernel
+        self.grid = (*grid, 1, 1)[:3]
+        self.arguments = dict(arguments)
+        self.bulk = dict(bulk or {})
+        self._launch: Callable[..., Any] | None = None
+        self._rest: tuple[Any, ...] = ()
+        self._descriptors: dict[int, dict[str, Any]] = {}
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Launch on the current device and stream; each tensor has the layout of the plan."""
+        if self._launch is None:
+            self._compile(tensors)
+            return
+        first: list[Any] = list(tensors)
+        for position, fields in self._descriptors.items():
+            # A copy whose base is this tensor: the constructor would check what does not change.
+            descriptor = TensorDescriptor.__new__(TensorDescriptor)
+            descriptor.__dict__.update(fields, base=tensors[position])
+            first[position] = descriptor
+        self._launch(*first, *self._rest)
+
+    def _compile(self, tensors: tuple[Tensor | None, ...]) -> None:
+        """Launch through the JIT, and remember what it compiled."""
+        first: list[Any] = list(tensors)
+        for position, bulk in self.bulk.items():
+            first[position] = TensorDescriptor(tensors[position], *map(list, bulk))
+        compiled = self.kernel[self.grid](*first, **self.arguments)
+        if not any(t is not None and t.is_cuda for t in tensors):
+            return  # interpreted, or only compiled
+        names = self.kernel.arg_names[len(tensors) :]
+        self._rest = tuple(self.arguments[name] for name in names)
+        self._descriptors = {i: {**vars(first[i]), "base": None} for i in self.bulk}
+        self._launch = _launcher(compiled, self.grid)
+
+
+def _launcher(compiled: CompiledKernel, grid: tuple[int, ...]) -> Callable[..., None]:
+    """``compiled[grid]`` without what only a profiler's hooks need, unless there are any."""
+    with_hooks, run = compiled[grid], compiled.run
+    fixed = compiled.function, compiled.packed_metadata, None, None, None
+    device, knobs = torch.cuda.current_device(), triton.knobs.runtime
+    current_stream = triton.runtime.driver.active.get_current_stream
+
+    def launch(*args: Any) -> None:
+        if _present(knobs.launch_enter_hook) or _present(knobs.launch_exit_hook):
+            with_hooks(*args)
+        else:
+            run(*grid, current_stream(device), *fixed, *args)
+
+    return launch
+
+
+def _present(hook: Any) -> bool:
+    """Whether a hook, which newer versions of Triton make a chain of hooks, would do anything."""
+    return bool(getattr(hook, "calls", hook))
