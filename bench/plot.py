@@ -1,4 +1,4 @@
-"""The picture of a sweep: time and TFLOP/s, over length and over rank."""
+"""Pictures: of a sweep, time and TFLOP/s over length and rank; of a ladder, time by rung."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.report import OK, Row
+from bench.shapes import PHASES
 
 LINE_STYLES = ("-", "--", ":", "-.")
 FIELDS = ("provider", "shape", "D", "R", "T")
@@ -30,6 +31,49 @@ def plot(path: Path, title: str, rows: Sequence[Row]) -> None:
         axes[1][column].set(ylabel="TFLOP/s, graph replay" if on_gpu else "TFLOP/s")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def plot_ladder(path: Path, title: str, rows: Sequence[Row]) -> None:
+    """Write one panel per phase: a bar per rung and mode, from p20 to p80 a whisker."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    measured = [row for row in rows if row.status == OK and row.ms]
+    phases = list(dict.fromkeys(row.phase for row in measured)) or ["forward"]
+    names = list(dict.fromkeys(row.provider for row in rows))
+    figure, axes = pyplot.subplots(1, len(phases), figsize=(13, 6), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    for axis, phase in zip([axes] if len(phases) == 1 else axes, phases, strict=True):
+        of_phase = [row for row in measured if row.phase == phase]
+        for offset, mode in ((-0.2, ""), (0.2, "graph_")):
+            _bars(axis, of_phase, names, offset, mode)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.invert_yaxis()
+        axis.set(title=PHASES[phase], xlabel="ms")
+        axis.grid(alpha=0.3, axis="x")
+        if of_phase:
+            axis.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _bars(axis: Any, rows: Sequence[Row], names: list[str], offset: float, mode: str) -> None:
+    """The bars of one mode: ``""`` is eager, ``"graph_"`` a graph's replay."""
+    rows = [row for row in rows if getattr(row, f"{mode}ms") is not None]
+    if not rows:
+        return
+    middle, low, high = (
+        [getattr(row, f"{mode}{field}") for row in rows] for field in ("ms", "ms_p20", "ms_p80")
+    )
+    whiskers = [
+        [max(0.0, m - p) for m, p in zip(middle, low, strict=True)],
+        [max(0.0, p - m) for m, p in zip(middle, high, strict=True)],
+    ]
+    label = "CUDA graph" if mode else "eager"
+    places = [names.index(row.provider) + offset for row in rows]
+    axis.barh(places, middle, 0.36, xerr=whiskers, label=label, error_kw={"linewidth": 0.8})
 
 
 def _series(rows: Sequence[Row], size: str) -> dict[tuple[Any, ...], list[Row]]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench.shapes import Case, flops
+from bench.shapes import PHASES, Case, flops
 from bench.timing import Timing
 
 OK = "ok"
@@ -26,9 +27,9 @@ class Row:
     """One provider on one case. Numbers are None unless ``status`` is ``"ok"``.
 
     Times are milliseconds. ``ratio`` and ``graph_ratio`` are time over the fastest plain attention
-    of the same case in the same mode: below 1 is faster than plain. ``tflops`` is of the graph
-    where there is one, else of the eager call. ``peak_mb`` is what a call allocates, its output
-    included.
+    of the same case in the same mode: below 1 is faster than plain. ``phase`` is ``"forward"`` or
+    ``"train"``, forward and backward. ``tflops`` is of the graph where there is one, else of the
+    eager call. ``peak_mb`` is what a call allocates at its peak, its outputs included.
     """
 
     shape: str
@@ -39,6 +40,7 @@ class Row:
     D: int
     R: int
     stage: str
+    phase: str
     dtype: str
     provider: str
     plain: bool
@@ -59,12 +61,20 @@ class Row:
 
     @classmethod
     def of(
-        cls, case: Case, stage: str, dtype: str, provider: str, plain: bool, status: str, note: str
+        cls,
+        case: Case,
+        stage: str,
+        phase: str,
+        dtype: str,
+        provider: str,
+        plain: bool,
+        status: str,
+        note: str,
     ) -> "Row":
         """A row without numbers."""
         s = case.shape
         sizes = (s.name, s.B, s.T, s.C, s.H, s.D, case.R)
-        return cls(*sizes, stage, dtype, provider, plain, status, note)
+        return cls(*sizes, stage, phase, dtype, provider, plain, status, note)
 
     def fill(self, timing: Timing, case: Case) -> None:
         """Take over what the clocks say."""
@@ -73,7 +83,8 @@ class Row:
         self.samples = eager.n
         if graph is not None:
             self.graph_ms, self.graph_ms_p20, self.graph_ms_p80 = graph.median, graph.p20, graph.p80
-        self.tflops = flops(case.shape, self.stage) / (graph or eager).median / 1e9
+        work = flops(case.shape, self.stage, self.phase)
+        self.tflops = work / (graph or eager).median / 1e9
         self.host_us, self.peak_mb = timing.host_us, timing.peak_mb
         self.note = timing.note
 
@@ -104,32 +115,50 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def header(env: dict[str, Any], stage: str, dtype: str) -> str:
-    """The lines above the table."""
+def header(env: dict[str, Any], what: str, versus: str = "the fastest plain attention") -> str:
+    """The lines above the table: machine, versions, what is timed, what the ratio is over."""
     threads = "" if env["driver"] != "none" else f" ({env['threads']} threads)"
     driver = f", driver {env['driver']}" if env["driver"] != "none" else ""
     return (
         f"{env['device']}{threads}{driver}\n"
         f"torch {env['torch']}, triton {env['triton']}, ptxas {env['ptxas']}, "
         f"python {env['python']}, commit {env['commit']}\n"
-        f"stage {stage}, causal forward, {dtype}; median (p20..p80); "
-        f"'vs plain' is time over the fastest plain attention"
+        f"{what}; median (p20..p80); ratios are time over {versus}"
     )
+
+
+def subject(stage: str, phase: str, dtype: str) -> str:
+    """What a sweep times, for its header."""
+    return f"stage {stage}, causal {PHASES[phase]}, {dtype}"
 
 
 def table(rows: Sequence[Row]) -> str:
     """Aligned columns; the GPU's own columns only where they hold something."""
     on_gpu = any(row.host_us is not None for row in rows)
-    titles = _titles(on_gpu)
-    cells = [_cells(row, on_gpu) for row in rows]
-    widths = [max(len(line[i]) for line in (titles, *cells)) for i in range(len(titles))]
-    lines = [_align(titles, widths)]
+    title, *cells = aligned([_titles(on_gpu), *(_cells(row, on_gpu) for row in rows)])
+    lines = [title]
     for i, row in enumerate(rows):
         if i and _case(row) != _case(rows[i - 1]):
             lines.append("")
-        note = row.note if row.status == OK else f"{row.status}: {row.note}"
-        lines.append(f"{_align(cells[i], widths)}  {note}".rstrip())
+        lines.append(f"{cells[i]}  {remark(row.status, row.note)}".rstrip())
     return "\n".join(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]], text_columns: int = 2) -> list[str]:
+    """Cells as columns of equal width, the first ``text_columns`` aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            text.ljust(width) if i < text_columns else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+
+
+def remark(status: str, note: str) -> str:
+    """What stands behind a line of a table."""
+    return note if status == OK else f"{status}: {note}"
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -151,9 +180,12 @@ def _case(row: Row) -> tuple[str | int, ...]:
     return row.shape, row.B, row.T, row.D, row.R
 
 
-def write_json(path: Path, env: dict[str, Any], rows: Sequence[Row]) -> None:
-    """``{"environment": {...}, "rows": [{...}, ...]}``."""
-    document = {"environment": env, "rows": [asdict(row) for row in rows]}
+def write_json(
+    path: Path, benchmark: str, env: dict[str, Any], rows: Sequence[Any], **more: Any
+) -> None:
+    """``{"benchmark": ..., "environment": {...}, "rows": [{...}, ...]}``; rows are dataclasses."""
+    rows = [asdict(row) for row in rows]
+    document = {"benchmark": benchmark, "environment": env, **more, "rows": rows}
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
@@ -163,9 +195,6 @@ def write_csv(path: Path, env: dict[str, Any], rows: Sequence[Row]) -> None:
         writer = csv.DictWriter(file, [*Row.__dataclass_fields__, *env])
         writer.writeheader()
         writer.writerows({**asdict(row), **env} for row in rows)
-
-
-TEXT_COLUMNS = 2  # shape and provider are aligned to the left
 
 
 def _titles(on_gpu: bool) -> list[str]:
@@ -178,31 +207,30 @@ def _titles(on_gpu: bool) -> list[str]:
 
 def _cells(row: Row, on_gpu: bool) -> list[str]:
     cells = [row.shape, row.provider, *map(str, (row.B, row.T, row.H, row.D, row.R))]
-    cells += _times(row.ms, row.ms_p20, row.ms_p80, row.ratio)
+    cells += times(row.ms, row.ms_p20, row.ms_p80, row.ratio)
     if on_gpu:
-        cells += _times(row.graph_ms, row.graph_ms_p20, row.graph_ms_p80, row.graph_ratio)
-    cells.append(_number(row.tflops, ".1f" if on_gpu else ".3f"))
+        cells += times(row.graph_ms, row.graph_ms_p20, row.graph_ms_p80, row.graph_ratio)
+    cells.append(number(row.tflops, ".1f" if on_gpu else ".3f"))
     if on_gpu:
-        cells += [_number(row.host_us, ".0f"), _number(row.peak_mb, ".0f")]
+        cells += [number(row.host_us, ".0f"), number(row.peak_mb, ".0f")]
     return cells
 
 
-def _times(
-    median: float | None, p20: float | None, p80: float | None, ratio: float | None
+def times(
+    median: float | None,
+    p20: float | None,
+    p80: float | None,
+    ratio: float | None,
+    form: str = ".3f",
 ) -> list[str]:
-    spread = f"({_number(p20, '.3f')}..{_number(p80, '.3f')})" if median else ""
-    return [_number(median, ".3f"), spread, _number(ratio, ".3f")]
+    """Three cells: ``0.123``, ``(0.120..0.130)``, ``1.000``."""
+    spread = f"({number(p20, form)}..{number(p80, form)})" if median else ""
+    return [number(median, form), spread, number(ratio, ".3f")]
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """A cell; what was not measured is a dash."""
     return "-" if value is None else format(value, form)
-
-
-def _align(line: list[str], widths: list[int]) -> str:
-    return "  ".join(
-        text.ljust(width) if i < TEXT_COLUMNS else text.rjust(width)
-        for i, (text, width) in enumerate(zip(line, widths, strict=True))
-    )
 
 
 def _cpu_name() -> str:
@@ -228,7 +256,13 @@ def _triton_versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Short hash of the checkout this file is in, ``-dirty`` with uncommitted changes."""
+    """``RA_TRITON_COMMIT``, for copies without git; else the checkout's short hash.
+
+    ``-dirty`` is appended with uncommitted changes.
+    """
+    named = os.environ.get("RA_TRITON_COMMIT")
+    if named:
+        return named
     root = str(Path(__file__).parent)
     commit = _output("git", "-C", root, "rev-parse", "--short", "HEAD")
     dirty = _output("git", "-C", root, "status", "--porcelain", "--untracked-files=no")

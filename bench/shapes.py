@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 STAGES = ("op", "attention")
+PHASES = {"forward": "forward", "train": "forward + backward"}
 
 
 @dataclass(frozen=True)
@@ -59,21 +60,28 @@ SHAPES = {
         Shape("wide-2048", B=16, T=1024, H=32, D=64),
         # One GPT-2 layer that a laptop runs in some 30 ms.
         Shape("cpu", B=2, T=512, H=12, D=64),
+        # So little to compute that what is left is the cost of calling.
+        Shape("call", B=1, T=8, H=1, D=64),
     )
 }
 
 
-def flops(shape: Shape, stage: str = "op") -> int:
-    """Floating-point operations of one causal forward pass, the same for plain and reciprocal.
+def flops(shape: Shape, stage: str = "op", phase: str = "forward") -> int:
+    """Floating-point operations of one causal call, the same for plain and reciprocal.
 
-    Attention is two products of ``4 * B * T² * H * D``, halved because the causal mask needs half
-    of the scores; softmax is not counted. The stage ``op`` adds the projection
-    ``2 * B * T * C * 3 * H * D``.
+    Forward attention is two products, ``4 * B * T² * H * D``, halved because the causal mask needs
+    half of the scores; softmax is not counted. The stage ``op`` adds the projection,
+    ``2 * B * T * C * 3 * H * D``, and ``layer`` (the ladder's) the output projection too,
+    ``2 * B * T * C * C``. Backward is 2.5 times the attention and 2 times the projections; the
+    phase ``train`` is both directions.
     """
-    B, T, H, D = shape.B, shape.T, shape.H, shape.D
+    B, T, H, D, C = shape.B, shape.T, shape.H, shape.D, shape.C
     attention = 4 * B * T * T * H * D // 2
-    projection = 2 * B * T * shape.C * 3 * H * D
-    return attention + projection if stage == "op" else attention
+    columns = {"attention": 0, "op": 3 * C, "layer": 4 * C}[stage]
+    projection = 2 * B * T * C * columns
+    if phase == "forward":
+        return attention + projection
+    return attention * 7 // 2 + projection * 3
 
 
 def default_cases(

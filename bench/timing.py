@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+Outputs = Tensor | tuple[Tensor, ...]
 
 MIN_ROUNDS = 5
 FLUSH_BYTES = 256 * 2**20  # beyond any L2; also what triton.testing.do_bench writes
@@ -29,15 +32,16 @@ class Entrant:
 
     Attributes:
         name: the provider's.
-        call: what is timed.
+        call: what is timed; it returns all that it computes.
         context: entered around each run of calls.
-        tolerance: how far, in RMS, a graph's replay may be from the eager output.
+        tolerance: how far, in RMS, a graph's replay may be from the eager outputs: one number for
+            all of them, or one for each.
     """
 
     name: str
-    call: Callable[[], Tensor]
+    call: Callable[[], Outputs]
     context: Callable[[], AbstractContextManager[Any]]
-    tolerance: float = 0.0
+    tolerance: float | tuple[float, ...] = 0.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def measure(entrants: Sequence[Entrant], seconds: float, on_gpu: bool) -> dict[s
     """Time entrants against each other for about ``seconds`` in all."""
     if not entrants:
         return {}
-    with _no_garbage_collection():
+    with without_garbage_collection():
         return _measure_cuda(entrants, seconds) if on_gpu else _measure_cpu(entrants, seconds)
 
 
@@ -83,7 +87,7 @@ def _measure_cpu(entrants: Sequence[Entrant], seconds: float) -> dict[str, Timin
     for entrant in entrants:
         _repeat(entrant, 2)
     deadline = time.perf_counter() + seconds
-    for order in _turns(entrants):
+    for order in turns(entrants):
         for entrant in order:
             with entrant.context():
                 start = time.perf_counter()
@@ -102,7 +106,7 @@ def _measure_cuda(entrants: Sequence[Entrant], seconds: float) -> dict[str, Timi
     graphs = {e.name: _capture(e, facts[e.name][0]) for e in entrants}
     eager: dict[str, list[float]] = {e.name: [] for e in entrants}
     graph: dict[str, list[float]] = {e.name: [] for e in entrants}
-    for _, order in zip(range(MIN_ROUNDS), _turns(entrants), strict=False):
+    for _, order in zip(range(MIN_ROUNDS), turns(entrants), strict=False):
         for entrant in order:
             estimate = facts[entrant.name][0]
             eager[entrant.name] += _time_eager(entrant, max(4, int(budget_ms / estimate)), flush)
@@ -158,23 +162,33 @@ def _time_eager(entrant: Entrant, repeats: int, flush: Tensor) -> list[float]:
 
 
 def _capture(entrant: Entrant, estimate_ms: float) -> tuple[torch.cuda.CUDAGraph | None, int, str]:
-    """A graph of several calls; or None and why. The replayed output is checked, not trusted."""
+    """A graph of several calls; or None and why. The replayed outputs are checked, not trusted."""
     calls = min(50, max(1, round(GRAPH_MS / estimate_ms)))
     graph = torch.cuda.CUDAGraph()
     with entrant.context():
-        expected = entrant.call().clone()  # a provider may return the same buffer again
+        # Clones: a provider may return the same buffer again.
+        expected = [t.clone() for t in _tensors(entrant.call())]
         try:
             with torch.cuda.graph(graph):
                 for _ in range(calls):
                     out = entrant.call()
         except RuntimeError as error:
             return None, 0, f"no graph: {str(error).splitlines()[0]}"
-    out.fill_(float("nan"))
+    found = _tensors(out)
+    for t in found:
+        t.fill_(float("nan"))
     graph.replay()
-    difference = (out.double() - expected.double()).square().mean().sqrt().item()
-    if not difference <= entrant.tolerance:  # e.g. a launch on a stream that was not captured
-        return None, 0, "no graph: replay does not reproduce the eager output"
+    same = entrant.tolerance
+    tolerances = same if isinstance(same, tuple) else (same,) * len(found)
+    for t, eager, tolerance in zip(found, expected, tolerances, strict=True):
+        difference = (t.double() - eager.double()).square().mean().sqrt().item()
+        if not difference <= tolerance:  # e.g. a launch on a stream that was not captured
+            return None, 0, "no graph: replay does not reproduce the eager output"
     return graph, calls, ""
+
+
+def _tensors(outputs: Outputs) -> Sequence[Tensor]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
 
 
 def _time_graph(graph: torch.cuda.CUDAGraph, calls: int, repeats: int) -> list[float]:
@@ -198,7 +212,7 @@ def _repeat(entrant: Entrant, calls: int) -> None:
             entrant.call()
 
 
-def _turns(entrants: Sequence[Entrant]) -> Iterator[list[Entrant]]:
+def turns(entrants: Sequence[T]) -> Iterator[list[T]]:
     """Rotations without end: nobody always runs first, or always after the same neighbour's."""
     order = list(entrants)
     while True:
@@ -207,7 +221,8 @@ def _turns(entrants: Sequence[Entrant]) -> Iterator[list[Entrant]]:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
+    """No collection falls into somebody's time; reference counts still free what they can."""
     was_on = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -14,8 +14,8 @@ import torch
 import ra_triton
 from bench import providers, sweep, timing
 from bench.gate import Gate, reference
-from bench.providers import PROVIDERS, Provider, make_problem
-from bench.report import Row, add_ratios, summary, table
+from bench.providers import PROVIDERS, Layer, Provider, make_problem
+from bench.report import Row, add_ratios, environment, summary, table
 from bench.shapes import SHAPES, Case, Shape, default_cases, flops
 from bench.timing import Quantiles, Timing
 from ref import reciprocal_attention as ref
@@ -36,13 +36,26 @@ def plant(monkeypatch, spoil, name="planted"):
 
     def make(problem):
         right = PROVIDERS["plain-sdpa"].make(problem)
-        return lambda: spoil(right().clone())
+        return Layer(lambda: spoil(right.forward().clone()), right.inputs, right.linear)
 
     monkeypatch.setitem(PROVIDERS, name, Provider(make))
 
 
-def problem(stage="op", dtype=torch.float32, R=4, shape=TINY):
-    return make_problem(shape, R, stage, dtype, CPU)
+class WrongGradient(torch.autograd.Function):
+    """The identity, whose gradient ``spoil`` changes."""
+
+    @staticmethod
+    def forward(ctx, t, spoil):
+        ctx.spoil = spoil
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx, dt):
+        return ctx.spoil(dt.clone()), None
+
+
+def problem(stage="op", dtype=torch.float32, R=4, shape=TINY, phase="forward"):
+    return make_problem(shape, R, stage, dtype, CPU, phase)
 
 
 def test_script_prints_a_table_from_any_directory(tmp_path):
@@ -86,6 +99,16 @@ def test_stages_and_dtypes_run(stage, dtype, capsys):
     args = [*FAST, "--shape", "tiny", "--R", "2", "--stage", stage, "--dtype", dtype]
     assert sweep.main(args) == 0
     assert f"stage {stage}, causal forward, {dtype}" in capsys.readouterr().out
+    assert sweep.main([*args, "--pass", "train"]) == 0
+    assert f"stage {stage}, causal forward + backward, {dtype}" in capsys.readouterr().out
+
+
+def test_training_rows_say_so_and_count_the_backward(tmp_path):
+    file = tmp_path / "train.json"
+    assert sweep.main([*FAST, "--shape", "tiny", "--pass", "train", "--json", str(file)]) == 0
+    for row in json.loads(file.read_text())["rows"]:
+        assert row["phase"] == "train"
+        assert row["tflops"] == pytest.approx(flops(TINY, "op", "train") / row["ms"] / 1e9)
 
 
 def test_plot_is_written(tmp_path):
@@ -180,6 +203,23 @@ def test_a_provider_that_raises_is_reported(monkeypatch, capsys):
     assert "error: RuntimeError: illegal memory access" in capsys.readouterr().out
 
 
+def test_an_interrupt_keeps_what_is_timed(monkeypatch, capsys, tmp_path):
+    timed = []
+
+    def measure(entrants, *args):
+        timed.append(entrants)
+        if len(timed) == 2:
+            raise KeyboardInterrupt
+        return timing.measure(entrants, *args)
+
+    monkeypatch.setattr(sweep, "measure", measure)
+    file = tmp_path / "sweep.json"
+    args = [*FAST, "--shape", "tiny", "--R", "0", "2", "4", "--json", str(file)]
+    assert sweep.main(args) == 1
+    assert {row["R"] for row in json.loads(file.read_text())["rows"]} == {0}
+    assert "stopped" in capsys.readouterr().err
+
+
 def test_a_provider_that_cannot_run_here_is_skipped_with_its_reason(capsys):
     args = [*FAST, "--shape", "tiny", "--providers", "ra-sdpa", "ra-flex", "ra-triton"]
     assert sweep.main(args) == 0
@@ -191,21 +231,71 @@ def test_a_provider_that_cannot_run_here_is_skipped_with_its_reason(capsys):
     assert "of the time of the fastest plain" not in out
 
 
+def test_the_seed_baseline_is_a_layer_and_has_no_attention_stage(capsys):
+    args = [*FAST, "--shape", "tiny", "--stage", "attention", "--providers", "plain-seed"]
+    assert sweep.main(args) == 0
+    assert "skipped: has no stage attention of its own" in capsys.readouterr().out
+    assert "plain-seed" in providers.available("cuda", "op")
+    assert "plain-seed" not in providers.available("cuda", "attention")
+
+
+def test_a_copy_without_git_names_its_commit(monkeypatch):
+    monkeypatch.setenv("RA_TRITON_COMMIT", "0123abc")
+    assert environment(CPU)["commit"] == "0123abc"
+
+
 @pytest.mark.parametrize("stage", ["op", "attention"])
 @pytest.mark.parametrize("R", [0, 3, 8])
 def test_the_gate_measures_against_the_definition(stage, R, monkeypatch):
-    p = problem(stage, torch.float64, R)
+    p = problem(stage, torch.float64, R, phase="train")
     whole = reference(p, torch.float64)
     monkeypatch.setattr("bench.gate.SCORES_PER_CHUNK", 5 * 2 * 3 * 24)  # five queries at a time
     torch.testing.assert_close(reference(p, torch.float64), whole)
-    expected = ref.reciprocal_attention_fused(p.x, p.W_split, R, n_head=TINY.H)
-    torch.testing.assert_close(whole.flatten(2) if stage == "attention" else whole, expected)
+    out, *grads = whole
+    if stage == "attention":
+        inputs = p.qkv
+        expected, _ = ref.packed_attention(*inputs)
+    else:
+        inputs = (p.x, p.W_split.requires_grad_())
+        expected = ref.reciprocal_attention_fused(*inputs, R, n_head=TINY.H)
+        grads[1] = ra_triton.unpack_weight(grads[1], R, n_head=TINY.H)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(tuple(grads), torch.autograd.grad(expected, inputs, p.dout))
 
 
-def test_the_gate_passes_the_reference_itself_in_each_dtype():
+@pytest.mark.parametrize("phase", ["forward", "train"])
+def test_the_gate_passes_the_reference_itself_in_each_dtype(phase):
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        p = problem(dtype=dtype)
-        assert Gate.of(p).failure(reference(p, dtype)) is None
+        p = problem(dtype=dtype, phase=phase)
+        found = reference(p, dtype)
+        assert len(found) == (3 if phase == "train" else 1)
+        assert Gate.of(p).failure(found) is None
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_the_gate_looks_at_every_gradient(wrong):
+    for stage, names in (("op", ("out", "dx", "dW")), ("attention", ("out", "dq", "dk"))):
+        p = problem(stage, phase="train")
+        found = list(reference(p, torch.float32))
+        found[wrong] = found[wrong] * 1.01
+        assert Gate.of(p).failure(found).startswith(f"{names[wrong]}: RMS error")
+    assert Gate.of(p).failure(found[:-1]) == "3 outputs, expected 4"
+
+
+def test_a_provider_with_a_wrong_gradient_gets_no_number(monkeypatch, capsys):
+    def make(problem):
+        def forward():
+            q, k, v = (t.transpose(1, 2) for t in problem.qkv)
+            k = WrongGradient.apply(k, lambda dk: dk.roll(1, dims=2))
+            return providers.causal_sdpa(q, k, v).transpose(1, 2)
+
+        return Layer(forward, problem.qkv)
+
+    monkeypatch.setitem(PROVIDERS, "planted", Provider(make))
+    args = [*FAST, "--shape", "tiny", "--stage", "attention", "--providers", "planted"]
+    assert sweep.main(args) == 0  # its forward is right
+    assert sweep.main([*args, "--pass", "train"]) == 1
+    assert "failed the gate: dk: RMS error" in capsys.readouterr().out
 
 
 def test_one_token_passes_the_gate():
@@ -215,8 +305,9 @@ def test_one_token_passes_the_gate():
 def test_all_providers_of_a_problem_read_the_same_numbers():
     p = problem(R=3)
     assert torch.equal(ra_triton.unpack_weight(p.W_packed, 3, n_head=TINY.H), p.W_split)
-    plain = PROVIDERS["plain-sdpa"].make(p)()
-    torch.testing.assert_close(PROVIDERS["ra-sdpa"].make(p)(), plain)
+    plain = PROVIDERS["plain-sdpa"].make(p).forward()
+    torch.testing.assert_close(PROVIDERS["ra-sdpa"].make(p).forward(), plain)
+    torch.testing.assert_close(PROVIDERS["plain-seed"].make(p).forward(), plain)
     q, k, v = p.qkv
     assert q.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
     out = providers.causal_sdpa(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
@@ -231,6 +322,9 @@ def test_flops_counts_what_a_hand_count_does():
     assert flops(shape) == scores_and_values // 2 + B * T * 2 * (H * D) * (3 * H * D)
     gpt2 = SHAPES["gpt2"]
     assert (gpt2.B, gpt2.T, gpt2.H, gpt2.D, gpt2.C) == (8, 1024, 12, 64, 768)
+    attention, projection = flops(shape, "attention"), flops(shape) - flops(shape, "attention")
+    assert flops(shape, "op", "train") == 3.5 * attention + 3 * projection
+    assert flops(shape, "layer") == flops(shape) + B * T * 2 * (H * D) ** 2
 
 
 def test_sizes_keep_width_and_tokens():
@@ -304,16 +398,17 @@ class FakeCUDA:
         return 3_000_000
 
 
+@pytest.mark.parametrize("outputs", [1, 2])
 @pytest.mark.parametrize("captures", [True, False])
-def test_cuda_clocks_check_what_a_graph_replays(captures, monkeypatch):
+def test_cuda_clocks_check_what_a_graph_replays(captures, outputs, monkeypatch):
     cuda = FakeCUDA(captures)
     monkeypatch.setattr(timing.torch, "cuda", cuda)
     monkeypatch.setattr(timing, "_flush_buffer", lambda: torch.zeros(1))
-    buffer = torch.zeros(4)
+    buffers = torch.zeros(4), torch.zeros(3)
 
     def call():
-        cuda.launch(lambda: (time.sleep(2e-4), buffer.fill_(1.0)))
-        return buffer
+        cuda.launch(lambda: (time.sleep(2e-4), [t.fill_(1.0) for t in buffers]))
+        return buffers if outputs == 2 else buffers[0]
 
     entrants = [timing.Entrant(name, call, nullcontext) for name in ("a", "b")]
     times = timing.measure(entrants, 0.02, on_gpu=True)
@@ -341,7 +436,10 @@ def test_entrants_take_turns():
 
 def gpu_rows():
     case = Case(TINY, 4, ("ra-triton", "plain-flash"))
-    rows = [Row.of(case, "op", "bf16", name, "plain" in name, "ok", "") for name in case.providers]
+    rows = [
+        Row.of(case, "op", "forward", "bf16", name, "plain" in name, "ok", "")
+        for name in case.providers
+    ]
     for row, ms in zip(rows, (0.3, 0.2), strict=True):
         row.fill(Timing(Quantiles(ms, ms, ms, 9), Quantiles(ms / 2, ms, ms, 9), 12.0, 3.0), case)
     add_ratios(rows)

@@ -1,0 +1,78 @@
+"""Command line options that the benchmarks share."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+BENCH_EXTRA = "python -m pip install -e '.[bench]'"
+
+
+def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser that prints the description as it is written."""
+    form = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=name, description=description, formatter_class=form)
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """``--device``, ``--dtype``, ``--seconds``."""
+    add = parser.add_argument
+    add("--dtype", choices=DTYPES, help="default bf16 on a GPU, fp32 on a CPU")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    add("--seconds", type=seconds, metavar="S", help="timing per case")
+
+
+def resolve_machine(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fill in device and dtype; an absent GPU is an error."""
+    resolve_device(parser, args)
+    args.dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
+
+
+def resolve_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fill in the device; an absent GPU is an error."""
+    has_cuda = torch.cuda.is_available()
+    if args.device == "cuda" and not has_cuda:
+        parser.error("--device cuda: PyTorch sees no CUDA device here; available: cpu")
+    args.device = args.device or ("cuda" if has_cuda else "cpu")
+
+
+def check_outputs(parser: argparse.ArgumentParser, files: dict[str, Path | None]) -> None:
+    """Missing packages and folders are told before minutes of timing, not after.
+
+    Args:
+        parser: what reports the error.
+        files: path by the name of its option; None if it was not given.
+    """
+    for package in ["tqdm", "matplotlib"] if files.get("plot") else ["tqdm"]:
+        try:
+            __import__(package)
+        except ImportError:
+            parser.error(f"{package} is not installed: {BENCH_EXTRA}")
+    for option, path in files.items():
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"--{option}: no such folder: {path.parent}")
+
+
+def count(least: int) -> Any:
+    """An argparse type: an int of at least ``least``."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected an integer >= {least}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def seconds(text: str) -> float:
+    """An argparse type: a finite float of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {text!r}")
+    return value

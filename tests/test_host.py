@@ -1,0 +1,98 @@
+import json
+
+import pytest
+import torch
+
+from bench import host
+from bench.providers import PROVIDERS, Layer, Provider
+from bench.shapes import SHAPES, Shape
+from bench.timing import Entrant
+
+FAST = ["--device", "cpu", "--seconds", "0", "--shape", "tiny"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small operations on a shared machine: threads would wait for each other's time slices."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def tiny_shape(monkeypatch):
+    monkeypatch.setitem(SHAPES, "tiny", Shape("tiny", B=2, T=24, H=3, D=8))
+
+
+def test_every_kind_of_call_is_timed(tmp_path, capsys):
+    file = tmp_path / "host.json"
+    assert host.main([*FAST, "--json", str(file)]) == 0
+    document = json.loads(file.read_text())
+    assert document["benchmark"] == "host"
+    rows = document["rows"]
+    assert [(row["kind"], row["provider"]) for row in rows] == [
+        (kind, name) for kind in host.KINDS for name in host.CPU_PROVIDERS
+    ]
+    for row in rows:
+        assert 0 < row["us_p20"] <= row["us"] <= row["us_p80"]
+        assert row["bursts"] >= host.MIN_BURSTS
+    plain = [row for row in rows if row["plain"]]
+    assert [row["extra_us"] for row in plain] == [0.0] * 3
+    assert "us more" in capsys.readouterr().out
+
+
+def test_kinds_differ_in_what_they_record(monkeypatch):
+    seen = []
+
+    def make(problem):
+        layer = PROVIDERS["plain-sdpa"].make(problem)
+
+        def forward():
+            out = layer.forward()
+            seen.append(out.requires_grad)
+            return out
+
+        return Layer(forward, layer.inputs, layer.linear)
+
+    monkeypatch.setitem(PROVIDERS, "spy", Provider(make))
+    backward = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a: backward.append(1) or grad(*a))
+    counts = {}
+    for kind in host.KINDS:
+        seen.clear(), backward.clear()
+        args = host._parser().parse_args([*FAST, "--providers", "spy"])
+        args.dtype = "fp32"
+        (row,) = host.measure_kind(SHAPES["tiny"], kind, args)
+        assert row.status == "ok"
+        assert set(seen) == {kind != "forward"}
+        counts[kind] = len(seen), len(backward)
+    calls = (host.MIN_BURSTS + 1) * host.CALLS
+    assert counts["forward"] == (calls + 1, 0)
+    assert counts["recorded"][1] < 5  # the gate's alone
+    assert counts["train"][1] >= calls
+
+
+def test_a_burst_stops_the_clock_before_the_gpu_is_done():
+    order = []
+    entrant = Entrant("a", lambda: order.append("call"), lambda: torch.no_grad())
+    host._burst(entrant, lambda: order.append("wait"))
+    assert order == ["wait", *["call"] * host.CALLS, "wait"]
+
+
+def test_a_wrong_provider_gets_no_number(monkeypatch, capsys):
+    def make(problem):
+        layer = PROVIDERS["plain-sdpa"].make(problem)
+        return Layer(lambda: layer.forward() * 1.01, layer.inputs, layer.linear)
+
+    monkeypatch.setitem(PROVIDERS, "planted", Provider(make))
+    assert host.main([*FAST, "--providers", "planted", "plain-sdpa"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.count("failed the gate") == 3
+    assert "planted, train: failed the gate" in captured.err
+
+
+def test_a_provider_without_a_gpu_says_why(capsys):
+    assert host.main([*FAST, "--providers", "ra-triton"]) == 0
+    assert "skipped: the Triton kernels are verified here" in capsys.readouterr().out
