@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,15 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend to the token itself and all before it."""
-        heads = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # [B, T, 3, H, D]
-        q, k, v = (t.transpose(1, 2) for t in heads.unbind(2))
+        return self.resid_dropout(self.c_proj(self.heads(x).flatten(2)))
+
+    def heads(self, x: Tensor) -> Tensor:
+        """What the heads say before they are mixed: ``[B, T, H, D]``."""
+        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # [B, T, 3, H, D]
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
         dropout_p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
+        return y.transpose(1, 2)
 
 
 AttentionMaker = Callable[[GPTConfig], nn.Module]
@@ -136,8 +141,17 @@ class GPT(nn.Module):
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean cross-entropy in nats of each token of ``[B, T]`` after those before it."""
-        logits = self(tokens[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        return next_token_loss(self(tokens[:, :-1]), tokens)
+
+    def adamw(self, lr: float, *, weight_decay: float = 0.1, fused: bool = False) -> AdamW:
+        """AdamW as in nanoGPT: matrices decay; biases, norms and gates do not."""
+        matrices = [p for p in self.parameters() if p.dim() >= 2]
+        vectors = [p for p in self.parameters() if p.dim() < 2]
+        groups = [
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        return AdamW(groups, lr, betas=(0.9, 0.95), fused=fused)
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -147,6 +161,11 @@ class GPT(nn.Module):
             drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             tokens = torch.cat((tokens, drawn), dim=1)
         return tokens
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy in nats: logits ``[B, T, V]`` of all but the last of ``[B, T + 1]``."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
 def _initialise(module: nn.Module) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bench.data import VOCAB_SIZE, Text, batch_of, load_text
 from bench.gpt import GPT, AttentionMaker, CausalSelfAttention, GPTConfig
+from bench.study.probe import observe
 from ra_triton.backend import CHOICES
 from ra_triton.nn import RACausalSelfAttention
 from ra_triton.nn.attention import PARAMETRISATIONS
@@ -91,11 +92,7 @@ def train(config: GPTConfig, text: Text, args: argparse.Namespace, backend: str)
     torch.manual_seed(args.seed)
     model = GPT(config, attention_maker(args, backend))
     run, batches = Run(model), _generator(args.seed)
-    # Matrices decay; biases, norms and gates do not, as in nanoGPT.
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95))
+    optimizer = model.adamw(args.lr)
     warmup = max(1, round(WARMUP_SHARE * args.steps))
     schedule = torch.optim.lr_scheduler.SequentialLR(
         optimizer,
@@ -169,29 +166,16 @@ def spread(runs: dict[str, Run]) -> float:
     return max(max(step) - min(step) for step in losses)
 
 
-@torch.no_grad()
 def reciprocal_report(model: GPT, tokens: Tensor) -> str:
     """Share of the reciprocal term in the scores and its gates, per layer and head."""
-    shares: dict[str, Tensor] = {}
-
-    def observe(layer: RACausalSelfAttention, inputs: tuple[Tensor]) -> None:
-        shares[names[layer]] = layer.reciprocal_share(*inputs)
-
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, RACausalSelfAttention)}
-    names = {m: n for n, m in layers.items()}
-    handles = [layer.register_forward_pre_hook(observe) for layer in layers.values()]
-    model.eval()(tokens)
-    for handle in handles:
-        handle.remove()
-    lines = (
-        ["reciprocal share of the scores' variance, and gate on it, per head:"] if layers else []
-    )
-    for name, layer in layers.items():
-        line = f"  {name}: share {_numbers(shares[name])}"
-        if gates := layer.gates():
-            line += f", w_rec {_numbers(gates['w_rec'])}"
+    seen = observe(model, tokens)
+    lines = ["reciprocal share of the scores' variance, and gate on it, per head:"]
+    for name, share in seen["share"].items():
+        line = f"  {name}: share {_numbers(share)}"
+        if gate := seen["gate"].get(f"{name}.w_rec"):
+            line += f", w_rec {_numbers(gate)}"
         lines.append(line)
-    return "\n".join(lines)
+    return "\n".join(lines) if seen["share"] else ""
 
 
 def sample(model: GPT, prompt: str, count: int, seed: int) -> str:
@@ -201,8 +185,8 @@ def sample(model: GPT, prompt: str, count: int, seed: int) -> str:
     return bytes(drawn[0].tolist()).decode(errors="replace")
 
 
-def _numbers(t: Tensor) -> str:
-    return " ".join(f"{value:.3f}" for value in t.tolist())
+def _numbers(values: list[float]) -> str:
+    return " ".join(f"{value:.3f}" for value in values)
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -153,7 +153,7 @@ def test_bad_texts_raise(tmp_path, folder):
     (tmp_path / "empty" / "one.py").write_text("one")
     with pytest.raises(ValueError, match=r"the (train|val) text from .* has 0 bytes, needs 1"):
         load_text(tmp_path / "empty")
-    with pytest.raises(ValueError, match="the text has 3 bytes, a piece needs 4"):
+    with pytest.raises(ValueError, match="the text has 3 tokens, a piece needs 4"):
         batch_of(torch.zeros(3, dtype=torch.uint8), 1, 4, torch.Generator())
 
 

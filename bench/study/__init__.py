@@ -1,0 +1,1 @@
+"""The quality study behind ``bench/train_ra_mla.py``: arms, trainer, report."""
