@@ -4,18 +4,17 @@
 tensors, but its launch stops after compilation, and the compiled kernel is recorded. So what is
 inspected is exactly what a GPU of that kind would run, specialisation included.
 
-``python -m bench.aot sm_90`` compiles every shipped configuration and prints one JSON line each.
+``shipped("sm_90")`` goes through every configuration that the package launches on a target;
+``bench/static.py`` prints what it finds there.
 """
 
-import argparse
-import json
 import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from ra_triton.kernels import (
     attention_backward,
     attention_forward,
     packing,
+    plans,
     projection,
     projection_backward,
 )
@@ -38,6 +38,8 @@ from ra_triton.kernels.configs import LaunchConfig
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90")
 STAGES = (attention_forward, attention_backward, packing, projection, projection_backward)
+_FORWARD, _BACKWARD = "attention_forward", "delta key_value_gradient query_gradient"
+_WEIGHT, _BIAS = "weight_gradient add_splits", "column_sum add_splits"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -63,6 +65,7 @@ class Compiled:
 
     target: str
     kernel: Any = field(repr=False)
+    label: str = ""  # which launch it comes from
 
     @property
     def name(self) -> str:
@@ -74,6 +77,23 @@ class Compiled:
         """Bytes of shared memory a CTA needs."""
         return self.kernel.metadata.shared
 
+    @property
+    def warps(self) -> int:
+        """Warps of a CTA."""
+        return self.kernel.metadata.num_warps
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The values of its constexpr arguments, e.g. ``{"BLOCK_M": 128}``."""
+        names = self.kernel.src.fn.arg_names
+        return {names[path[0]]: value for path, value in self.kernel.src.constants.items()}
+
+    @property
+    def element_size(self) -> int:
+        """Bytes of an element of its first operand."""
+        operand = next(iter(self.kernel.src.signature.values()))
+        return 4 if "fp32" in operand else 2
+
     @cached_property
     def assembler_log(self) -> str:
         """``ptxas -v`` on the kernel's PTX, warnings included."""
@@ -84,6 +104,7 @@ class Compiled:
             source = Path(folder, "kernel.ptx")
             source.write_text(ptx)
             command = [_tool("ptxas"), "-v", f"--gpu-name={arch[1]}", str(source)]
+            command += ["-lineinfo", "--regAllocOptLevel=2"]  # as Triton does: the same bits
             command += ["-o", str(Path(folder, "kernel.cubin"))]
             run = subprocess.run(command, capture_output=True, text=True, check=True)
         return run.stdout + run.stderr
@@ -111,12 +132,8 @@ class Compiled:
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder, "kernel.cubin")
             cubin.write_bytes(self.kernel.asm["cubin"])
-            command = [_tool("nvdisasm"), "-c", str(cubin)]
+            command = [_tool("nvdisasm"), "-c", "-ndf", str(cubin)]  # -ndf: a third faster
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    def count(self, opcode: str) -> int:
-        """How many instructions of the machine code have this opcode, e.g. ``"HGMMA"``."""
-        return len(re.findall(rf"\b{opcode}\b", self.sass))
 
 
 @contextmanager
@@ -140,29 +157,53 @@ def compile_for(target: str) -> Iterator[list[Compiled]]:
         driver._active = before
 
 
-def shipped(target: str) -> Iterator[tuple[str, Compiled]]:
-    """Every kernel in every configuration that the package launches on ``target``, with a label."""
+def shipped(
+    target: str, *, only: str = "", configs: dict[str, LaunchConfig] | None = None
+) -> Iterator[Compiled]:
+    """Every kernel in every configuration that the package launches on ``target``.
+
+    Args:
+        target: e.g. ``"sm_90"``.
+        only: a regular expression that a label has to match somewhere, e.g. ``"projection bf"``;
+            launches without such a kernel are not compiled.
+        configs: what to launch a stage with instead of its row in the config table.
+    """
+    pattern = re.compile(only)
+    seen = set()
     with ExitStack() as stack:
         for stage in STAGES:
             stack.enter_context(mock.patch.object(stage, "target_of", return_value=target))
-        yield from _compiled(target, _launches())
-
-
-def _compiled(
-    target: str, launches: Iterable[tuple[str, Callable[[], Any]]]
-) -> Iterator[tuple[str, Compiled]]:
-    seen = set()
-    for label, launch in launches:
-        with compile_for(target) as recorded:
-            launch()
-        for kernel in recorded:
-            if kernel.kernel.hash in seen:
+            instead = partial(_config, configs or {}, stage.launch_config)
+            stack.enter_context(mock.patch.object(stage, "launch_config", instead))
+        if configs:
+            plans.forget_plans()
+            stack.callback(plans.forget_plans)
+        for names, label, launch in _launches():
+            if not any(pattern.search(f"{name} {label}") for name in names.split()):
                 continue
-            seen.add(kernel.kernel.hash)
-            yield f"{kernel.name} {label}", kernel
+            with compile_for(target) as recorded:
+                launch()
+            for compiled in recorded:
+                full_label = f"{compiled.name} {label}"
+                if pattern.search(full_label) and compiled.kernel.hash not in seen:
+                    seen.add(compiled.kernel.hash)
+                    yield replace(compiled, label=full_label)
 
 
-def _launches() -> Iterator[tuple[str, Callable[[], Any]]]:
+def _config(
+    configs: dict[str, LaunchConfig],
+    table: Callable[..., LaunchConfig],
+    stage: str,
+    *args: Any,
+    **kwargs: Any,
+) -> LaunchConfig:
+    return configs.get(stage) or table(stage, *args, **kwargs)
+
+
+_Launch = tuple[str, str, Callable[[], Any]]  # names of its kernels, label, launch
+
+
+def _launches() -> Iterator[_Launch]:
     """Launches that together reach every row of the config table and every kernel variant.
 
     float16 and bfloat16 share their rows, so what is special is compiled for one of them.
@@ -172,35 +213,44 @@ def _launches() -> Iterator[tuple[str, Callable[[], Any]]]:
         special = dtype != torch.float16
         for D in (32, 64, 128):
             for causal in (True, False):
-                yield f"{name} D={D} causal={causal}", _attention(dtype, D, causal)
-                yield f"{name} D={D} causal={causal}", _attention_grad(dtype, D, causal)
+                yield _FORWARD, f"{name} D={D} causal={causal}", _attention(dtype, D, causal)
+                yield _BACKWARD, f"{name} D={D} causal={causal}", _attention_grad(dtype, D, causal)
             for offset in (0, 1) if special else ():
                 label = f"{name} D={D} dropout" + " misaligned" * offset
-                yield label, _with_dropout(_attention(dtype, D, offset=offset))
-                yield label, _with_dropout(_attention_grad(dtype, D, offset=offset))
+                yield _FORWARD, label, _with_dropout(_attention(dtype, D, offset=offset))
+                yield _BACKWARD, label, _with_dropout(_attention_grad(dtype, D, offset=offset))
                 if offset:
-                    yield f"{name} D={D} misaligned", _attention(dtype, D, offset=1)
-                    yield f"{name} D={D} misaligned", _attention_grad(dtype, D, offset=1)
+                    label = f"{name} D={D} misaligned"
+                    yield _FORWARD, label, _attention(dtype, D, offset=1)
+                    yield _BACKWARD, label, _attention_grad(dtype, D, offset=1)
             for in_place in (True, False):
-                yield f"{name} D={D} in_place={in_place}", _packing(dtype, D, in_place)
+                yield "pack", f"{name} D={D} in_place={in_place}", _packing(dtype, D, in_place)
         for D in (16, 20, 72, 80, 96) if special else ():
             label = f"{name} D={D}" + " misaligned" * (D == 20)
-            yield label, _attention(dtype, D)
-            yield label, _attention_grad(dtype, D)
+            yield _FORWARD, label, _attention(dtype, D)
+            yield _BACKWARD, label, _attention_grad(dtype, D)
         for transposed in (False, True):
             label = f"{name} transposed={transposed}"
-            yield label, _projection(dtype, 768, transposed)
-            yield f"{label} misaligned", _projection(dtype, 768, transposed, offset=1)
-            yield f"{label} C=770 misaligned", _projection(dtype, 770, transposed)
+            misaligned = f"{label} misaligned"
+            yield "projection", label, _projection(dtype, 768, transposed)
+            yield "projection", misaligned, _projection(dtype, 768, transposed, offset=1)
+            label = f"{label} C=770 misaligned"
+            yield "projection", label, _projection(dtype, 770, transposed)
+        yield "projection", f"{name} input_gradient", _input_gradient(dtype)
         for offset in (0, 1):
             label = f"{name} misaligned" if offset else name
-            yield label, partial(projection_backward.weight_gradient, *_rows(dtype, offset))
-        yield name, partial(projection_backward.bias_gradient, _rows(dtype, 0)[1])
+            yield (
+                _WEIGHT,
+                label,
+                partial(projection_backward.weight_gradient, *_rows(dtype, offset)),
+            )
+        yield _BIAS, name, partial(projection_backward.bias_gradient, _rows(dtype, 0)[1])
     for D in (32, 64, 128):
-        yield f"tf32 D={D}", _with_tf32(_attention(torch.float32, D))
-        yield f"tf32 D={D}", _with_tf32(_attention_grad(torch.float32, D))
-    yield "tf32", _with_tf32(_projection(torch.float32, 768, False))
-    yield "tf32", _with_tf32(partial(projection_backward.weight_gradient, *_rows(torch.float32, 0)))
+        yield _FORWARD, f"tf32 D={D}", _with_tf32(_attention(torch.float32, D))
+        yield _BACKWARD, f"tf32 D={D}", _with_tf32(_attention_grad(torch.float32, D))
+    yield "projection", "tf32", _with_tf32(_projection(torch.float32, 768, False))
+    weight_gradient = partial(projection_backward.weight_gradient, *_rows(torch.float32, 0))
+    yield _WEIGHT, "tf32", _with_tf32(weight_gradient)
 
 
 def _with_dropout(launch: Callable[..., Any]) -> Callable[[], Any]:
@@ -265,6 +315,11 @@ def _projection(dtype: torch.dtype, C: int, transposed: bool, offset: int = 0) -
     return partial(projection.projection, x, w, _tensor(dtype, 2304))
 
 
+def _input_gradient(dtype: torch.dtype) -> Callable[[], Any]:
+    w, g = _tensor(dtype, 768, 2304), _rows(dtype, 0)[1]
+    return partial(projection.projection, g, w.mT, None, stage="input_gradient")
+
+
 def _tool(name: str) -> str:
     """A binary of Triton's wheel."""
     return str(_TOOLS / name)
@@ -274,37 +329,3 @@ def _number(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
     assert found, f"no {pattern!r} in the assembler's log: {text}"
     return int(found[1])
-
-
-def main() -> None:
-    """Print what every shipped kernel needs, or one attention kernel in a config of your own."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("targets", nargs="*", default=TARGETS, metavar="TARGET", help="e.g. sm_90")
-    parser.add_argument("--attention", type=json.loads, metavar="JSON", help="a LaunchConfig")
-    args = parser.parse_args()
-    for target in args.targets:
-        if args.attention is None:
-            kernels = shipped(target)
-        else:
-            config = LaunchConfig(**args.attention)
-            launch = _attention(torch.bfloat16, 64)
-            kernels = _compiled(target, [(str(config), partial(launch, config=config))])
-        for label, compiled in kernels:
-            row = {
-                "target": target,
-                "stage": compiled.name,
-                "label": label,
-                "registers": compiled.registers,
-                "spilled_bytes": compiled.spilled_bytes,
-                "shared_memory": compiled.shared_memory,
-                "serialised_wgmma": compiled.serialised_wgmma,
-                "wgmma": compiled.count("HGMMA"),
-                "mma": compiled.count("HMMA"),
-                "async_copies": compiled.count("LDGSTS"),
-                "bulk_copies": compiled.count("UTMALDG"),
-            }
-            print(json.dumps(row), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,187 @@
+"""Read machine code as ``nvdisasm -c`` prints it: instructions, loops, and the hot loop.
+
+A loop is a backward branch to an instruction that dominates it, from the one to the other in the
+text. Not every instruction between counts. What belongs to a loop inside, such as a wait that
+spins, does not, nor what a branch can skip if it neither multiplies matrices nor loads, such as the
+masks of a causal kernel that has one loop for all its tiles. Rarely taken code that ptxas has moved
+out of line lies outside the range anyway.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter
+
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P[T\d]+)\s+)?([A-Z][\w.]*)(.*?)\s*;")
+_LABEL = re.compile(r"^(\.L\w+):")
+_TARGET = re.compile(r"`\((\.L\w+)\)")
+_NO_FALL_THROUGH = ("BRA", "BRX", "JMP", "EXIT", "RET")
+_MMA = re.compile(r"HMMA\.(16)(8)(16|8|4)\b|HGMMA\.(64)x(\d+)x(\d+)\b")
+_WARPS_PER_WARPGROUP = 4
+_LOADS = ("LDG", "LDGSTS", "UTMALDG")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction, e.g. ``@!P0 BRA `(.L_x_2)``: guard ``!P0``, opcode, operands."""
+
+    guard: str
+    opcode: str
+    operands: str
+
+    @property
+    def base(self) -> str:
+        """The opcode without modifiers, e.g. ``"HGMMA"``."""
+        return self.opcode.partition(".")[0]
+
+    @property
+    def target(self) -> str | None:
+        """The label that it branches to."""
+        found = _TARGET.search(self.operands)
+        return found[1] if found and self.base in ("BRA", "CALL", "JMP") else None
+
+    @property
+    def falls_through(self) -> bool:
+        """Whether the next instruction can follow: it has a condition, or is no jump."""
+        conditional = self.guard not in ("", "PT") or re.match(
+            r"\s*(\.\w+\s+)?!?U?P", self.operands
+        )
+        return bool(conditional) or self.opcode == "BRA.DIV" or self.base not in _NO_FALL_THROUGH
+
+    @property
+    def bytes_per_lane(self) -> int:
+        """What a load or store moves: ``.128`` is 16 bytes, ``.U16`` is 2, none named is 4."""
+        bits = re.search(r"\.[US]?(128|64|16|8)\b", self.opcode)
+        return int(bits[1]) // 8 if bits else 4
+
+    @property
+    def matrix_shape(self) -> tuple[int, int, int] | None:
+        """``(M, N, K)`` of a matrix instruction, as its opcode says."""
+        found = _MMA.match(self.opcode)
+        if found is None:
+            return None
+        m, n, k = (int(size) for size in found.groups() if size)
+        return m, n, k
+
+    @property
+    def matrix_flops(self) -> int:
+        """FLOP of a matrix instruction per warp; a warpgroup's work is shared by its four."""
+        if self.matrix_shape is None:
+            return 0
+        m, n, k = self.matrix_shape
+        return 2 * m * n * k // (_WARPS_PER_WARPGROUP if self.base == "HGMMA" else 1)
+
+    @property
+    def vector_flops(self) -> int:
+        """FLOP of an FP32 instruction per warp."""
+        return 32 * {"FFMA": 2, "FADD": 1, "FMUL": 1}.get(self.base, 0)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The instructions of one iteration, without those of loops inside; or the whole kernel."""
+
+    name: str
+    body: tuple[Instruction, ...]
+
+    def count(self, *bases: str) -> int:
+        """How many instructions have one of these opcodes, modifiers aside."""
+        return sum(instruction.base in bases for instruction in self.body)
+
+    @cached_property
+    def matrix_flops(self) -> int:
+        """FLOP of the matrix instructions, per warp."""
+        return sum(instruction.matrix_flops for instruction in self.body)
+
+    @cached_property
+    def vector_flops(self) -> int:
+        """FLOP of the FP32 instructions, per warp."""
+        return sum(instruction.vector_flops for instruction in self.body)
+
+
+class Program:
+    """The instructions of one kernel and where its labels point."""
+
+    def __init__(self, text: str) -> None:
+        """Parse ``text``; lines that are neither an instruction nor a label do not matter."""
+        self.code: list[Instruction] = []
+        self.labels: dict[str, int] = {}
+        for line in text.splitlines():
+            if label := _LABEL.match(line):
+                self.labels[label[1]] = len(self.code)
+            elif found := _INSTRUCTION.search(line):
+                self.code.append(Instruction(found[1] or "", found[2], found[3]))
+
+    def hot_loop(self) -> Loop:
+        """Where the kernel spends its time; the whole kernel if it has no loop that computes.
+
+        Among the loops that do at least half the work of the one that does most, the one with the
+        fewest instructions for its work: a causal kernel may run the same products in an unmasked
+        and a masked loop, and most tiles take the unmasked one. Work is matrix FLOP; in a kernel
+        without matrix instructions FP32 FLOP.
+        """
+        loops = self.loops()
+        kind = "matrix_flops" if any(loop.matrix_flops for loop in loops) else "vector_flops"
+        work = attrgetter(kind)
+        most = max(map(work, loops), default=0)
+        if most == 0:
+            return Loop("whole kernel", self._without_padding())
+        heavy = [loop for loop in loops if 2 * work(loop) >= most]
+        return min(heavy, key=lambda loop: len(loop.body) / work(loop))
+
+    def loops(self) -> list[Loop]:
+        """All loops, in the order of the text."""
+        ranges: dict[int, int] = {}
+        for i, instruction in enumerate(self.code):
+            start = self.labels.get(instruction.target or "", len(self.code))
+            if instruction.base == "BRA" and start <= i and self._dominates(start, i):
+                ranges[start] = max(i, ranges.get(start, i))
+        names = {position: label for label, position in self.labels.items()}
+        return [
+            Loop(names[start], self._own(start, end, ranges))
+            for start, end in sorted(ranges.items())
+        ]
+
+    def _own(self, start: int, end: int, ranges: dict[int, int]) -> tuple[Instruction, ...]:
+        others: set[int] = set()
+        for first, last in ranges.items():
+            if (first, last) != (start, end) and start <= first and last <= end:
+                others.update(range(first, last + 1))
+        for i in range(start, end):
+            target = self.labels.get(self.code[i].target or "", 0)
+            skipped = range(i + 1, target)
+            if target <= end and not any(
+                self.code[j].matrix_shape or self.code[j].base in _LOADS for j in skipped
+            ):
+                others.update(skipped)
+        return tuple(self.code[i] for i in range(start, end + 1) if i not in others)
+
+    def _dominates(self, dominator: int, i: int) -> bool:
+        """Whether every way from the entry to ``i`` passes ``dominator``."""
+        seen = {dominator}
+        ahead = [] if dominator == 0 else [0]
+        while ahead:
+            position = ahead.pop()
+            if position == i:
+                return False
+            if position not in seen:
+                seen.add(position)
+                ahead += self._successors[position]
+        return True
+
+    @cached_property
+    def _successors(self) -> list[list[int]]:
+        """Which instructions can follow each."""
+        targets = [self.labels.get(instruction.target or "") for instruction in self.code]
+        following: list[list[int]] = [
+            [i + 1] if instruction.falls_through and i + 1 < len(self.code) else []
+            for i, instruction in enumerate(self.code)
+        ]
+        for ahead, target in zip(following, targets, strict=True):
+            ahead += [] if target is None else [target]
+        return following
+
+    def _without_padding(self) -> tuple[Instruction, ...]:
+        """Without the no-ops and the branch to itself that fill the last cache line."""
+        end = max(i for i, instruction in enumerate(self.code) if instruction.base == "EXIT")
+        return tuple(self.code[: end + 1])

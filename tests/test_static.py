@@ -1,0 +1,193 @@
+"""Every shipped kernel, compiled for four architectures without a GPU, against its budget."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+from test_sass import AMPERE
+
+from bench import static, static_budget
+from bench.pipes import ARCHITECTURES
+from bench.sass import Program
+
+ROOT = Path(__file__).parents[1]
+WITH_PRODUCTS = {
+    *("attention_forward", "key_value_gradient", "query_gradient"),
+    *("projection", "weight_gradient"),
+}
+
+
+def compiled(folder: Path, *arguments: str) -> list[dict]:
+    """Rows of ``bench/static.py``, in a process where kernels are not interpreted."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.static", *arguments, "--json", str(folder / "rows")]
+    run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads((folder / "rows").read_text())["kernels"]
+
+
+def faults(row: dict) -> list[str]:
+    """What no kernel may do, whatever its budget."""
+    found = []
+    if row["spilled_bytes"]:
+        found.append(f"spills {row['spilled_bytes']} bytes")
+    if row["serialised_wgmma"]:
+        found.append("serialised WGMMA (C751x)")
+    limit = ARCHITECTURES[row["target"]].shared_per_cta
+    if row["shared_memory"] > limit:
+        found.append(f"needs {row['shared_memory']} bytes of shared memory, has {limit}")
+    if row["stage"] not in WITH_PRODUCTS:
+        return found
+    aligned = "misaligned" not in row["label"]
+    half = "float16" in row["label"]  # float16 and bfloat16
+    hopper = half and aligned and row["target"] == "sm_90"
+    if (half or "tf32" in row["label"]) and not row["wgmma" if hopper else "matrix_instructions"]:
+        found.append("no matrix instruction in the hot loop")
+    if aligned and not row["bulk_copies" if hopper else "async_copies"]:
+        found.append("no asynchronous copies in the hot loop")
+    return found
+
+
+@pytest.mark.parametrize("target", ARCHITECTURES)
+def test_shipped_kernels_are_sound_and_within_their_budget(target, tmp_path):
+    rows = compiled(tmp_path, "--target", target)
+    bad = [f"{target} {row['label']}: {fault}" for row in rows for fault in faults(row)]
+    assert not bad, "\n".join(bad)
+    assert {row["stage"] for row in rows} == set(static.STAGES)
+    budget = static_budget.read()
+    found = static_budget.violations(rows, budget)
+    assert not found, "\n".join([*found, f"If that is intended: {static_budget.UPDATE}"])
+    if not static_budget.holds_counts(budget):
+        pytest.skip(f"the counts are of Triton {budget['triton']}, not {triton.__version__}")
+
+
+@pytest.mark.parametrize(
+    ("target", "block_m", "block_n", "num_stages", "expected"),
+    [
+        ("sm_80", 128, 128, 1, "spills"),
+        ("sm_90", 64, 64, 2, "serialised WGMMA"),
+        ("sm_80", 64, 64, 1, "no asynchronous copies"),
+        ("sm_86", 128, 64, 8, "shared memory"),
+    ],
+)
+def test_the_inspection_finds_a_planted_bad_config(
+    target, block_m, block_n, num_stages, expected, tmp_path
+):
+    plan = {"block_m": block_m, "block_n": block_n, "num_warps": 4, "num_stages": num_stages}
+    kernel = ("--target", target, "--kernel", "attention_forward bfloat16 D=64 causal=True")
+    (row,) = compiled(tmp_path, *kernel, "--config", "attention_forward", json.dumps(plan))
+    assert any(expected in fault for fault in faults(row))
+
+
+ROW = {
+    "target": "sm_90",
+    "label": "attention_forward bfloat16 D=64",
+    "registers": 187,
+    "ctas_per_sm": 2,
+    "spilled_bytes": 0,
+    "serialised_wgmma": False,
+    "async_copies": 2,
+    "sync_loads": 0,
+    "instructions": 500,
+}
+
+
+@pytest.fixture
+def budget(tmp_path):
+    static_budget.write([ROW], tmp_path / "budget.json")
+    return static_budget.read(tmp_path / "budget.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"instructions": 520}, r"520 instructions in the hot loop, were 500 \(\+4.0%"),
+        ({"spilled_bytes": 8}, "spills 8 bytes, was 0"),
+        ({"serialised_wgmma": True}, "serialises WGMMA"),
+        ({"async_copies": 1}, "1 asynchronous copies in the hot loop, were 2"),
+        ({"sync_loads": 2}, "2 synchronous loads in the hot loop, were 0"),
+        ({"ctas_per_sm": 1}, "1 CTAs fit on an SM, were 2"),
+    ],
+)
+def test_each_planted_regression_is_named(budget, change, expected):
+    (found,) = static_budget.violations([ROW | change], budget)
+    assert found.startswith("sm_90 attention_forward bfloat16 D=64: ")
+    assert re.search(expected, found), found
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"instructions": 515}, {"registers": 190}, {"async_copies": 4}]
+)
+def test_what_is_within_the_budget_passes(budget, change):
+    assert static_budget.violations([ROW | change], budget) == []
+
+
+def test_kernels_and_lines_have_to_match(budget):
+    (new, gone) = static_budget.violations([ROW | {"label": "pack float32"}], budget)
+    assert new == "sm_90 pack float32: has no line in the budget"
+    assert gone == "sm_90 attention_forward bfloat16 D=64: in the budget, but not compiled"
+    assert static_budget.violations([], budget) == []
+    assert static_budget.violations([ROW], budget, complete=False) == []
+
+
+def test_under_another_triton_only_spills_and_serialisation_count(budget):
+    budget["triton"] = "0.0"
+    worse = ROW | {"instructions": 1000, "async_copies": 0}
+    assert static_budget.violations([worse, ROW | {"label": "new"}], budget) == []
+    found = static_budget.violations(
+        [worse | {"spilled_bytes": 4, "serialised_wgmma": True}], budget
+    )
+    assert len(found) == 2
+
+
+def test_the_budget_keeps_other_targets_of_the_same_triton(tmp_path):
+    path = tmp_path / "budget.json"
+    static_budget.write([ROW], path)
+    static_budget.write([ROW | {"target": "sm_80"}], path)
+    kept = static_budget.read(path)
+    assert set(kept) == {"triton", "sm_80", "sm_90"}
+    path.write_text(json.dumps(kept | {"triton": "0.0"}))
+    with pytest.raises(ValueError, match="record all targets at once, sm_80 too"):
+        static_budget.write([ROW], path)
+
+
+def test_a_copy_that_turned_synchronous_shows_in_the_counts():
+    loop = Program(AMPERE.replace("LDGSTS.E.BYPASS.128 [R4]", "LDG.E.128 R4")).hot_loop()
+    assert (loop.count("LDGSTS"), loop.count("LDG")) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("products", "copies", "tiles"),
+    [(2, 2, 1), (4, 4, 2), (4, 2, 1), (2, 4, 1)],
+    ids=["plain", "unrolled", "computed twice", "copied twice"],
+)
+def test_tiles_of_an_iteration(products, copies, tiles):
+    product = "/*0010*/ HGMMA.64x64x16.F32.BF16 R56, gdesc[UR8], R56 ;\n"
+    copy = "/*0020*/ UTMALDG.4D [UR24], [UR30] ;\n"
+    text = f".L_x_0:\n{product * products}{copy * copies}/*0030*/ @P0 BRA `(.L_x_0) ;\n"
+    loop = Program(text).hot_loop()
+    flops = 2 * (2 * 64 * 64 * 16)
+    assert static.tiles_per_iteration(loop, 4, flops, 2048, 2) == tiles
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--target", "sm_70"], "invalid choice: 'sm_70'"),
+        (["--stage", "softmax"], "invalid choice: 'softmax'"),
+        (["--kernel", "("], "no regular expression"),
+        (["--config", "softmax", "{}"], "the config table has no stage 'softmax'"),
+        (["--config", "projection", '{"block": 1}'], "block"),
+        (["--update-budget", "--stage", "pack"], "records all kernels"),
+        (["--json", "nowhere/rows.json"], "no such folder: nowhere"),
+    ],
+)
+def test_wrong_arguments_are_told(arguments, expected, capsys):
+    with pytest.raises(SystemExit):
+        static.main(arguments)
+    assert expected in capsys.readouterr().err
