@@ -4,13 +4,22 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: sweep test mutants lint types aot clean
+.PHONY: sweep test gpu ladder study static mutants lint types clean
 
 sweep: $(VENV)/.installed            ## measure reciprocal attention against plain attention
 	$(BIN)/python bench/sweep.py $(ARGS)
 
 test: $(VENV)/.installed             ## hold the kernels against the reference
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+gpu: $(VENV)/.installed              ## what a GPU has to show: tests, times, and a page of them
+	$(BIN)/python bench/gpu.py $(ARGS)
+
+ladder: $(VENV)/.installed           ## from the seed's baseline to one fused layer, rung by rung
+	$(BIN)/python bench/ladder.py $(ARGS)
+
+study: $(VENV)/.installed            ## train small GPTs that differ in their attention
+	$(BIN)/python bench/train_ra_mla.py --preset cpu --out runs --resume $(ARGS)
 
 mutants: $(VENV)/.installed          ## plant faults in the source; the suite has to notice each
 	$(BIN)/python tests/mutants/run.py $(ARGS)
@@ -22,8 +31,8 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/mypy
 
-aot: $(VENV)/.installed              ## registers, spills, shared memory on four architectures
-	$(BIN)/python -m bench.aot $(ARGS)
+static: $(VENV)/.installed           ## the machine code of every kernel on four architectures
+	$(BIN)/python bench/static.py $(ARGS)
 
 clean:
 	rm -rf $(VENV)

@@ -9,11 +9,13 @@ wrappers, and raise when somebody differentiates a second time.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
+from torch.autograd import Function
 
 from ra_triton import launches, library
 from ra_triton.checks import needs_grad
@@ -30,7 +32,7 @@ def project(x: Tensor, W_packed: Tensor, bias: Tensor | None, out: Tensor | None
     if out is None and (_traced(x, W_packed) or (_transformed() and not recorded)):
         return library.project(x, W_packed, bias)
     if recorded:
-        return _Projection.apply(x, W_packed, bias)
+        return _function(_Projection).apply(x, W_packed, bias)
     return launches.project(x, W_packed, bias, out)
 
 
@@ -44,7 +46,7 @@ def attention(
         numbers = (options.causal, options.softmax_scale, options.dropout_p)
         return library.attention(q_pack, k_pack, v, seed, *numbers)
     if recorded:
-        return _Attention.apply(q_pack, k_pack, v, options, seed)
+        return _function(_Attention).apply(q_pack, k_pack, v, options, seed)
     return launches.attend(q_pack, k_pack, v, options, seed)
 
 
@@ -64,7 +66,7 @@ def layer(
         numbers = (options.causal, options.softmax_scale, options.dropout_p)
         return library.layer(x, W_packed, bias, seed, *heads, *numbers)[0]
     if recorded:
-        return _Layer.apply(x, W_packed, bias, layout, options, seed)[0]
+        return _function(_Layer).apply(x, W_packed, bias, layout, options, seed)[0]
     return launches.layer(x, W_packed, bias, layout, options, seed, workspace)[0]
 
 
@@ -78,6 +80,25 @@ def _traced(*tensors: Tensor | None) -> bool:
 def _transformed() -> bool:
     """Whether ``torch.func`` has wrapped the tensors: only operators see through the wrappers."""
     return torch._C._are_functorch_transforms_active()
+
+
+def _function(function: type[Function]) -> type[Function]:
+    """``function``; without ``setup_context`` where ``torch.func`` does not ask for it.
+
+    With it PyTorch inspects and binds a signature on every call, which costs more than a launch.
+    """
+    return function if _transformed() else _without_binding(function)
+
+
+@cache
+def _without_binding(function: type[Function]) -> type[Function]:
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(function.__name__, (Function,), methods)
 
 
 def _gradients(direct: Callable[..., Grads], operator: Callable[..., Grads], *args: Any) -> Grads:
@@ -95,7 +116,7 @@ def _gradients(direct: Callable[..., Grads], operator: Callable[..., Grads], *ar
     return operator(*args) if torch.is_grad_enabled() else direct(*args)
 
 
-class _Projection(torch.autograd.Function):
+class _Projection(Function):
     @staticmethod
     def forward(x: Tensor, W_packed: Tensor, bias: Tensor | None) -> Tensor:
         return launches.project(x, W_packed, bias)
@@ -112,7 +133,7 @@ class _Projection(torch.autograd.Function):
         return _gradients(launches.project_gradients, library.project_gradients, *args)
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     @staticmethod
     def forward(
         q_pack: Tensor,
@@ -138,7 +159,7 @@ class _Attention(torch.autograd.Function):
         return (*grads, None, None)
 
 
-class _Layer(torch.autograd.Function):
+class _Layer(Function):
     @staticmethod
     def forward(
         x: Tensor,

@@ -10,6 +10,7 @@ from gradient_budget import attention_gradient_budgets, check_gradients
 from strategies import normal
 
 import ra_triton
+from ra_triton.nn import RACausalSelfAttention
 
 pytestmark = pytest.mark.gpu
 
@@ -121,6 +122,91 @@ def test_a_captured_graph_replays_on_new_data():
         x.copy_(normal(*x.shape, seed=seed))
         graph.replay()
         assert_bitwise(out, ra_triton.ra_attention(x, W, backend="triton"))
+
+
+def graphed_layer():
+    """A module in training, its input, and a gradient of its output."""
+    layer = RACausalSelfAttention(256, 4).to("cuda", torch.bfloat16)
+    x, dout = (normal(2, 200, 256, dtype=torch.bfloat16, seed=seed) for seed in (1, 2))
+    return layer, x.requires_grad_(), dout
+
+
+def step(layer, x, dout):
+    """``(out, dx, *parameter gradients)``."""
+    out = layer(x)
+    return out.detach(), *torch.autograd.grad(out, (x, *layer.parameters()), dout)
+
+
+def test_a_captured_training_step_replays_on_new_data():
+    layer, x, dout = graphed_layer()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(layer, x, dout)  # compiles before the capture
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(layer, x, dout)
+    for seed in range(3):
+        with torch.no_grad():
+            x.copy_(normal(*x.shape, dtype=x.dtype, seed=seed))
+        graph.replay()
+        for replayed, expected in zip(captured, step(layer, x, dout), strict=True):
+            assert_bitwise(replayed, expected)
+
+
+def test_a_capture_allocates_what_the_results_need_and_replays_allocate_nothing():
+    layer, x, dout = graphed_layer()
+    graph = torch.cuda.CUDAGraph()
+    step(layer, x, dout)
+    with torch.cuda.graph(graph):
+        step(layer, x, dout)
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for _ in range(3):
+        graph.replay()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+def test_replays_of_a_graph_with_dropout_draw_new_masks():
+    x = normal(2, 200, 256)
+    W = normal(256, 768, scale=256**-0.5)
+
+    def run():
+        return ra_triton.ra_attention(x, W, n_head=4, dropout_p=0.5, backend="triton")
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    graph.replay()
+    first = out.clone()
+    graph.replay()
+    assert not torch.equal(out, first)
+
+
+def test_graphed_callables_train_like_the_module():
+    layer, x, dout = graphed_layer()
+    expected = step(layer, x, dout)
+    graphed = torch.cuda.make_graphed_callables(layer, (x,))
+    out = graphed(x)
+    actual = (out.detach(), *torch.autograd.grad(out, (x, *layer.parameters()), dout))
+    for a, e in zip(actual, expected, strict=True):
+        assert_bitwise(a, e)
+
+
+def test_reduce_overhead_gives_the_eager_bits():
+    x = normal(2, 200, 256, dtype=torch.bfloat16)
+    W = normal(256, 768, scale=256**-0.5, dtype=torch.bfloat16)
+
+    def layer(x):
+        return ra_triton.ra_attention(x, W, n_head=4, backend="triton")
+
+    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        for _ in range(3):  # warm-up, capture, replay
+            torch.compiler.cudagraph_mark_step_begin()
+            out = compiled(x).clone()
+    assert_bitwise(out, layer(x))
 
 
 def test_new_lengths_do_not_recompile():

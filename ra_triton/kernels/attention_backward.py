@@ -204,7 +204,8 @@ def _key_value_gradient_kernel(
     PDL: tl.constexpr,
 ):
     """Gradients dk and dv of one key tile: the queries that the mask cuts, then all later ones."""
-    head_kv, tile = head_and_tile(tl.program_id(0), B * H_kv, tl.cdiv(T_k, BLOCK_N), section)
+    n_n = tl.cdiv(T_k, BLOCK_N)
+    head_kv, tile = head_and_tile(tl.program_id(0), B * H_kv, n_n, section, USE_TMA)
     b = head_kv // H_kv
     h_kv = head_kv % H_kv
     n = tile * BLOCK_N  # the first key tiles have most queries
@@ -369,7 +370,7 @@ def _query_gradient_kernel(
 ):
     """Gradient dq of one query tile: full key tiles, then the tiles that the mask cuts."""
     n_m = tl.cdiv(T_q, BLOCK_M)
-    head, tile = head_and_tile(tl.program_id(0), B * H, n_m, section)
+    head, tile = head_and_tile(tl.program_id(0), B * H, n_m, section, USE_TMA)
     m = (n_m - 1 - tile) * BLOCK_M
     b = head // H
     h = head % H

@@ -145,7 +145,7 @@ def _attention_forward_kernel(
 ):
     """One query tile of one head: full key tiles, then those that the mask cuts."""
     n_m = tl.cdiv(T_q, BLOCK_M)
-    head, tile = head_and_tile(tl.program_id(0), B * H, n_m, section)
+    head, tile = head_and_tile(tl.program_id(0), B * H, n_m, section, USE_TMA)
     m = (n_m - 1 - tile) * BLOCK_M
     b = head // H
     h = head % H

@@ -126,7 +126,9 @@ def _attention_forward(
     if full_precision:  # static: no spill with IEEE products and with TF32
         if small:
             return LaunchConfig(32, 8 if dropout else 4, 2, block_n=32)
-        return LaunchConfig(32, 16, 2, block_n=16 if dropout else 32)
+        if dropout:
+            return LaunchConfig(32, 8, 2, block_n=16)
+        return LaunchConfig(32, 16, 2, block_n=32)
     if dropout and aligned:  # static: no spill
         keys = 32 if small and target != "sm_90" else 64
         return LaunchConfig(64, 4 if small else 8, 2, block_n=keys, use_tma=target == "sm_90")
@@ -158,6 +160,8 @@ def _attention_backward(
                 return LaunchConfig(32, 16, 2, block_n=32)
             return LaunchConfig(16, 8, 2, block_n=16)
         return LaunchConfig(32, 8 if small and not dropout else 16, 2, block_n=32)
+    if not aligned and dropout and small and for_keys:
+        return LaunchConfig(16, 4, 1, block_n=32)
     if not aligned:
         return LaunchConfig(32, 4 if small else 8, 1, block_n=32)
     if target == "sm_90" and for_keys:

@@ -33,6 +33,7 @@ def _weight_gradient_kernel(
     C,
     N,
     split_rows,
+    FLAT: tl.constexpr,  # one stride leads from row to row
     PRECISION: tl.constexpr,
     USE_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -56,8 +57,11 @@ def _weight_gradient_kernel(
             g = g_source.load([k, n])
         else:
             row = k + offs_k
-            x_rows = x_source + tl.cast(row // T, tl.int64) * stride_xb
-            x_rows += tl.cast(row % T, tl.int64) * stride_xt
+            if FLAT:
+                x_rows = x_source + tl.cast(row, tl.int64) * stride_xt
+            else:
+                x_rows = x_source + tl.cast(row // T, tl.int64) * stride_xb
+                x_rows += tl.cast(row % T, tl.int64) * stride_xt
             inside = (row < end)[:, None]
             x = tl.load(
                 x_rows[:, None] + offs_c[None, :], inside & (offs_c < C)[None, :], other=0.0
@@ -169,6 +173,7 @@ def _weight_plan(
         "C": C,
         "N": N,
         "split_rows": split_rows,
+        "FLAT": B == 1,
         "PRECISION": precision,
         "USE_TMA": config.use_tma,
         "BLOCK_M": config.block_m,
