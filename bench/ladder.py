@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     resolve_machine(parser, args)
-    check_outputs(parser, {"json": args.json, "plot": args.plot})
+    check_outputs(parser, {"json": args.json, "plot": args.plot}, "tqdm")
     shape = SHAPES[args.shape or ("gpt2" if args.device == "cuda" else "cpu")]
     if shape.D < 8:
         parser.error(f"the rung v3-R8 needs a head dim of 8 or more, {shape.name} has {shape.D}")

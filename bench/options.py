@@ -39,14 +39,17 @@ def resolve_device(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     args.device = args.device or ("cuda" if has_cuda else "cpu")
 
 
-def check_outputs(parser: argparse.ArgumentParser, files: dict[str, Path | None]) -> None:
+def check_outputs(
+    parser: argparse.ArgumentParser, files: dict[str, Path | None], *packages: str
+) -> None:
     """Missing packages and folders are told before minutes of timing, not after.
 
     Args:
         parser: what reports the error.
         files: path by the name of its option; None if it was not given.
+        packages: what it cannot run without, besides matplotlib for ``--plot``.
     """
-    for package in ["tqdm", "matplotlib"] if files.get("plot") else ["tqdm"]:
+    for package in (*packages, *["matplotlib"] * bool(files.get("plot"))):
         try:
             __import__(package)
         except ImportError:

@@ -64,7 +64,12 @@ class Record:
         return record
 
     def _add(self, path: Path) -> None:
-        document = json.loads(path.read_text())
+        try:
+            self._add_document(path, json.loads(path.read_text()))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not a file of sweep, ladder or host") from error
+
+    def _add_document(self, path: Path, document: dict[str, Any]) -> None:
         benchmark = document.get("benchmark", "sweep")
         if benchmark == "run":
             self.parts += document["parts"]

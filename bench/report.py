@@ -186,7 +186,9 @@ def write_json(
     """``{"benchmark": ..., "environment": {...}, "rows": [{...}, ...]}``; rows are dataclasses."""
     rows = [asdict(row) for row in rows]
     document = {"benchmark": benchmark, "environment": env, **more, "rows": rows}
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    unfinished = path.with_name(f"{path.name}.part")  # whoever is stopped leaves no half a file
+    unfinished.write_text(json.dumps(document, indent=1) + "\n")
+    unfinished.replace(path)
 
 
 def write_csv(path: Path, env: dict[str, Any], rows: Sequence[Row]) -> None:

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cases = _cases(args)
     except ValueError as error:
         parser.error(str(error))
-    check_outputs(parser, {"json": args.json, "csv": args.csv, "plot": args.plot})
+    check_outputs(parser, {"json": args.json, "csv": args.csv, "plot": args.plot}, "tqdm")
 
     env = environment(device)
     title = header(env, subject(args.stage, args.phase, args.dtype))

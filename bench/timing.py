@@ -4,7 +4,9 @@ CPU: ``perf_counter`` around each call, garbage collection off.
 
 CUDA, two modes. *Eager*: events around each call, L2 flushed before it; while the GPU flushes, the
 host runs ahead, so this is GPU time plus the launch gaps inside one call. *Graph*: replay of
-captured calls back to back, L2 warm, no launch gaps. What a call costs the host is reported beside.
+captured calls back to back, L2 warm, no launch gaps; a kernel that supports dependent launches
+also overlaps its launch with the end of the call before. What a call costs the host is reported
+beside.
 """
 
 import gc

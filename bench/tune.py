@@ -5,11 +5,11 @@
 
 Every candidate is compiled first, in parallel, and dropped if it spills registers or does not fit.
 It is then run on a small problem of odd sizes and compared with the FP64 reference; only one that
-passes is timed, as replays of a CUDA graph, in turns with the others. The package itself never
+passes is timed, as replays of a CUDA graph, in turns with the others; times of the attention
+gradients hold the launch of delta, which comes before each. The package itself never
 measures anything: what this prints is copied into its table on purpose.
 """
 
-import argparse
 import itertools
 import json
 import multiprocessing
@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 
 from bench.gate import RMS_FACTOR, ROW_FACTOR
+from bench.options import DTYPES, check_outputs, count, parser_of, seconds
 from bench.report import environment
 from bench.timing import Entrant, Timing, measure
 from ra_triton.kernels.configs import LaunchConfig, launch_config
 from ra_triton.kernels.tiles import target_of
 from ref import reciprocal_attention as ref
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TOKENS = 16384  # B * T of a problem that is timed
 HEADS = 12  # width 768 with heads of 64
 Launch = Callable[[LaunchConfig | None], Sequence[Tensor]]
@@ -236,7 +236,7 @@ def failure(problem: Problem, config: LaunchConfig, device: torch.device) -> str
     return None
 
 
-def tune(problem: Problem, seconds: float, workers: int) -> list[dict[str, Any]]:
+def tune(problem: Problem, budget: float, workers: int) -> list[dict[str, Any]]:
     """One row per candidate, the fastest first, dropped ones last; the shipped one is marked."""
     device = torch.device("cuda")
     name = target_of(device)
@@ -257,7 +257,7 @@ def tune(problem: Problem, seconds: float, workers: int) -> list[dict[str, Any]]
         if reasons[config] is None:
             call = lambda config=config: launch(config)[0]  # noqa: E731
             entrants.append(Entrant(str(config), call, torch.no_grad, tolerance=0.0))
-    timings = measure(entrants, seconds, on_gpu=True)
+    timings = measure(entrants, budget, on_gpu=True)
     rows = [_row(problem, c, c == shipped, reasons[c], timings.get(str(c))) for c in candidates]
     return sorted(rows, key=lambda row: row["ms"] or float("inf"))
 
@@ -303,19 +303,18 @@ def describe(row: dict[str, Any], device: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 1 if a shipped configuration is dropped."""
-    parser = argparse.ArgumentParser(
-        prog="tune.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("tune.py", __doc__)
     add = parser.add_argument
     add("--stage", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
-    add("--D", nargs="+", type=int, default=[64, 128], help="head dims")
-    add("--T", nargs="+", type=int, default=[1024, 4096], help=f"lengths; B * T = {TOKENS}")
+    add("--D", nargs="+", type=count(1), default=[64, 128], help="head dims")
+    add("--T", nargs="+", type=count(1), default=[1024, 4096], help=f"lengths; B * T = {TOKENS}")
     add("--dtype", choices=DTYPES, default="bf16")
-    add("--seconds", type=float, default=3.0, help="timing per problem")
-    add("--workers", type=int, default=8, help="processes that compile")
-    add("--top", type=int, default=5, help="candidates to print per problem")
+    add("--seconds", type=seconds, default=3.0, help="timing per problem")
+    add("--workers", type=count(1), default=8, help="processes that compile")
+    add("--top", type=count(1), default=5, help="candidates to print per problem")
     add("--json", type=Path, help="write every row")
     args = parser.parse_args(argv)
+    check_outputs(parser, {"json": args.json})
     if not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device here, and there is nothing to tune without one")
 

@@ -269,8 +269,9 @@ def _save_layer(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
     ctx.save_for_backward(x, W_packed, packed, out, lse, seed)
 
 
-def _layer_grads(ctx: Any, do: Tensor, *_: Any) -> Grads:
+def _layer_grads(ctx: Any, do: Tensor | None, *_: Any) -> Grads:
     x, W_packed, packed, out, lse, seed = ctx.saved_tensors
+    do = torch.zeros_like(out) if do is None else do
     saved = (x, W_packed, packed, out, lse, do)
     grads = layer_gradients(*saved, ctx.layout, ctx.options, seed, ctx.needs_input_grad[:3])
     return (*grads, *[None] * 6)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from ra_triton import launches, library
 from ra_triton.checks import needs_grad
@@ -28,6 +28,7 @@ Grads = tuple[Tensor | None, ...]
 
 def project(x: Tensor, W_packed: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
     """``x [B, T, C] @ W_packed [C, N] + bias``; ``out`` only where no gradient is needed."""
+    _refuse_tangents(x, W_packed, bias)
     recorded = needs_grad(x, W_packed, bias)
     if out is None and (_traced(x, W_packed) or (_transformed() and not recorded)):
         return library.project(x, W_packed, bias)
@@ -40,6 +41,7 @@ def attention(
     q_pack: Tensor, k_pack: Tensor, v: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
     """``(out [B, T_q, H, D], lse [B, H, T_q])``; lse is differentiable too."""
+    _refuse_tangents(q_pack, k_pack, v)
     seed = launches.new_seed(v, options)
     recorded = needs_grad(q_pack, k_pack, v)
     if _traced(q_pack, k_pack, v) or (_transformed() and not recorded):
@@ -59,6 +61,7 @@ def layer(
     workspace: Workspace | None,
 ) -> Tensor:
     """Projection and attention: ``[B, T, C] -> [B, T, H, D]``; a workspace needs no gradient."""
+    _refuse_tangents(x, W_packed, bias)
     seed = launches.new_seed(x, options)
     recorded = needs_grad(x, W_packed, bias)
     if _traced(x, W_packed) or (_transformed() and not recorded):
@@ -68,6 +71,16 @@ def layer(
     if recorded:
         return _function(_Layer).apply(x, W_packed, bias, layout, options, seed)[0]
     return launches.layer(x, W_packed, bias, layout, options, seed, workspace)[0]
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """Forward-mode differentiation would lose its tangents in the kernels: raise instead."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "backend='triton': the kernels have no forward-mode derivative; use reverse mode"
+        )
 
 
 def _traced(*tensors: Tensor | None) -> bool:
@@ -182,8 +195,9 @@ class _Layer(Function):
         ctx.save_for_backward(x, W_packed, packed, out, lse, seed)
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor, *_: Any) -> Grads:
+    def backward(ctx: Any, do: Tensor | None, *_: Any) -> Grads:
         x, W_packed, packed, out, lse, seed = ctx.saved_tensors
+        do = torch.zeros_like(out) if do is None else do
         needed = ctx.needs_input_grad[:3]
         args = (x, W_packed, packed, out, lse, do, ctx.layout, ctx.options, seed, needed)
         grads = _gradients(launches.layer_gradients, library.layer_gradients, *args)

@@ -49,25 +49,19 @@ def assert_all_bitwise(actual, expected):
 @pytest.fixture
 def launched(monkeypatch):
     """Names of the kernels and stages of the backward that run."""
-    from ra_triton.kernels import attention_backward, projection, projection_backward
+    from ra_triton.kernels import plans, projection, projection_backward
 
     names = []
+    call = plans.Plan.__call__
 
-    class Kernel:
-        def __init__(self, name, kernel):
-            self.name, self.kernel = name, kernel
+    def launch(plan, *tensors):
+        name = plan.kernel.__name__.strip("_")
+        if name in ("delta_kernel", "key_value_gradient_kernel", "query_gradient_kernel"):
+            flags = [flag for flag in ("NEED_DK", "NEED_DV") if plan.arguments.get(flag)]
+            names.append(" ".join([name, *flags]))
+        call(plan, *tensors)
 
-        def __getitem__(self, grid):
-            def launch(*args, **kwargs):
-                flags = [flag for flag in ("NEED_DK", "NEED_DV") if kwargs.get(flag)]
-                names.append(" ".join([self.name, *flags]))
-                return self.kernel[grid](*args, **kwargs)
-
-            return launch
-
-    for name in ("_delta_kernel", "_key_value_gradient_kernel", "_query_gradient_kernel"):
-        kernel = getattr(attention_backward, name)
-        monkeypatch.setattr(attention_backward, name, Kernel(name.strip("_"), kernel))
+    monkeypatch.setattr(plans.Plan, "__call__", launch)
 
     def stage(module, name):
         original = getattr(module, name)
@@ -319,3 +313,46 @@ def test_a_backward_under_autocast_stays_in_the_operands_dtype():
     with torch.autocast(DEVICE.type, torch.float16):
         got = torch.autograd.grad(out, leaves, CASE.gradient())
     assert_all_bitwise(got, expected)
+
+
+@pytest.mark.parametrize("function", [attend, layer], ids=["packed_attention", "ra_attention"])
+def test_forward_mode_is_refused_not_dropped(function):
+    tensors = CASE.tensors() if function is attend else layer_inputs()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(tensors[0], torch.ones_like(tensors[0]))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            function(dual, *tensors[1:])
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(
+            lambda t: function(t, *tensors[1:]), (tensors[0],), (torch.ones_like(tensors[0]),)
+        )
+
+
+class Stop(torch.autograd.Function):
+    """A function whose input gets no gradient, which is not a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx, t):
+        return t.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("function", [attend, layer], ids=["packed_attention", "ra_attention"])
+def test_an_output_without_a_gradient_gives_its_inputs_zeros(function):
+    leaves = [
+        t.requires_grad_() for t in (CASE.tensors() if function is attend else layer_inputs())
+    ]
+    (Stop.apply(function(*leaves)).sum() + sum(t.sum() for t in leaves)).backward()
+    for t in leaves:
+        assert_bitwise(t.grad, torch.ones_like(t))
+
+
+def test_the_operator_too_gives_zeros_without_a_gradient():
+    x, W, bias = (t.requires_grad_() for t in layer_inputs())
+    out, _, _ = torch.ops.ra_triton.layer(x, W, bias, None, H, H, True, None, 0.0)
+    (Stop.apply(out).sum() + x.sum() + W.sum() + bias.sum()).backward()
+    for t in (x, W, bias):
+        assert_bitwise(t.grad, torch.ones_like(t))

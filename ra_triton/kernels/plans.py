@@ -30,7 +30,7 @@ def planned(derive: Planner) -> Planner:
 
 
 def forget_plans() -> None:
-    """Derive every plan anew, for who has changed the config table."""
+    """Derive every plan anew, for who has changed the config table or Triton's knobs."""
     for clear in _kept:
         clear()
 

@@ -3,8 +3,9 @@
     dw[c, n] = Σ_r x[r, c] g[r, n]        dbias[n] = Σ_r g[r, n]        r = one token of one batch
 
 x ``[B, T, C]``, g ``[B, T, N]`` (contiguous) → dw ``[C, N]``, dbias ``[N]``. The tokens are cut
-into a number of splits that depends on the sizes alone; each sums its own tokens, and a second
-launch adds the splits in order. Overwrites nothing. The gradient of x is the projection of g by wᵀ.
+into a number of splits that depends on sizes and tiles alone; each sums its own tokens, and a
+second launch adds the splits in order. Overwrites nothing. The gradient of x is the projection of g
+by wᵀ.
 """
 
 import torch
