@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,6 +37,7 @@ from ref import reciprocal_attention as ref
 TOKENS = 16384  # B * T of a problem that is timed
 HEADS = 12  # width 768 with heads of 64
 Launch = Callable[[LaunchConfig | None], Sequence[Tensor]]
+Allocate = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -110,31 +112,31 @@ CANDIDATES = {
 }
 
 
-def launcher(problem: Problem, device: torch.device) -> tuple[Launch, Callable[..., Any]]:
+def launcher(problem: Problem, allocate: Allocate) -> tuple[Launch, Callable[..., Any]]:
     """``(launch, exact)``: the stage as a function of its config, and its reference by dtype.
 
-    ``exact(dtype)`` computes the same tensors with ``ref`` and autograd in that dtype.
+    ``exact(dtype)`` computes the same tensors with ``ref`` and autograd in that dtype. ``allocate``
+    is :func:`torch.randn` on a device, or :func:`torch.empty` where kernels are only compiled.
     """
-    if problem.stage in GEMMS:
-        return _gemm(problem, device)
-    return _attention(problem, device)
+    stage = _gemm if problem.stage in GEMMS else _attention
+    return stage(problem, partial(allocate, dtype=DTYPES[problem.dtype]))
 
 
-def _gemm(problem: Problem, device: torch.device) -> tuple[Launch, Callable[..., Any]]:
+def _gemm(problem: Problem, allocate: Allocate) -> tuple[Launch, Callable[..., Any]]:
     from ra_triton.kernels.projection import projection
     from ra_triton.kernels.projection_backward import weight_gradient
 
-    dtype, C = DTYPES[problem.dtype], problem.H * problem.D
-    x = _randn(device, dtype, problem.B, problem.T, C)
+    C = problem.H * problem.D
+    x = allocate(problem.B, problem.T, C)
     if problem.stage == "projection":
-        w = _randn(device, dtype, C, 3 * C) * C**-0.5
+        w = allocate(C, 3 * C) * C**-0.5
         return (
             lambda config: [projection(x, w, None, config=config)],
             lambda dtype: [x.to(dtype) @ w.to(dtype)],
         )
-    g = _randn(device, dtype, problem.B, problem.T, 3 * C)
+    g = allocate(problem.B, problem.T, 3 * C)
     if problem.stage == "input_gradient":
-        w = _randn(device, dtype, C, 3 * C) * C**-0.5
+        w = allocate(C, 3 * C) * C**-0.5
         return (
             lambda config: [projection(g, w.mT, None, config=config)],
             lambda dtype: [g.to(dtype) @ w.mT.to(dtype)],
@@ -145,14 +147,14 @@ def _gemm(problem: Problem, device: torch.device) -> tuple[Launch, Callable[...,
     )
 
 
-def _attention(problem: Problem, device: torch.device) -> tuple[Launch, Callable[..., Any]]:
+def _attention(problem: Problem, allocate: Allocate) -> tuple[Launch, Callable[..., Any]]:
     from ra_triton.kernels.attention_backward import attention_backward
     from ra_triton.kernels.attention_forward import attention_forward
 
     B, T, H, D = problem.B, problem.T, problem.H, problem.D
-    dtype = DTYPES[problem.dtype]
-    q, k, v = _randn(device, dtype, B, T, 3, H, D).unbind(2)
-    do = _randn(device, dtype, B, T, H, D)
+    qkv = allocate(B, T, 3, H, D)
+    q, k, v = qkv.unbind(2)
+    do = allocate(B, T, H, D)
 
     def forward(config: LaunchConfig | None) -> Sequence[Tensor]:
         return attention_forward(q, k, v, causal=True, softmax_scale=None, config=config)
@@ -165,8 +167,8 @@ def _attention(problem: Problem, device: torch.device) -> tuple[Launch, Callable
 
     def backward(config: LaunchConfig | None) -> Sequence[Tensor]:
         if not saved:
-            saved.extend(_forward_of(problem, forward, (q, k, v)))
-        dq, dk, dv = torch.empty(B, T, 3, H, D, dtype=dtype, device=device).unbind(2)
+            saved.extend(forward(None))
+        dq, dk, dv = torch.empty_like(qkv).unbind(2)
         wanted = (None, dk, dv) if for_keys else (dq, None, None)
         attention_backward(
             *(q, k, v, *saved, do, *wanted), causal=True, softmax_scale=None, config=config
@@ -182,27 +184,12 @@ def _attention(problem: Problem, device: torch.device) -> tuple[Launch, Callable
     return backward, exact
 
 
-def _forward_of(problem: Problem, forward: Launch, qkv: Sequence[Tensor]) -> Sequence[Tensor]:
-    """``(out, lse)`` by the shipped kernel; uninitialised where nothing runs (compilation)."""
-    if qkv[0].device.type == "cuda":
-        return forward(None)
-    B, T, H, _ = qkv[0].shape
-    return torch.empty_like(qkv[0]).contiguous(), torch.empty(B, H, T)
-
-
-def _randn(device: torch.device, dtype: torch.dtype, *sizes: int) -> Tensor:
-    """Random numbers on a GPU; on a CPU, where kernels are only compiled, uninitialised memory."""
-    if device.type == "cpu":
-        return torch.empty(sizes, dtype=dtype)
-    return torch.randn(sizes, dtype=dtype, device=device)
-
-
 def compile_candidate(job: tuple[str, Problem, LaunchConfig]) -> str | None:
     """Compile for a target without touching the GPU; the reason to drop the candidate, or None."""
     from bench.aot import STAGES, compile_for
 
     name, problem, config = job
-    launch, _ = launcher(problem, torch.device("cpu"))
+    launch, _ = launcher(problem, torch.empty)
     try:
         with ExitStack() as stack:
             for stage in STAGES:
@@ -222,7 +209,7 @@ def compile_candidate(job: tuple[str, Problem, LaunchConfig]) -> str | None:
 def failure(problem: Problem, config: LaunchConfig, device: torch.device) -> str | None:
     """What is wrong with a candidate's numbers on a small problem of odd sizes, or None."""
     torch.manual_seed(0)
-    launch, exact = launcher(problem.small(), device)
+    launch, exact = launcher(problem.small(), partial(torch.randn, device=device))
     truth, eager = exact(torch.float64), exact(DTYPES[problem.dtype])
     for got, true, same_dtype in zip(launch(config), truth, eager, strict=True):
         for name, factor, dims in (("RMS", RMS_FACTOR, None), ("worst row", ROW_FACTOR, -1)):
@@ -249,7 +236,7 @@ def tune(problem: Problem, budget: float, workers: int) -> list[dict[str, Any]]:
         jobs = [(name, problem, config) for config in candidates]
         reasons = dict(zip(candidates, pool.map(compile_candidate, jobs), strict=True))
     torch.manual_seed(1)
-    launch, _ = launcher(problem, device)
+    launch, _ = launcher(problem, partial(torch.randn, device=device))
     entrants = []
     for config in candidates:
         if reasons[config] is None:

@@ -1,0 +1,108 @@
+"""``bench/tune.py`` without a GPU: candidates, the gate before the clock, what it prints."""
+
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from strategies import DEVICE
+
+from bench import tune
+from ra_triton.kernels.configs import LaunchConfig
+
+SMALL = {"block_k": 16, "block_n": 16}
+ROOT = Path(__file__).parents[1]
+
+
+def problem(stage, dtype="fp16"):
+    return tune.Problem(stage, dtype, D=16, T=1024, B=1, H=2)
+
+
+@pytest.mark.parametrize("stage", tune.CANDIDATES)
+def test_candidates_are_distinct_and_include_several_tiles(stage):
+    candidates = tune.CANDIDATES[stage]()
+    assert len(set(candidates)) == len(candidates) > 10
+    assert len({(c.block_m, c.block_n) for c in candidates}) > 2
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A check that takes Triton's interpreter a second."""
+    monkeypatch.setattr(tune.Problem, "small", lambda p: replace(p, T=70, B=2, H=2))
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("stage", tune.CANDIDATES)
+def test_a_right_candidate_passes_the_gate(stage):
+    config = LaunchConfig(32, 4, **SMALL)
+    assert tune.failure(problem(stage), config, torch.device(DEVICE)) is None
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("stage", tune.CANDIDATES)
+def test_a_wrong_candidate_does_not(stage, monkeypatch):
+    right = tune.launcher
+
+    def launcher(*args):
+        launch, exact = right(*args)
+
+        def wrong(config):
+            results = [t.clone() for t in launch(config)]
+            results[0].view(-1)[-1] += 1.0  # one element
+            return results
+
+        return wrong, exact
+
+    monkeypatch.setattr(tune, "launcher", launcher)
+    reason = tune.failure(problem(stage), LaunchConfig(32, 4, **SMALL), torch.device(DEVICE))
+    assert "eager PyTorch's is" in reason
+
+
+def test_a_candidate_that_spills_or_does_not_compile_is_dropped_with_the_reason():
+    code = """
+from bench.tune import Problem, compile_candidate
+from ra_triton.kernels.configs import LaunchConfig
+p = Problem("attention_forward", "bf16", 64, 1024, 1)
+for config in (
+    LaunchConfig(128, 4, 3, block_n=64),
+    LaunchConfig(256, 4, 2, block_n=128),
+    LaunchConfig(100, 4, 2, block_n=64),
+):
+    print(compile_candidate(("sm_80", p, config)))
+"""
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(Path.home())}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    good, spilling, broken = run.stdout.splitlines()
+    assert good == "None"
+    assert spilling.startswith("spills ")
+    assert broken.startswith("does not compile: ")
+
+
+@pytest.mark.parametrize("use_tma", [True, False])
+def test_a_row_is_python_for_the_table_with_its_measurement(use_tma):
+    config = LaunchConfig(128, 4, 3, block_n=64, use_tma=use_tma)
+    row = {
+        "problem": asdict(problem("attention_forward")),
+        "config": asdict(replace(config, pdl=use_tma)),
+        "shipped": True,
+        "dropped": None,
+        "ms": 0.1,
+        "p20": 0.09,
+        "p80": 0.12,
+        "tflops": 300.0,
+    }
+    line = tune.describe(row, "GPU")
+    assert eval(line, {"LaunchConfig": LaunchConfig}) == config
+    assert line.endswith("# GPU: 100.0 us (90.0..120.0), 300 TFLOP/s, shipped")
+    assert "dropped: spills" in tune.describe({**row, "dropped": "spills 8 bytes"}, "GPU")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would tune")
+def test_without_a_gpu_it_says_so(capsys):
+    with pytest.raises(SystemExit):
+        tune.main([])
+    assert "no CUDA device" in capsys.readouterr().err
