@@ -57,6 +57,22 @@ def project_gradients(
         )
 
 
+def pack(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor, Tensor]:
+    """``[q_std|k_low], [k_std|q_low]``, new."""
+    from ra_triton.kernels import packing
+
+    with _device_of(q):
+        return packing.pack(q, k, q_low, k_low)
+
+
+def pack_(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> None:
+    """Overwrites the last lanes of q with k_low, and those of k with q_low."""
+    from ra_triton.kernels import packing
+
+    with _device_of(q):
+        packing.pack_(q, k, q_low, k_low)
+
+
 def attend(
     q_pack: Tensor,
     k_pack: Tensor,

@@ -73,6 +73,18 @@ def layer(
     return launches.layer(x, W_packed, bias, layout, options, seed, workspace)[0]
 
 
+def pack(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor, Tensor]:
+    """``[q_std|k_low], [k_std|q_low]``, where no gradient is needed."""
+    _refuse_tangents(q, k, q_low, k_low)
+    return launches.pack(q, k, q_low, k_low)
+
+
+def pack_(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> None:
+    """Overwrites the last lanes of q and k, where no gradient is needed."""
+    _refuse_tangents(q, k, q_low, k_low)
+    launches.pack_(q, k, q_low, k_low)
+
+
 def _refuse_tangents(*tensors: Tensor | None) -> None:
     """Forward-mode differentiation would lose its tangents in the kernels: raise instead."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:

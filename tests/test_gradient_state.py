@@ -328,6 +328,15 @@ def test_forward_mode_is_refused_not_dropped(function):
         )
 
 
+@pytest.mark.parametrize("name", ["pack_qk", "pack_qk_"])
+def test_packing_refuses_forward_mode_too(name):
+    q, k, low = normal(2, 5, 2, 16), normal(2, 5, 2, 16, seed=1), normal(2, 5, 2, 4, seed=2)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(low, torch.ones_like(low))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            getattr(ra_triton, name)(q, k, dual, low, backend="triton")
+
+
 class Stop(torch.autograd.Function):
     """A function whose input gets no gradient, which is not a gradient of zeros."""
 

@@ -25,7 +25,6 @@ ARROWS = {
     "backend.sdpa": {"workspace", *SHARED},
     "backend.triton": {
         "backend.sdpa",
-        "kernels.packing",
         "ops",
         "workspace",
         *SHARED,
@@ -35,6 +34,7 @@ ARROWS = {
     "launches": {
         "kernels.attention_backward",
         "kernels.attention_forward",
+        "kernels.packing",
         "kernels.projection",
         "kernels.projection_backward",
         "workspace",

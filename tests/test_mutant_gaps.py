@@ -7,11 +7,12 @@ import ast
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from budget import assert_bitwise
+from budget import assert_bitwise, assert_projection_close
 from gradient_budget import (
     attention_gradient_budgets,
     check_gradients,
@@ -87,8 +88,10 @@ def test_projection_reads_the_same_through_bulk_copies(tokens):
     x, W, dy = normal(1, tokens, 40), normal(40, 60, seed=1), normal(1, tokens, 60, seed=2)
 
     def run(config):
-        products = [projection(x, w, None, config=config) for w in (W, W.mT.contiguous().mT)]
-        return *products, weight_gradient(x, dy, config=config)
+        # The interpreter's product may have other bits where a tile of w arrives transposed.
+        transposed = projection(x, W.mT.contiguous().mT, None, config=config)
+        assert_projection_close(transposed, x, W)
+        return projection(x, W, None, config=config), weight_gradient(x, dy, config=config)
 
     with_and_without_bulk_copies(run, block_m=32, block_n=16, block_k=32)
 
@@ -184,6 +187,19 @@ def test_a_gradient_of_the_projection_in_another_layout():
         assert_bitwise(a, e)
 
 
+def test_splits_share_out_all_rows():
+    from ra_triton.kernels.projection_backward import MAX_SPLITS, PROGRAMS, _splits
+
+    for rows in (1, 31, 1024, 1025, 2100, 5000, 8192, 100_000):
+        for multiple, tiles in product((16, 32, 64), (1, 12, 18, 100, 256, 257, 1000)):
+            splits, split_rows = _splits(rows, multiple, tiles)
+            assert 1 <= splits <= MAX_SPLITS
+            assert splits * tiles <= max(PROGRAMS, tiles)
+            assert split_rows % multiple == 0
+            assert (splits - 1) * split_rows < rows <= splits * split_rows
+    assert _splits(8192, 64, 36)[0] == PROGRAMS // 36  # as many as fill the GPU
+
+
 def test_float32_products_are_ieee_unless_pytorch_allows_tf32():
     from ra_triton.kernels.tiles import dot_precision
 
@@ -212,6 +228,7 @@ def test_pack_qk_is_differentiable_on_triton_too():
 FAR = """
 from ra_triton.kernels.attention_forward import attention_forward
 from ra_triton.kernels.attention_backward import attention_backward
+from ra_triton.kernels.projection_backward import weight_gradient
 
 def odd(dim):
     '3 rows that far apart in one dim, and at no multiple of 16 bytes: offsets count elements.'
@@ -227,6 +244,10 @@ def odd_attention(dim):
         lambda q, k, v: [ra_triton.packed_attention(q, k, v, backend="triton")],
         *(odd(dim) for _ in range(3)),
     )
+
+def weight(dim, *shape):
+    g = torch.randn(*shape[:2], 16).half()
+    check(lambda x: [weight_gradient(x, g)], far(dim, *shape))
 
 def gradients(T, far_do=False, far_grads=False):
     options = {"causal": False, "softmax_scale": None}
@@ -251,6 +272,9 @@ FAR_CASES = {
     "backward with rows of dO far apart": "backward(3, far_do=True)",
     "backward with tiles of dO far apart": "backward(40, far_do=True)",
     "backward with tiles of the gradients far apart": "backward(40, far_grads=True)",
+    "weight gradient of one batch element with a long token stride": "weight(1, 1, 3, 8)",
+    "weight gradient with a long token stride": "weight(1, 2, 3, 8)",
+    "weight gradient with a long batch stride": "weight(0, 3, 2, 8)",
 }
 
 

@@ -62,20 +62,14 @@ def layer(
 
 def pack_qk(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor, Tensor]:
     """``[q_std|k_low], [k_std|q_low]``, out of place."""
-    from ra_triton.kernels.packing import pack
-
     if needs_grad(q, k, q_low, k_low):
         return sdpa.pack_qk(q, k, q_low, k_low)  # the same copies, differentiable
-    with torch.cuda.device_of(q):
-        return pack(q, k, q_low, k_low)
+    return ops.pack(q, k, q_low, k_low)
 
 
 def pack_qk_(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> None:
     """Overwrites the last R lanes of ``q`` and ``k``."""
-    from ra_triton.kernels.packing import pack_
-
-    with torch.cuda.device_of(q):
-        pack_(q, k, q_low, k_low)
+    ops.pack_(q, k, q_low, k_low)
 
 
 def _device_unsupported(device: torch.device) -> str | None:

@@ -32,6 +32,7 @@ BACKWARD = "ra_triton/kernels/attention_backward.py"
 PROJECTION = "ra_triton/kernels/projection.py"
 WEIGHT = "ra_triton/kernels/projection_backward.py"
 PACKING = "ra_triton/kernels/packing.py"
+PLANS, CONFIGS = "ra_triton/kernels/plans.py", "ra_triton/kernels/configs.py"
 LAUNCHES, OPS, API = "ra_triton/launches.py", "ra_triton/ops.py", "ra_triton/api.py"
 LIBRARY, WORKSPACE = "ra_triton/library.py", "ra_triton/workspace.py"
 LAYOUT, WEIGHTS = "ra_triton/layout.py", "ra_triton/weights.py"
@@ -66,6 +67,14 @@ OUT_FENCE = f"{_M}project_writes_out_and_nothing_around_it"
 BULK_COPIES = f"{_M}attention_reads_the_same_through_bulk_copies"
 PROJECTION_BULK_COPIES = f"{_M}projection_reads_the_same_through_bulk_copies"
 HUGE_OUTPUTS = f"{_M}outputs_of_more_than_two_to_the_thirty_one_elements"
+SHARED_OUT = f"{_M}splits_share_out_all_rows"
+_T = "tests/test_plans.py::test_"
+SECTIONS = f"{_T}sections_of_heads_change_no_bit"
+CUT_HEADS = f"{_T}heads_are_cut_into_equal_sections_that_fit"
+ANOTHER_PLAN = f"{_T}what_a_launch_depends_on_makes_another_plan"
+BULK_FITS = f"{_T}descriptors_are_for_what_one_stride_leads_through"
+LATER_CALLS = f"{_T}later_calls_pass_their_own_tensors_and_the_rest_in_the_kernels_order"
+DEPENDENT = f"{_T}kernels_launched_early_wait_before_they_touch_memory"
 MORE_KEY_HEADS = f"{_M}packing_more_key_heads_than_query_heads"
 _G = "tests/test_gradients.py::test_"
 GRADIENTS = f"{_G}lengths_around_tile_boundaries"
@@ -253,6 +262,62 @@ TILE_FAULTS = [
         BULK_COPIES,
     ),
     Fault(
+        "bulk copies: descriptors with the strides of heads and tokens swapped",
+        TILES,
+        "(b, h, t_, d), (1, 1, rows",
+        "(b, t_, h, d), (1, 1, rows",
+        BULK_COPIES,
+    ),
+    Fault(
+        "bulk copies: descriptors with the sizes of heads and tokens swapped",
+        TILES,
+        "Bulk((B, H, T, D)",
+        "Bulk((B, T, H, D)",
+        BULK_COPIES,
+    ),
+    Fault(
+        "strides: of aligned operands in elements, not in units",
+        TILES,
+        "t.strides[i] // unit",
+        "t.strides[i]",
+        LENGTHS,
+    ),
+    Fault(
+        "sections: the last one is as large as the others",
+        TILES,
+        "size = tl.minimum(n_heads - first, section)",
+        "size = section",
+        SECTIONS,
+    ),
+    Fault(
+        "sections: programs not counted from their section",
+        TILES,
+        "pid -= first * n_tiles",
+        "pid -= first",
+        SECTIONS,
+    ),
+    Fault(
+        "sections: all of them take the first heads",
+        TILES,
+        "return first + pid % size",
+        "return pid % size",
+        SECTIONS,
+    ),
+    Fault(
+        "sections: a rest of heads makes none",
+        TILES,
+        "return triton.cdiv(n_heads, sections)",
+        "return n_heads // sections",
+        CUT_HEADS,
+    ),
+    Fault(
+        "sections: may be larger than what fits",
+        TILES,
+        "triton.cdiv(n_heads * bytes_per_head, SECTION_BYTES)",
+        "n_heads * bytes_per_head // SECTION_BYTES",
+        CUT_HEADS,
+    ),
+    Fault(
         "bulk copies: weight of nn.Linear read as [C, N]",
         PROJECTION,
         "w_source.load([n, k]).T if W_TRANSPOSED else w_source.load([k, n])",
@@ -276,7 +341,14 @@ TILE_FAULTS = [
     Fault(
         "is_aligned: storage offset ignored",
         TILES,
-        "t.data_ptr() % 16 == 0\n        and ",
+        "t.on_16_bytes\n        and ",
+        "",
+        ALIGNED,
+    ),
+    Fault(
+        "is_aligned: no element is no obstacle",
+        TILES,
+        "and 0 not in t.shape\n        ",
         "",
         ALIGNED,
     ),
@@ -296,6 +368,27 @@ FORWARD_FAULTS = [
         FORWARD,
         "offs_n[None, :] < key_limit[:, None], s",
         "offs_n[None, :] <= key_limit[:, None], s",
+        LENGTHS,
+    ),
+    Fault(
+        "forward: the first cut key tile of the one loop goes unmasked",
+        FORWARD,
+        "n >= unmasked",
+        "n > unmasked",
+        BULK_COPIES,
+    ),
+    Fault(
+        "forward: the one loop masks nothing",
+        FORWARD,
+        "MASKED and (not USE_TMA or n >= unmasked)",
+        "MASKED and not USE_TMA",
+        BULK_COPIES,
+    ),
+    Fault(
+        "forward: full key tiles in both loops",
+        FORWARD,
+        "        begin = unmasked\n",
+        "        begin = 0\n",
         LENGTHS,
     ),
     Fault(
@@ -370,10 +463,10 @@ FORWARD_FAULTS = [
         LAYOUTS,
     ),
     Fault(
-        "forward: launched with k's token stride for v",
+        "forward: launched with k's strides for v",
         FORWARD,
-        "stride_vt=v.stride(1)",
-        "stride_vt=k.stride(1)",
+        "strides_by_name(alignment, q=q, k=k, v=v)",
+        "strides_by_name(alignment, q=q, k=k, v=k)",
         LAYOUTS,
     ),
     Fault(
@@ -479,8 +572,8 @@ BACKWARD_FAULTS = [
     Fault(
         "delta: dO at o's strides",
         BACKWARD,
-        "**_strides(g=do),",
-        "**_strides(g=o),",
+        "**strides_by_name(g=do),",
+        "**strides_by_name(g=Layout(do.shape, (T * H * D, H * D, D, 1), True)),",
         GRADIENT_LAYOUTS,
     ),
     Fault(
@@ -504,19 +597,25 @@ BACKWARD_FAULTS = [
         "if False:",
         DO_LAYOUTS,
     ),
-    Fault("dO at q's strides", BACKWARD, "v=v, g=do)", "v=v, g=q)", GRADIENT_LAYOUTS),
+    Fault(
+        "dO at q's strides",
+        BACKWARD,
+        'zip("qkvg", operands, strict=True)',
+        'zip("qkvg", (*operands[:3], q), strict=True)',
+        GRADIENT_LAYOUTS,
+    ),
     Fault(
         "dO not asked whether it is aligned",
         BACKWARD,
-        "aligned = all(is_aligned(t) for t in (q, k, v, do))",
-        "aligned = all(is_aligned(t) for t in (q, k, v))",
+        "aligned = all(is_aligned(t, dtype) for t in operands)",
+        "aligned = all(is_aligned(t, dtype) for t in operands[:3])",
         GRADIENT_LAYOUTS,
     ),
     Fault(
         "dO not asked whether its tiles are wide",
         BACKWARD,
-        "max(t.stride(1) for t in (q, k, v, do))",
-        "max(t.stride(1) for t in (q, k, v))",
+        "max(t.strides[1] for t in operands)",
+        "max(t.strides[1] for t in operands[:3])",
         further("backward with rows of dO far apart"),
     ),
     Fault("dq: scale forgotten", BACKWARD, "dq * (scale_log2 * LN2), m", "dq, m", GRADIENTS),
@@ -529,6 +628,48 @@ BACKWARD_FAULTS = [
         "offs_m[None, :] >= first_query[:, None]",
         "offs_m[None, :] > first_query[:, None]",
         GRADIENTS,
+    ),
+    Fault(
+        "dk, dv: the last cut query tile of the one loop goes unmasked",
+        BACKWARD,
+        "m < unmasked",
+        "m < unmasked - BLOCK_M",
+        BULK_COPIES,
+    ),
+    Fault(
+        "dk, dv: the one loop masks nothing",
+        BACKWARD,
+        "D, PRECISION, CAUSAL and USE_TMA,",
+        "D, PRECISION, False,",
+        BULK_COPIES,
+    ),
+    Fault(
+        "dk, dv: cut query tiles in both loops",
+        BACKWARD,
+        "            first = unmasked\n",
+        "            first = begin\n",
+        GRADIENTS,
+    ),
+    Fault(
+        "dq: the first cut key tile of the one loop goes unmasked",
+        BACKWARD,
+        "n >= unmasked",
+        "n > unmasked",
+        BULK_COPIES,
+    ),
+    Fault(
+        "dq: full key tiles in both loops",
+        BACKWARD,
+        "        begin = unmasked\n",
+        "        begin = 0\n",
+        GRADIENTS,
+    ),
+    Fault(
+        "dk, dv: sections of query heads",
+        BACKWARD,
+        "B * H_kv, n_n, section",
+        "B * H_kv * group, n_n, section",
+        GRADIENT_GROUPS,
     ),
     Fault(
         "dq: key mask includes its limit",
@@ -603,8 +744,8 @@ BACKWARD_FAULTS = [
     Fault(
         "dk, dv: launched as if dv were needed",
         BACKWARD,
-        "NEED_DV=dv is not None",
-        "NEED_DV=True",
+        '"NEED_DV": dv is not None',
+        '"NEED_DV": True',
         GRADIENT_SUBSETS,
     ),
     Fault(
@@ -684,8 +825,8 @@ PROJECTION_FAULTS = [
     Fault(
         "C taken for a multiple of the tile",
         PROJECTION,
-        "EVEN_C=C % config.block_k == 0",
-        "EVEN_C=True",
+        '"EVEN_C": C % config.block_k == 0',
+        '"EVEN_C": True',
         SIZES,
     ),
     Fault(
@@ -732,12 +873,25 @@ PROJECTION_FAULTS = [
     ),
     Fault(
         "x always taken for one long batch element",
-        PROJECTION,
-        "flat = B == 1 or x.stride(0) == T * x.stride(1)",
-        "flat = True",
+        TILES,
+        "if B == 1 or stride_b == T * stride_t:",
+        "if True:",
         X_LAYOUTS,
     ),
-    Fault("weight taken for row-major", PROJECTION, "stride_wn=w.stride(1)", "stride_wn=1", VIEWS),
+    Fault(
+        "one long batch element as short as one of several",
+        TILES,
+        "Layout((1, B * T, C)",
+        "Layout((1, T, C)",
+        X_LAYOUTS,
+    ),
+    Fault(
+        "weight taken for row-major",
+        PROJECTION,
+        '"stride_wn": w.strides[1]',
+        '"stride_wn": 1',
+        VIEWS,
+    ),
     Fault(
         "x: batch in 32 bits",
         PROJECTION,
@@ -783,8 +937,8 @@ PROJECTION_FAULTS = [
     Fault(
         "out ignored",
         PROJECTION,
-        "device=x.device) if out is None else out",
-        "device=x.device)",
+        "    if out is None:\n        out = torch.empty((B, T, w.shape[1])",
+        "    if True:\n        out = torch.empty((B, T, w.shape[1])",
         OUT,
     ),
     Fault(
@@ -817,10 +971,38 @@ PROJECTION_FAULTS = [
     ),
     Fault(
         "dW: x always taken for one long batch element",
-        WEIGHT,
-        "if B == 1 or x.stride(0) == T * x.stride(1):",
+        TILES,
+        "if B == 1 or stride_b == T * stride_t:",
         "if True:",
         WEIGHT_GRADIENTS,
+    ),
+    Fault(
+        "dW: always launched for one long batch element",
+        WEIGHT,
+        '"FLAT": B == 1',
+        '"FLAT": True',
+        WEIGHT_GRADIENTS,
+    ),
+    Fault(
+        "dW: row * stride in 32 bits",
+        WEIGHT,
+        "x_source + tl.cast(row, tl.int64) * stride_xt",
+        "x_source + row * stride_xt",
+        further("weight gradient of one batch element with a long token stride"),
+    ),
+    Fault(
+        "dW: token in 32 bits",
+        WEIGHT,
+        "tl.cast(row % T, tl.int64)",
+        "(row % T)",
+        further("weight gradient with a long token stride"),
+    ),
+    Fault(
+        "dW: batch in 32 bits",
+        WEIGHT,
+        "tl.cast(row // T, tl.int64)",
+        "(row // T)",
+        further("weight gradient with a long batch stride"),
     ),
     Fault("dW: not zeroed without tokens", WEIGHT, "return dw.zero_()", "return dw", NO_TOKENS),
     Fault(
@@ -849,13 +1031,48 @@ PROJECTION_FAULTS = [
         WEIGHT,
         "return triton.cdiv(rows, split_rows), split_rows",
         "return max(1, rows // split_rows), split_rows",
-        SPLITS,
+        f"{SPLITS} {SHARED_OUT}",
+    ),
+    Fault(
+        "splits: many tiles are cut into none",
+        WEIGHT,
+        "splits = max(1, min(most, PROGRAMS // tiles))",
+        "splits = min(most, PROGRAMS // tiles)",
+        SHARED_OUT,
+    ),
+    Fault(
+        "splits: as many for many tiles as for few",
+        WEIGHT,
+        "min(most, PROGRAMS // tiles)",
+        "most",
+        SHARED_OUT,
+    ),
+    Fault(
+        "bulk copies: x of the projection in several batch elements",
+        PROJECTION,
+        "bulk_fits = B == 1 and ",
+        "bulk_fits = ",
+        BULK_FITS,
+    ),
+    Fault(
+        "bulk copies: weight without a stride of 1",
+        PROJECTION,
+        "bulk_fits = B == 1 and w_rows.strides[1] == 1",
+        "bulk_fits = B == 1",
+        BULK_FITS,
+    ),
+    Fault(
+        "bulk copies: x of dW in several batch elements",
+        WEIGHT,
+        "aligned = B == 1 and ",
+        "aligned = ",
+        BULK_FITS,
     ),
     Fault(
         "dx: weight read in its own order instead of transposed",
         LAUNCHES,
-        "projection(dy, W_packed.mT, None)",
-        "projection(dy, W_packed.reshape(W_packed.mT.shape), None)",
+        "projection(dy, W_packed.mT, None, ",
+        "projection(dy, W_packed.reshape(W_packed.mT.shape), None, ",
         WEIGHT_GRADIENTS,
     ),
     Fault(
@@ -1030,7 +1247,198 @@ SDPA_FAULTS = [
     ),
 ]
 
+PLAN_FAULTS = [
+    Fault(
+        "plans: whether addresses are aligned is no part of a layout",
+        PLANS,
+        "t.stride(), t.data_ptr() % 16 == 0)",
+        "t.stride(), True)",
+        ANOTHER_PLAN,
+    ),
+    Fault(
+        "plans: strides of one layout serve another",
+        PLANS,
+        "    on_16_bytes: bool  # the address\n",
+        """    on_16_bytes: bool  # the address
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, Layout) and (self[0], self[2]) == (other[0], other[2])
+
+    def __hash__(self) -> int:
+        return hash((self[0], self[2]))
+""",
+        f"{ANOTHER_PLAN} {LAYOUTS}",
+    ),
+    *(
+        Fault(
+            f"plans: one plan serves every {what}",
+            PLANS,
+            "    cached = lru_cache(PLANS)(derive)\n",
+            f"""    kept: dict[Any, Any] = {{}}
+
+    def cached(*args: Any) -> Any:
+        key = tuple(arg for arg in args if not {left_out})
+        if key not in kept:
+            kept[key] = derive(*args)
+        return kept[key]
+
+    cached.cache_clear = kept.clear
+""",
+            ANOTHER_PLAN,
+        )
+        for what, left_out in (
+            ("mask, and packing in place or not", "isinstance(arg, bool)"),
+            ("scale and dropout", "isinstance(arg, float)"),
+            ("dtype", "isinstance(arg, torch.dtype)"),
+            ("precision and stage", "isinstance(arg, str)"),
+            ("config", "hasattr(arg, 'num_warps')"),
+        )
+    ),
+    Fault(
+        "plans: forward does not ask where lse is",
+        FORWARD,
+        "on_16_bytes(seed, o, lse)",
+        "on_16_bytes(seed, o)",
+        ANOTHER_PLAN,
+    ),
+    Fault(
+        "plans: delta does not ask where dlse is",
+        BACKWARD,
+        "others = on_16_bytes(o, dlse, delta)",
+        "others = (True, None if dlse is None else True)",
+        ANOTHER_PLAN,
+    ),
+    Fault(
+        "plans: backward does not ask where the seed is",
+        BACKWARD,
+        "others = on_16_bytes(lse, delta, seed)",
+        "others = on_16_bytes(lse, delta)",
+        ANOTHER_PLAN,
+    ),
+    Fault(
+        "plans: projection does not ask where y is",
+        PROJECTION,
+        "on_16_bytes(bias, out)",
+        "on_16_bytes(bias)",
+        ANOTHER_PLAN,
+    ),
+    Fault(
+        "plans: dW does not ask where dy is",
+        WEIGHT,
+        "on_16_bytes(g, dw)",
+        "on_16_bytes(dw, dw)",
+        ANOTHER_PLAN,
+    ),
+    Fault(
+        "plans: dbias does not ask where dy is",
+        WEIGHT,
+        "M, N, on_16_bytes(g), target",
+        "M, N, (), target",
+        ANOTHER_PLAN,
+    ),
+    Fault(
+        "later calls: the rest in the order of the plan",
+        PLANS,
+        "tuple(self.arguments[name] for name in names)",
+        "tuple(value for name, value in self.arguments.items() if name in names)",
+        LATER_CALLS,
+    ),
+    Fault(
+        "later calls: read what the first one read",
+        PLANS,
+        "descriptor.__dict__.update(fields, base=tensors[position])",
+        "descriptor.__dict__.update(fields)",
+        LATER_CALLS,
+    ),
+    Fault(
+        "later calls: descriptors left out",
+        PLANS,
+        "            first[position] = descriptor\n",
+        "",
+        LATER_CALLS,
+    ),
+    Fault(
+        "later calls: the first tensors are kept alive",
+        PLANS,
+        '{**vars(first[i]), "base": None}',
+        "{**vars(first[i])}",
+        LATER_CALLS,
+    ),
+    Fault(
+        "dependent launch: nobody waits",
+        TILES,
+        "        tl.extra.cuda.gdc_wait()\n",
+        "",
+        DEPENDENT,
+    ),
+    Fault(
+        "dependent launch: dq does not wait",
+        BACKWARD,
+        "    h_kv = h // group\n    follow(PDL)\n",
+        "    h_kv = h // group\n",
+        DEPENDENT,
+    ),
+    Fault(
+        "dependent launch: the forward reads before it waits",
+        FORWARD,
+        """    follow(PDL)
+    offs_m = m + tl.arange(0, BLOCK_M)
+    key_limit, unmasked, end = key_range(m, T_q, T_k, CAUSAL, BLOCK_M, BLOCK_N)
+    q = load_rows(
+        q_source, b, h, m, stride_qt, T_q,
+        D, True, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
+""",
+        """    offs_m = m + tl.arange(0, BLOCK_M)
+    key_limit, unmasked, end = key_range(m, T_q, T_k, CAUSAL, BLOCK_M, BLOCK_N)
+    q = load_rows(
+        q_source, b, h, m, stride_qt, T_q,
+        D, True, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
+    follow(PDL)
+""",
+        DEPENDENT,
+    ),
+    Fault(
+        "dependent launch: of kernels that do not wait",
+        CONFIGS,
+        'options | {"launch_pdl": True} if self.pdl else options',
+        'options | {"launch_pdl": True}',
+        "tests/test_configs.py::test_dependent_launches_are_for_hopper_alone",
+    ),
+]
+
 CONTRACT_FAULTS = [
+    Fault(
+        "direct functions: nothing is saved",
+        OPS,
+        "        function.setup_context(ctx, args, output)\n",
+        "",
+        f"{_S}a_retained_graph_gives_the_same_gradients_again",
+    ),
+    Fault(
+        "direct functions: inputs saved past autograd's watch",
+        OPS,
+        "        function.setup_context(ctx, args, output)\n",
+        """        args = tuple(arg.data if isinstance(arg, Tensor) else arg for arg in args)
+        function.setup_context(ctx, args, output)
+""",
+        f"{_S}an_operand_changed_before_the_backward_is_noticed",
+    ),
+    Fault(
+        "direct functions: also inside torch.func",
+        OPS,
+        "return function if _transformed() else _without_binding(function)",
+        "return _without_binding(function)",
+        f"{_S}torch_func_gives_the_same_gradients",
+    ),
+    Fault(
+        "projection: all gradients whatever is needed",
+        OPS,
+        "args = (x, W_packed, dy, ctx.needs_input_grad)",
+        "args = (x, W_packed, dy, (True, True, True))",
+        PROJECTION_SUBSETS,
+    ),
     Fault(
         "operator: fake output at q's strides",
         LIBRARY,
@@ -1138,6 +1546,7 @@ FAULTS = [
     *PROJECTION_FAULTS,
     *LANE_FAULTS,
     *SDPA_FAULTS,
+    *PLAN_FAULTS,
     *CONTRACT_FAULTS,
 ]
 
