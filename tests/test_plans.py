@@ -121,9 +121,9 @@ SHAPES = {
 }
 ATTENTION_OPTIONS = [
     *({"causal": False}, {"softmax_scale": 0.5}, {"dropout_p": 0.2}, {"dropout_p": 0.0}),
-    {"config": LaunchConfig(16, 4, block_n=16)},
+    *({"config": LaunchConfig(rows, 4, block_n=16)} for rows in (16, 32)),
 ]
-GEMM_OPTIONS = [{"config": LaunchConfig(16, 4, block_n=16, block_k=16)}]
+GEMM_OPTIONS = [{"config": LaunchConfig(rows, 4, block_n=16, block_k=16)} for rows in (16, 32)]
 DEPENDS = {  # kernel: its caller, tensors that may have any strides, tensors that may not, options
     "_attention_forward_kernel": (_attention, "q k v", "o lse seed", ATTENTION_OPTIONS),
     "_delta_kernel": (_attention, "do", "o dlse", []),
@@ -216,7 +216,7 @@ def test_later_calls_pass_their_own_tensors_and_the_rest_in_the_kernels_order(mo
             return lambda *tensors, **arguments: compiled.append((grid, tensors, arguments))
 
     monkeypatch.setattr(plans, "_launcher", lambda *_: lambda *arguments: later.append(arguments))
-    arguments = {"num_warps": 4, "PDL": True, "second": 2, "first": 1}
+    arguments = {"num_warps": 4, "PDL": True, "second": 22, "first": 11}
     bulk = {1: plans.Bulk((6, 8), (8, 1), (2, 8))}
     plan = plans.Plan(Kernel(), (3,), arguments, bulk)
 
@@ -238,7 +238,7 @@ def test_later_calls_pass_their_own_tensors_and_the_rest_in_the_kernels_order(mo
         assert b.base is given[1]
         assert type(b) is type(passed[1])
         assert vars(b) == {**expected, "base": given[1]}
-        assert rest == [None, 1, 2, True]
+        assert rest == [None, 11, 22, True]
     assert len(compiled) == 1
     alive = [weakref.ref(t) for t in (*first[:2], *given[:2])]
     compiled.clear()

@@ -669,7 +669,7 @@ BACKWARD_FAULTS = [
         BACKWARD,
         "B * H_kv, n_n, section",
         "B * H_kv * group, n_n, section",
-        GRADIENT_GROUPS,
+        SECTIONS,
     ),
     Fault(
         "dq: key mask includes its limit",
@@ -1431,6 +1431,27 @@ CONTRACT_FAULTS = [
         "return function if _transformed() else _without_binding(function)",
         "return _without_binding(function)",
         f"{_S}torch_func_gives_the_same_gradients",
+    ),
+    Fault(
+        "forward mode: tangents dropped",
+        OPS,
+        "torch.compiler.is_compiling() or forward_ad._current_level < 0",
+        "True",
+        f"{_S}forward_mode_is_refused_not_dropped",
+    ),
+    Fault(
+        "layer: no dO means garbage",
+        OPS,
+        "torch.zeros_like(out) if do is None",
+        "torch.empty_like(out) if do is None",
+        f"{_S}an_output_without_a_gradient_gives_its_inputs_zeros",
+    ),
+    Fault(
+        "operator: no dO of the layer means garbage",
+        LIBRARY,
+        "do = torch.zeros_like(out) if do is None else do\n    saved = (x, W_packed",
+        "do = torch.empty_like(out) if do is None else do\n    saved = (x, W_packed",
+        f"{_S}the_operator_too_gives_zeros_without_a_gradient",
     ),
     Fault(
         "projection: all gradients whatever is needed",
