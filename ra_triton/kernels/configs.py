@@ -4,7 +4,8 @@ Nothing here is measured at run time: the same call gets the same tiles, hence t
 every run, and a new length never retunes. "static" rows were chosen from the compiled machine
 code: no spilled register, asynchronous loads, two CTAs per SM where they fit. Rows with a time were
 chosen by ``bench/tune.py`` on an H200 (driver 580.159.04, torch 2.11, Triton 3.6.0): bf16, causal,
-16384 tokens, 12 heads; GEMMs of width 768, the projection with 8192 tokens.
+16384 tokens, 12 heads; GEMMs of width 768, the projection with 8192 tokens. The times are of the
+run that chose the row, and the kernels have changed since.
 """
 
 from dataclasses import dataclass, replace
@@ -112,7 +113,7 @@ def _projection(stage: str, full_precision: bool, target: str, aligned: bool) ->
     if full_precision:  # IEEE products run on the FMA units; static
         return LaunchConfig(64, 8, 3, block_n=64, block_k=16)
     if target == "sm_90":
-        if aligned:  # 154 registers; three CTAs per SM hide each other's epilogues
+        if aligned:  # 154 registers; three CTAs per SM (a depth of 64: two) hide epilogues
             depth = 32 if stage == "projection" else 64  # 51.7 us, 94 us
             return LaunchConfig(128, 4, 3, block_n=128, block_k=depth, use_tma=True)
         return LaunchConfig(128, 8, 3, block_n=128, block_k=64)  # static
@@ -133,7 +134,7 @@ def _attention_forward(
         keys = 32 if small and target != "sm_90" else 64
         return LaunchConfig(64, 4 if small else 8, 2, block_n=keys, use_tma=target == "sm_90")
     if target == "sm_90" and aligned:
-        if head_dim <= 64:  # 87 us, 295 TFLOP/s at T = 1024; as fast as any at T = 4096
+        if head_dim <= 64:  # 87 us, 295 TFLOP/s at T = 1024; 262 us at 4096
             return LaunchConfig(64, 4, 2, block_n=64, use_tma=True)
         return LaunchConfig(128, 4, 2, block_n=64, use_tma=True)  # 162 us; 436 us at T = 4096
     if not aligned:
