@@ -52,7 +52,8 @@ ARROWS = {
     "kernels.packing": STAGE,
     "kernels.projection": STAGE,
     "kernels.tiles": {"kernels.configs", "kernels.plans", "layout"},
-    "kernels.plans": set(),
+    "kernels.plans": {"kernels.launcher"},
+    "kernels.launcher": set(),
     "kernels.configs": {"layout"},
 }
 

@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
-import torch
-import triton
 from torch import Tensor
-from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ra_triton.kernels.launcher import Descriptors, Launch, launcher
 
 PLANS = 1024  # that a stage keeps; the least recently used goes
 _kept: list[Callable[[], None]] = []
@@ -83,22 +82,14 @@ class Plan:
         self.grid = (*grid, 1, 1)[:3]
         self.arguments = dict(arguments)
         self.bulk = dict(bulk or {})
-        self._launch: Callable[..., Any] | None = None
-        self._rest: tuple[Any, ...] = ()
-        self._descriptors: dict[int, dict[str, Any]] = {}
+        self._launch: Launch | None = None
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Launch on the current device and stream; each tensor has the layout of the plan."""
         if self._launch is None:
             self._compile(tensors)
-            return
-        first: list[Any] = list(tensors)
-        for position, fields in self._descriptors.items():
-            # A copy whose base is this tensor: the constructor would check what does not change.
-            descriptor = TensorDescriptor.__new__(TensorDescriptor)
-            descriptor.__dict__.update(fields, base=tensors[position])
-            first[position] = descriptor
-        self._launch(*first, *self._rest)
+        else:
+            self._launch(*tensors)
 
     def _compile(self, tensors: tuple[Tensor | None, ...]) -> None:
         """Launch through the JIT, and remember what it compiled."""
@@ -108,28 +99,6 @@ class Plan:
         compiled = self.kernel[self.grid](*first, **self.arguments)
         if not any(t is not None and t.is_cuda for t in tensors):
             return  # interpreted, or only compiled
-        names = self.kernel.arg_names[len(tensors) :]
-        self._rest = tuple(self.arguments[name] for name in names)
-        self._descriptors = {i: {**vars(first[i]), "base": None} for i in self.bulk}
-        self._launch = _launcher(compiled, self.grid)
-
-
-def _launcher(compiled: CompiledKernel, grid: tuple[int, ...]) -> Callable[..., None]:
-    """``compiled[grid]`` without what only a profiler's hooks need, unless there are any."""
-    with_hooks, run = compiled[grid], compiled.run
-    fixed = compiled.function, compiled.packed_metadata, None, None, None
-    device, knobs = torch.cuda.current_device(), triton.knobs.runtime
-    current_stream = triton.runtime.driver.active.get_current_stream
-
-    def launch(*args: Any) -> None:
-        if _present(knobs.launch_enter_hook) or _present(knobs.launch_exit_hook):
-            with_hooks(*args)
-        else:
-            run(*grid, current_stream(device), *fixed, *args)
-
-    return launch
-
-
-def _present(hook: Any) -> bool:
-    """Whether a hook, which newer versions of Triton make a chain of hooks, would do anything."""
-    return bool(getattr(hook, "calls", hook))
+        descriptors = {i: Descriptors(type(first[i]), vars(first[i])) for i in self.bulk}
+        rest = [self.arguments[name] for name in self.kernel.arg_names[len(tensors) :]]
+        self._launch = launcher(compiled, self.grid, tensors, descriptors, rest)
