@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ra_triton import prepared
 from ra_triton.backend import choose
 from ra_triton.checks import (
     check_attention_inputs,
@@ -77,6 +78,23 @@ def ra_attention(
 
     Source: github.com/mcgrof/knlp; flash attention: arXiv:2205.14135, arXiv:2307.08691.
     """
+    given = (
+        R,
+        n_head,
+        n_kv_head,
+        weight_layout,
+        causal,
+        softmax_scale,
+        softcap,
+        dropout_p,
+        backend,
+    )
+    key = None
+    if workspace is None and weight_layout == "packed":
+        key = prepared.key_of((x, W_fused, bias), (*given, repr(window_size)))
+        call = prepared.known(key)
+        if call is not None:
+            return call(x, W_fused, bias)
     options = AttentionOptions(causal, softmax_scale, window_size, softcap, dropout_p)
     x, W_fused, bias = _autocast(x, W_fused, bias)
     layout = _projection_layout(x, W_fused, R, n_head, n_kv_head, bias, weight_layout)
@@ -86,7 +104,10 @@ def ra_attention(
         workspace.refuse_gradients(x, W_fused, bias)
     module, _ = choose(backend, (x, W_fused, bias), options, layout.head_dim)
     W_packed, bias = _packed(layout, W_fused, bias, weight_layout)
-    return module.layer(x, W_packed, bias, layout, options, workspace).flatten(2)
+    out = module.layer(x, W_packed, bias, layout, options, workspace).flatten(2)
+    if key is not None:
+        prepared.keep(key, module.prepare_layer(x, W_packed, bias, layout, options))
+    return out
 
 
 def project(

@@ -203,3 +203,87 @@ def layer_gradients(
     dq, dk, dv = layout.views(dpacked)
     attend_backward(q_pack, k_pack, v, out, lse, do, None, dq, dk, dv, options, seed)
     return project_gradients(x, W_packed, dpacked, needed)
+
+
+class Address:
+    """Stands for a tensor where only the address matters: a view costs more than a launch."""
+
+    __slots__ = ("address",)
+
+    def __init__(self, address: int) -> None:
+        """In bytes."""
+        self.address = address
+
+    def data_ptr(self) -> int:
+        """As of a tensor."""
+        return self.address
+
+
+class PreparedLayer:
+    """:func:`layer` for tensors of one layout, without gradients and without looking at them.
+
+    The projection and the logsumexp are one allocation, which ends with the call.
+
+    Args:
+        x: ``[B, T, C]``, on a GPU like the others; tensors of its layout will follow, and so on.
+        W_packed: ``[C, N]``.
+        bias: ``[N]`` or None.
+        layout: of the columns.
+        options: of the attention, without dropout.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        W_packed: Tensor,
+        bias: Tensor | None,
+        layout: RALayout,
+        options: AttentionOptions,
+    ) -> None:
+        """Find the plans that :func:`layer` made when it ran on tensors of these layouts."""
+        from ra_triton.kernels.attention_forward import forward_plan
+        from ra_triton.kernels.projection import projection_plan
+
+        B, T, _ = x.shape
+        H, D, item = layout.n_head, layout.head_dim, x.element_size()
+        packed = x.new_empty(B, T, layout.columns)
+        q_pack, k_pack, v = layout.views(packed)
+        lse = torch.empty((B, H, T), dtype=torch.float32, device=x.device)
+        out = x.new_empty(B, T, H, D)
+        self.project = projection_plan(x, W_packed, bias, packed)
+        numbers = (options.causal, options.softmax_scale)
+        self.attend = forward_plan(q_pack, k_pack, v, None, out, lse, *numbers)
+        self.shape = (B, T, H * D)
+        # Where things lie from the start of the scratch memory, in bytes; launches rely on 16.
+        self.key, self.value = (t.data_ptr() - packed.data_ptr() for t in (k_pack, v))
+        self.lse = -(-packed.nbytes // 16) * 16
+        self.scratch = (self.lse + lse.nbytes) // item  # elements
+
+    def __call__(self, x: Tensor, W_packed: Tensor, bias: Tensor | None) -> Tensor:
+        """``[B, T, C] -> [B, T, H * D]``."""
+        out, scratch = x.new_empty(self.shape), x.new_empty(self.scratch)
+        start = scratch.data_ptr()
+        packed = Address(start)
+        self.project(x, W_packed, bias, packed)
+        k_pack, v, lse = (Address(start + to) for to in (self.key, self.value, self.lse))
+        self.attend(packed, k_pack, v, None, out, lse)
+        return out
+
+
+def prepare_layer(
+    x: Tensor,
+    W_packed: Tensor,
+    bias: Tensor | None,
+    layout: RALayout,
+    options: AttentionOptions,
+) -> PreparedLayer | None:
+    """A prepared layer after a call, where all there is to it is two launches.
+
+    That is on the only GPU, without dropout, whose seed is drawn anew.
+    """
+    if not x.is_cuda or _several_gpus() or options.dropout_p or x.numel() == 0:
+        return None
+    if bias is not None and not bias.is_contiguous():
+        return None
+    prepared = PreparedLayer(x, W_packed, bias, layout, options)
+    return prepared if prepared.project.compiled and prepared.attend.compiled else None

@@ -73,6 +73,17 @@ def layer(
     return launches.layer(x, W_packed, bias, layout, options, seed, workspace)[0]
 
 
+def prepare_layer(
+    x: Tensor,
+    W_packed: Tensor,
+    bias: Tensor | None,
+    layout: RALayout,
+    options: AttentionOptions,
+) -> Callable[..., Tensor] | None:
+    """:func:`layer` for later calls alike, where no gradient is needed and nothing looks on."""
+    return launches.prepare_layer(x, W_packed, bias, layout, options)
+
+
 def pack(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor, Tensor]:
     """``[q_std|k_low], [k_std|q_low]``, where no gradient is needed."""
     _refuse_tangents(q, k, q_low, k_low)

@@ -1,5 +1,6 @@
 """The handwritten kernels. Triton itself is imported by the first call that launches one."""
 
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
@@ -58,6 +59,17 @@ def layer(
 ) -> Tensor:
     """Projection and attention: ``[B, T, C] -> [B, T, H, D]``."""
     return ops.layer(x, W_packed, bias, layout, options, workspace)
+
+
+def prepare_layer(
+    x: Tensor,
+    W_packed: Tensor,
+    bias: Tensor | None,
+    layout: RALayout,
+    options: AttentionOptions,
+) -> Callable[..., Tensor] | None:
+    """:func:`layer` for later calls alike, eager and without gradients: to ``[B, T, H * D]``."""
+    return ops.prepare_layer(x, W_packed, bias, layout, options)
 
 
 def pack_qk(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor, Tensor]:

@@ -213,7 +213,25 @@ def attention_forward(
         lse = torch.empty((B, H, T_q), dtype=torch.float32, device=q.device)
     if o.numel() == 0:
         return o, lse
-    plan = _plan(
+    options = (causal, softmax_scale, dropout_p, config)
+    forward_plan(q, k, v, seed, o, lse, *options)(q, k, v, seed, o, lse)
+    return o, lse
+
+
+def forward_plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seed: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    causal: bool,
+    softmax_scale: float | None,
+    dropout_p: float = 0.0,
+    config: LaunchConfig | None = None,
+) -> Plan:
+    """The launch of :func:`attention_forward`, of ``(q, k, v, seed, o, lse)``."""
+    return _plan(
         q.device,
         q.dtype,
         layout_of(q),
@@ -227,8 +245,6 @@ def attention_forward(
         target_of(q.device),
         config,
     )
-    plan(q, k, v, seed, o, lse)
-    return o, lse
 
 
 @planned

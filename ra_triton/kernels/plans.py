@@ -29,7 +29,10 @@ def planned(derive: Planner) -> Planner:
 
 
 def forget_plans() -> None:
-    """Derive every plan anew, for who has changed the config table or Triton's knobs."""
+    """Derive every plan anew, for who has changed the config table or Triton's knobs.
+
+    Prepared calls hold plans of their own: ``ra_triton.prepared.forget()`` lets go of those.
+    """
     for clear in _kept:
         clear()
 
@@ -84,12 +87,20 @@ class Plan:
         self.bulk = dict(bulk or {})
         self._launch: Launch | None = None
 
-    def __call__(self, *tensors: Tensor | None) -> None:
-        """Launch on the current device and stream; each tensor has the layout of the plan."""
+    def __call__(self, *tensors: Any) -> None:
+        """Launch on the current device and stream; each tensor has the layout of the plan.
+
+        Once :attr:`compiled`, anything that has an address (``data_ptr()``) stands for a tensor.
+        """
         if self._launch is None:
             self._compile(tensors)
         else:
             self._launch(*tensors)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether a launch needs no more than the tensors' addresses."""
+        return self._launch is not None
 
     def _compile(self, tensors: tuple[Tensor | None, ...]) -> None:
         """Launch through the JIT, and remember what it compiled."""

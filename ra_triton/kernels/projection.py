@@ -122,7 +122,20 @@ def projection(
     if out.numel() == 0:
         return out
     bias = None if bias is None else bias.contiguous()
-    plan = _plan(
+    projection_plan(x, w, bias, out, stage, config)(x, w, bias, out)
+    return out
+
+
+def projection_plan(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    stage: str = "projection",
+    config: LaunchConfig | None = None,
+) -> Plan:
+    """The launch of :func:`projection`, of ``(x, w, bias, out)``; bias is contiguous."""
+    return _plan(
         x.device,
         x.dtype,
         layout_of(x),
@@ -133,8 +146,6 @@ def projection(
         stage,
         config,
     )
-    plan(x, w, bias, out)
-    return out
 
 
 @planned

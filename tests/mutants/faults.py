@@ -1560,6 +1560,143 @@ CONTRACT_FAULTS = [
     ),
 ]
 
+LAUNCHER, PREPARED = "ra_triton/kernels/launcher.py", "ra_triton/prepared.py"
+_L = "tests/test_launcher.py::test_"
+_R = "tests/test_prepared.py::test_"
+IN_THE_KEY = f"{_R}whatever_decides_how_a_call_runs_is_in_its_key"
+STILL_CHECKED = f"{_R}what_equals_a_known_option_is_still_checked"
+LOOKED_AT = f"{_R}calls_that_something_looks_at_are_not_prepared"
+PLACES = f"{_R}a_prepared_layer_launches_on_the_places_of_the_views"
+HOST_FAULTS = [
+    Fault(
+        "launcher: every address gets the first descriptor",
+        LAUNCHER,
+        "address = t.data_ptr()",
+        "address = 0",
+        f"{_L}the_c_launcher_gets_what_triton_would_pass",
+    ),
+    Fault(
+        "launcher: a descriptor holds its tensor",
+        LAUNCHER,
+        "encode(self.of(t))[0]",
+        "(encode(self.of(t))[0], t)",
+        f"{_L}the_c_launcher_gets_what_triton_would_pass",
+    ),
+    Fault(
+        "launcher: descriptors without end",
+        LAUNCHER,
+        "                self._encoded.clear()\n",
+        "                pass\n",
+        f"{_L}descriptors_are_few_and_keep_no_tensor_alive",
+    ),
+    Fault(
+        "launcher: the example's tensor stays",
+        LAUNCHER,
+        "            arguments.append(None)\n",
+        "            arguments.append(t)\n",
+        f"{_L}descriptors_are_few_and_keep_no_tensor_alive",
+    ),
+    Fault(
+        "launcher: scratch memory not noticed",
+        LAUNCHER,
+        'run.global_scratch_size or getattr(run, "profile_scratch_size", 0)',
+        "False",
+        f"{_L}an_unknown_launcher_is_called_as_triton_calls_it",
+    ),
+    Fault(
+        "launcher: hooks passed by",
+        LAUNCHER,
+        "if _present(knobs.launch_enter_hook) or _present(knobs.launch_exit_hook):",
+        "if False:",
+        f"{_L}a_profilers_hook_takes_tritons_path",
+    ),
+    Fault(
+        "prepared: strides not in the key",
+        PREPARED,
+        "(t.shape, t.stride(), t",
+        "(t.shape, t",
+        IN_THE_KEY,
+    ),
+    Fault(
+        "prepared: alignment not in the key",
+        PREPARED,
+        "t.data_ptr() % 16, ",
+        "",
+        IN_THE_KEY,
+    ),
+    Fault(
+        "prepared: options not in the key",
+        PREPARED,
+        "(*key, options, *map",
+        "(*key, *map",
+        IN_THE_KEY,
+    ),
+    Fault(
+        "prepared: types of options not in the key",
+        PREPARED,
+        "(*key, options, *map(type, options))",
+        "(*key, options)",
+        STILL_CHECKED,
+    ),
+    Fault(
+        "prepared: the window's types not in the key",
+        API,
+        "repr(window_size), backend",
+        "window_size, backend",
+        STILL_CHECKED,
+    ),
+    Fault(
+        "prepared: precision not in the key",
+        PREPARED,
+        "if first.dtype is torch.float32:",
+        "if False:",
+        f"{_R}the_precision_of_products_is_in_the_key",
+    ),
+    Fault("prepared: with gradients", PREPARED, "or needs_grad(*tensors)", "or False", LOOKED_AT),
+    Fault(
+        "prepared: under autocast",
+        PREPARED,
+        "or torch.is_autocast_enabled(DEVICE)",
+        "or False",
+        LOOKED_AT,
+    ),
+    Fault(
+        "prepared: tangents dropped",
+        PREPARED,
+        "or forward_ad._current_level >= 0",
+        "or False",
+        LOOKED_AT,
+    ),
+    Fault(
+        "prepared: calls without end",
+        PREPARED,
+        "        _known.clear()\n    _known[key]",
+        "        pass\n    _known[key]",
+        f"{_R}no_more_calls_are_known_than_fit",
+    ),
+    Fault(
+        "prepared: values where the keys are",
+        LAUNCHES,
+        "for to in (self.key, self.value, self.lse)",
+        "for to in (self.key, self.key, self.lse)",
+        PLACES,
+    ),
+    Fault(
+        "prepared: the logsumexp over the last values",
+        LAUNCHES,
+        "self.lse = -(-packed.nbytes // 16) * 16",
+        "self.lse = packed.nbytes // 16 * 16",
+        PLACES,
+    ),
+    Fault(
+        "prepared: the logsumexp past the end",
+        LAUNCHES,
+        "(self.lse + lse.nbytes) // item",
+        "(self.lse + lse.nbytes) // item - 1",
+        PLACES,
+    ),
+]
+
 FAULTS = [
     *TILE_FAULTS,
     *FORWARD_FAULTS,
@@ -1569,6 +1706,7 @@ FAULTS = [
     *SDPA_FAULTS,
     *PLAN_FAULTS,
     *CONTRACT_FAULTS,
+    *HOST_FAULTS,
 ]
 
 # Faults that no test can see here, and why; killing one is an error too.

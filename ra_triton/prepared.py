@@ -1,0 +1,77 @@
+"""Calls that have been looked at before.
+
+How a call runs is decided by its options and by the layouts of its tensors, all but the addresses.
+An eager call without gradients is therefore checked and planned once; when it comes again it is
+known by its key, and what is left to do is to allocate and to launch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from ra_triton.checks import needs_grad
+
+DEVICE = "cuda"  # elsewhere a call costs more than looking at it
+CALLS = 1024  # that are known; beyond, all are forgotten and looked at again
+Call = Callable[..., Tensor]
+
+_known: dict[tuple[Any, ...], Call] = {}
+
+
+def key_of(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Everything that decides how an eager call without gradients runs; None for another call.
+
+    Args:
+        tensors: what the call reads; None where there is none.
+        options: everything else that it was given, as it was given.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    for t in tensors:
+        if t is None:
+            continue
+        if (type(t) is not Tensor and type(t) is not Parameter) or t.layout is not torch.strided:
+            return None
+    first = tensors[0]
+    if (
+        first is None
+        or first.device.type != DEVICE
+        or needs_grad(*tensors)
+        or torch.is_autocast_enabled(DEVICE)
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    key: list[Any] = [
+        None if t is None else (t.shape, t.stride(), t.data_ptr() % 16, t.dtype, t.device)
+        for t in tensors
+    ]
+    if first.dtype is torch.float32:
+        key.append(torch.get_float32_matmul_precision())
+    # Types too: 1 is no bool, and 4.0 no rank, though they equal True and 4.
+    return (*key, options, *map(type, options))
+
+
+def known(key: tuple[Any, ...] | None) -> Call | None:
+    """What was kept for this key."""
+    try:
+        return _known.get(key)  # type: ignore[arg-type]
+    except TypeError:  # an option that cannot be hashed: the checks will say what is wrong with it
+        return None
+
+
+def keep(key: tuple[Any, ...], call: Call | None) -> None:
+    """Let ``call`` run what has this key from now on."""
+    if call is None:
+        return
+    if len(_known) >= CALLS:
+        _known.clear()
+    _known[key] = call
+
+
+def forget() -> None:
+    """Look at every call anew."""
+    _known.clear()
