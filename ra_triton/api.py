@@ -78,20 +78,11 @@ def ra_attention(
 
     Source: github.com/mcgrof/knlp; flash attention: arXiv:2205.14135, arXiv:2307.08691.
     """
-    given = (
-        R,
-        n_head,
-        n_kv_head,
-        weight_layout,
-        causal,
-        softmax_scale,
-        softcap,
-        dropout_p,
-        backend,
-    )
     key = None
     if workspace is None and weight_layout == "packed":
-        key = prepared.key_of((x, W_fused, bias), (*given, repr(window_size)))
+        heads, numbers = (R, n_head, n_kv_head), (softmax_scale, softcap, dropout_p)
+        given = (*heads, causal, *numbers, repr(window_size), backend)
+        key = prepared.key_of((x, W_fused, bias), given)
         call = prepared.known(key)
         if call is not None:
             return call(x, W_fused, bias)
