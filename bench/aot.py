@@ -92,7 +92,7 @@ class Compiled:
     def element_size(self) -> int:
         """Bytes of an element of its first operand."""
         operand = next(iter(self.kernel.src.signature.values()))
-        return 4 if "fp32" in operand else 2
+        return 4 if "fp32" in operand else 1 if "i8" in operand else 2
 
     @cached_property
     def assembler_log(self) -> str:

@@ -11,8 +11,10 @@ Rates per SM and clock:
   1.41 GHz), 1024 on sm_86 and sm_89 (A40: 149.7, 84, 1.74; L40S: 362, 142, 2.52), 4096 on sm_90
   (H100 SXM: 989, 132, 1.83). Data sheets of the parts. **Assumed: data centre and workstation
   parts. GeForce boards of sm_86 and sm_89 sum in FP32 at half this rate** (whitepapers GA102,
-  AD102), so that there the tensor pipe binds earlier. TF32 runs at half the rate everywhere.
+  AD102), so that there the tensor pipe binds earlier. TF32 runs at half the rate everywhere, int8
+  with int32 sums at twice the rate (the same data sheets: 624, 299, 733 and 1,979 TOPS).
 - HMMA on sm_90 at 62% of the rate of HGMMA: measured, arXiv:2402.13499; NVIDIA publishes none.
+  **Assumed: the same for IMMA and IGMMA.**
 - fma 128 lanes (64 on sm_80), integer multiplication 64 on half of those lanes, alu 64, mufu 16:
   CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions". Which instruction runs
   in which pipe: Nsight Compute's "Pipelines", and NVIDIA's forum, thread 302018.
@@ -90,11 +92,13 @@ class Architecture:
 
     def tensor_peak(self, instruction: Instruction) -> float:
         """FLOP per clock that an SM can reach with a matrix instruction's dtypes."""
+        if instruction.base in ("IMMA", "IGMMA"):
+            return 2 * self.tensor
         return self.tensor / 2 if "TF32" in instruction.opcode else self.tensor
 
     def tensor_rate(self, instruction: Instruction) -> float:
         """FLOP per clock that it can reach with this instruction."""
-        slow = self is ARCHITECTURES["sm_90"] and instruction.base == "HMMA"
+        slow = self is ARCHITECTURES["sm_90"] and instruction.base in ("HMMA", "IMMA")
         return self.tensor_peak(instruction) * (HMMA_ON_HOPPER if slow else 1)
 
     def clocks(self, body: Iterable[Instruction], warps: int, bulk_bytes: int) -> dict[str, float]:
@@ -145,7 +149,7 @@ ARCHITECTURES = {
 
 def _operand_bytes(instruction: Instruction) -> float:
     """Bytes of shared memory that a matrix instruction reads, per warp: a quarter of HGMMA's."""
-    if instruction.base != "HGMMA":
+    if instruction.base not in ("HGMMA", "IGMMA"):
         return 0.0
     assert instruction.matrix_shape
     m, n, _ = instruction.matrix_shape

@@ -16,7 +16,8 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P[T\d]+)\s+)?([A-Z][\w
 _LABEL = re.compile(r"^(\.L\w+):")
 _TARGET = re.compile(r"`\((\.L\w+)\)")
 _NO_FALL_THROUGH = ("BRA", "BRX", "JMP", "EXIT", "RET")
-_MMA = re.compile(r"HMMA\.(16)(8)(16|8|4)\b|HGMMA\.(64)x(\d+)x(\d+)\b")
+_MMA = re.compile(r"[HI]MMA\.(16)(8)(32|16|8|4)\b|[HI]GMMA\.(64)x(\d+)x(\d+)\b")
+_WARPGROUP = ("HGMMA", "IGMMA")
 _WARPS_PER_WARPGROUP = 4
 _LOADS = ("LDG", "LDGSTS", "UTMALDG")
 
@@ -69,7 +70,7 @@ class Instruction:
         if self.matrix_shape is None:
             return 0
         m, n, k = self.matrix_shape
-        return 2 * m * n * k // (_WARPS_PER_WARPGROUP if self.base == "HGMMA" else 1)
+        return 2 * m * n * k // (_WARPS_PER_WARPGROUP if self.base in _WARPGROUP else 1)
 
     @property
     def vector_flops(self) -> int:

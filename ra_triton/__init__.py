@@ -8,17 +8,20 @@ from ra_triton.api import (
     ra_attention,
     which_backend,
 )
+from ra_triton.quantization import QuantizedWeight, quantize_weight
 from ra_triton.weights import compose_weights, pack_weight, unpack_weight
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "QuantizedWeight",
     "compose_weights",
     "pack_qk",
     "pack_qk_",
     "pack_weight",
     "packed_attention",
     "project",
+    "quantize_weight",
     "ra_attention",
     "unpack_weight",
     "which_backend",

@@ -20,13 +20,14 @@ from ra_triton.checks import (
 )
 from ra_triton.layout import RALayout
 from ra_triton.options import AttentionOptions
+from ra_triton.quantization import QuantizedWeight, check_quantized_inputs
 from ra_triton.weights import WEIGHT_LAYOUTS
 from ra_triton.workspace import Workspace
 
 
 def ra_attention(
     x: Tensor,
-    W_fused: Tensor,
+    W_fused: Tensor | QuantizedWeight,
     R: int = 4,
     *,
     n_head: int | None = None,
@@ -50,13 +51,14 @@ def ra_attention(
         x: ``[B, T, C]`` in float16, bfloat16 or float32, last stride 1.
         W_fused: ``[C, N]``, ``N = (n_head + 2 * n_kv_head) * D``, same dtype and device as ``x``.
             A weight in split order is reordered on each call; a model keeps it packed
-            (:func:`pack_weight`) and passes ``weight_layout="packed"``.
+            (:func:`pack_weight`) and passes ``weight_layout="packed"``. Or what
+            :func:`quantize_weight` returns, for inference; R and heads that are given must be its.
         R: reciprocal rank, ``0 <= R <= D``.
         n_head: query heads; ``None`` means heads of 64.
         n_kv_head: key/value heads (GQA); ``None`` means ``n_head``.
         bias: ``[N]`` in the order of ``W_fused``'s columns.
         weight_layout: ``"split"`` for ``[Q_std|K_std|V|Q_low|K_low]``, ``"packed"`` for
-            ``[q_pack|k_pack|V]``.
+            ``[q_pack|k_pack|V]``; beside a quantized weight the order of ``bias``.
         causal: whether token i sees tokens up to i only.
         softmax_scale: multiplies the scores; ``None`` means ``1/sqrt(D)``, D the packed head dim.
         window_size: ``(left, right)`` keys seen around the diagonal, both ends included; -1: all.
@@ -73,7 +75,7 @@ def ra_attention(
     Raises:
         TypeError: not a tensor, dtypes that differ or are not supported, counts that are no ints.
         ValueError: shapes that do not fit, values out of range, different devices; a workspace
-            where a gradient is needed.
+            or a quantized weight where a gradient is needed.
         NotImplementedError: the backend lacks an option; the message names one that has it.
 
     Source: github.com/mcgrof/knlp; flash attention: arXiv:2205.14135, arXiv:2307.08691.
@@ -92,8 +94,8 @@ def ra_attention(
     if workspace is not None:
         if not isinstance(workspace, Workspace):
             raise TypeError(f"workspace must be a Workspace or None, got {workspace!r}")
-        workspace.refuse_gradients(x, W_fused, bias)
-    module, _ = choose(backend, (x, W_fused, bias), options, layout.head_dim)
+        workspace.refuse_gradients(x, *_tensors(W_fused), bias)
+    module, _ = choose(backend, (x, *_tensors(W_fused), bias), options, layout.head_dim)
     W_packed, bias = _packed(layout, W_fused, bias, weight_layout)
     out = module.layer(x, W_packed, bias, layout, options, workspace).flatten(2)
     if key is not None:
@@ -103,7 +105,7 @@ def ra_attention(
 
 def project(
     x: Tensor,
-    W_fused: Tensor,
+    W_fused: Tensor | QuantizedWeight,
     R: int = 4,
     *,
     n_head: int | None = None,
@@ -117,7 +119,7 @@ def project(
 
     Args:
         x: ``[B, T, C]``, last stride 1.
-        W_fused: ``[C, N]``, ``N = (n_head + 2 * n_kv_head) * D``.
+        W_fused: ``[C, N]``, ``N = (n_head + 2 * n_kv_head) * D``, or a quantized weight.
         R: reciprocal rank, ``0 <= R <= D``.
         n_head: query heads ``H``; ``None`` means heads of 64.
         n_kv_head: key/value heads ``H_kv``; ``None`` means ``n_head``.
@@ -132,7 +134,8 @@ def project(
 
     Raises:
         TypeError: wrong types or dtypes.
-        ValueError: shapes that do not fit, values out of range, ``out`` while a gradient is needed.
+        ValueError: shapes that do not fit, values out of range, ``out`` or a quantized weight
+            while a gradient is needed.
         NotImplementedError: the backend cannot run the call.
     """
     x, W_fused, bias = _autocast(x, W_fused, bias)
@@ -144,13 +147,14 @@ def project(
         check_shape("out", out, shape, "[B, T, H + 2 * H_kv, D]")
         if not out.is_contiguous():
             raise ValueError(f"out must be contiguous, got strides {out.stride()}")
-        for name, t in (("x", x), ("W_fused", W_fused), ("bias", bias)):
+        read = [("x", x), *(("W_fused", t) for t in _tensors(W_fused)), ("bias", bias)]
+        for name, t in read:
             if t is not None and out.numel() and _storage(t) == _storage(out):
                 raise ValueError(f"out must not share memory with {name}")
-        if needs_grad(x, W_fused, bias, out):
+        if needs_grad(x, *_tensors(W_fused), bias, out):
             raise ValueError("out cannot be used while a gradient is needed; use torch.no_grad()")
         out = out.flatten(2)
-    module, _ = choose(backend, (x, W_fused, bias))
+    module, _ = choose(backend, (x, *_tensors(W_fused), bias))
     W_packed, bias = _packed(layout, W_fused, bias, weight_layout)
     return layout.views(module.project(x, W_packed, bias, out))
 
@@ -279,7 +283,7 @@ def pack_qk_(
 
 def _projection_layout(
     x: Tensor,
-    W_fused: Tensor,
+    W_fused: Tensor | QuantizedWeight,
     R: int,
     n_head: int | None,
     n_kv_head: int | None,
@@ -288,17 +292,29 @@ def _projection_layout(
 ) -> RALayout:
     """Check the arguments of a projection and derive its sizes."""
     check_choice("weight_layout", weight_layout, WEIGHT_LAYOUTS)
+    if isinstance(W_fused, QuantizedWeight):
+        check_quantized_inputs(x, W_fused, bias, R, n_head, n_kv_head)
+        return W_fused.layout
     check_project_inputs(x, W_fused, bias)
     return RALayout.from_columns(W_fused.shape[1], R, n_head, n_kv_head)
 
 
 def _packed(
-    layout: RALayout, W_fused: Tensor, bias: Tensor | None, weight_layout: str
-) -> tuple[Tensor, Tensor | None]:
+    layout: RALayout,
+    W_fused: Tensor | QuantizedWeight,
+    bias: Tensor | None,
+    weight_layout: str,
+) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
     """Weight and bias in packed order."""
     if weight_layout == "packed":
         return W_fused, bias
-    return layout.pack(W_fused), None if bias is None else layout.pack(bias)
+    bias = None if bias is None else layout.pack(bias)
+    return W_fused if isinstance(W_fused, QuantizedWeight) else layout.pack(W_fused), bias
+
+
+def _tensors(W_fused: Tensor | QuantizedWeight) -> tuple[Tensor, ...]:
+    """What a weight is made of."""
+    return W_fused.tensors if isinstance(W_fused, QuantizedWeight) else (W_fused,)
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
@@ -308,7 +324,10 @@ def _autocast(*tensors: Any) -> tuple[Any, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device.type)
     return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors
+        t.to(dtype=dtype)
+        if isinstance(t, QuantizedWeight) or (isinstance(t, Tensor) and t.is_floating_point())
+        else t
+        for t in tensors
     )
 
 

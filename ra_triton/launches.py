@@ -5,14 +5,15 @@ Kernels are imported by the first call, so that a process that never launches ne
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ra_triton.layout import RALayout
+from ra_triton.layout import Columns, RALayout
 from ra_triton.options import AttentionOptions
+from ra_triton.quantization import QuantizedWeight
 from ra_triton.workspace import Workspace
 
 
@@ -33,12 +34,48 @@ def new_seed(t: Tensor, options: AttentionOptions) -> Tensor | None:
     return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=t.device)
 
 
-def project(x: Tensor, W_packed: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+def project(
+    x: Tensor,
+    W_packed: Tensor | QuantizedWeight,
+    bias: Tensor | None,
+    out: Tensor | None = None,
+    workspace: Workspace | None = None,
+) -> Tensor:
     """``x [B, T, C] @ W_packed [C, N] + bias``, into ``out`` if given."""
+    if isinstance(W_packed, QuantizedWeight):
+        return _project_quantized(x, W_packed, bias, out, workspace)
     from ra_triton.kernels.projection import projection
 
     with _device_of(x):
         return projection(x, W_packed, bias, out)
+
+
+def _project_quantized(
+    x: Tensor,
+    W: QuantizedWeight,
+    bias: Tensor | None,
+    out: Tensor | None,
+    workspace: Workspace | None,
+) -> Tensor:
+    """The int8 columns, then the others, into one buffer; int8 activations are rounded first."""
+    from ra_triton.kernels.projection_int8 import int8_projection, quantize_rows
+
+    B, T, _ = x.shape
+    if out is None:
+        out = torch.empty((B, T, W.layout.columns), dtype=x.dtype, device=x.device)
+    bias = None if bias is None else bias.contiguous()
+    columns = Columns() if W.others is None else W.layout.low_columns
+    x_int8, x_scale = x, None
+    with _device_of(x):
+        if W.activations == "int8":
+            new = torch.empty if workspace is None else partial(workspace.buffer, "x_int8")
+            x_int8 = new(x.shape, dtype=torch.int8, device=x.device)
+            x_scale = new((B * T,), dtype=torch.float32, device=x.device)
+            quantize_rows(x, x_int8, x_scale)
+        int8_projection(x_int8, W.data, x_scale, W.scale, bias, out, columns)
+        if W.others is not None:
+            int8_projection(x, W.others, None, None, bias, out, W.layout.other_columns)
+    return out
 
 
 def project_gradients(
@@ -159,7 +196,7 @@ def attention_gradients(
 
 def layer(
     x: Tensor,
-    W_packed: Tensor,
+    W_packed: Tensor | QuantizedWeight,
     bias: Tensor | None,
     layout: RALayout,
     options: AttentionOptions,
@@ -179,7 +216,7 @@ def layer(
             for name, shape in zip(("packed", "out"), shapes, strict=True)
         ]
         buffers.append(workspace.buffer("lse", (B, layout.n_head, T), torch.float32, x.device))
-    packed = project(x, W_packed, bias, buffers[0])
+    packed = project(x, W_packed, bias, buffers[0], workspace)
     q_pack, k_pack, v = layout.views(packed)
     out, lse = attend(q_pack, k_pack, v, options, seed, *buffers[1:])
     return out, lse, packed

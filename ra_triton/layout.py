@@ -14,11 +14,24 @@ With grouped heads (GQA), Q_std and K_low have ``n_head`` heads; K_std, V and Q_
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 GPT2_HEAD_DIM = 64  # n_head=None means heads of this size
+
+
+class Columns(NamedTuple):
+    """Which packed columns a product writes that computes a part of them, next to each other.
+
+    Its column j belongs at ``start + j + min(j // lanes, heads) * gap``.
+    """
+
+    start: int = 0
+    lanes: int = 1
+    heads: int = 0
+    gap: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,6 +143,33 @@ class RALayout:
         return self.join_columns(
             {"q_std": q_std, "k_std": k_std, "v": v, "q_low": q_low, "k_low": k_low}
         )
+
+    @property
+    def low_columns(self) -> Columns:
+        """Of the reciprocal lanes alone: ``[K_low | Q_low]``, head-major."""
+        heads = self.n_head + self.n_kv_head
+        return Columns(self.d_std, max(1, self.R), heads, self.d_std)
+
+    @property
+    def other_columns(self) -> Columns:
+        """Of all lanes but the reciprocal ones: ``[Q_std | K_std | V]``, head-major."""
+        heads = self.n_head + self.n_kv_head
+        if self.d_std == 0:
+            return Columns(start=heads * self.R)
+        return Columns(0, self.d_std, heads, self.R)
+
+    def take_low(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """``(low, others)`` of packed ``w [..., columns]``: those columns, next to each other."""
+        q_pack, k_pack, v = self.views(w)
+        std, low = torch.cat((q_pack, k_pack), dim=-2).split([self.d_std, self.R], dim=-1)
+        return low.flatten(-2), torch.cat((std.flatten(-2), v.flatten(-2)), dim=-1)
+
+    def put_low(self, low: Tensor, others: Tensor) -> Tensor:
+        """Inverse of :meth:`take_low`."""
+        heads = self.n_head + self.n_kv_head
+        std, v = others.split([heads * self.d_std, self.n_kv_head * self.head_dim], dim=-1)
+        lanes = [t.unflatten(-1, (heads, n)) for t, n in ((std, self.d_std), (low, self.R))]
+        return torch.cat((torch.cat(lanes, dim=-1).flatten(-2), v), dim=-1)
 
     def views(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views ``(q_pack, k_pack, v)`` of a packed buffer ``[..., columns]``, heads split out."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from ra_triton import launches
 from ra_triton.layout import RALayout
 from ra_triton.options import AttentionOptions
+from ra_triton.quantization import QuantizedWeight
 
 Grads = tuple[Tensor | None, ...]
 Three = tuple[Tensor, Tensor, Tensor]
@@ -286,3 +287,46 @@ def _refuse(ctx: Any, *_: Any) -> Grads:
 
 for _backward in (project_backward, attention_backward, layer_backward):
     _backward.register_autograd(_refuse)
+
+
+# Projection from an int8 weight: inference, so there is no formula for its gradient
+
+
+@torch.library.custom_op("ra_triton::project_quantized", mutates_args=())
+def project_quantized(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    others: Tensor | None,
+    bias: Tensor | None,
+    n_head: int,
+    n_kv_head: int,
+    head_dim: int,
+    R: int,
+    activations: str,
+) -> Tensor:
+    """``[B, T, C]`` to ``[B, T, N]``."""
+    layout = RALayout(n_head, n_kv_head, head_dim, R)
+    return launches.project(x, QuantizedWeight(data, scale, others, layout, activations), bias)
+
+
+@project_quantized.register_fake
+def _(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    others: Tensor | None,
+    bias: Tensor | None,
+    n_head: int,
+    n_kv_head: int,
+    head_dim: int,
+    *_: Any,
+) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], (n_head + 2 * n_kv_head) * head_dim)
+
+
+def project_quantized_of(x: Tensor, W: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """``x @ W + bias`` through the operator."""
+    layout = W.layout
+    sizes = (layout.n_head, layout.n_kv_head, layout.head_dim, layout.R)
+    return project_quantized(x, W.data, W.scale, W.others, bias, *sizes, W.activations)

@@ -21,6 +21,7 @@ from ra_triton import launches, library
 from ra_triton.checks import needs_grad
 from ra_triton.layout import RALayout
 from ra_triton.options import AttentionOptions
+from ra_triton.quantization import QuantizedWeight
 from ra_triton.workspace import Workspace
 
 Grads = tuple[Tensor | None, ...]
@@ -82,6 +83,31 @@ def prepare_layer(
 ) -> Callable[..., Tensor] | None:
     """:func:`layer` for later calls alike, where no gradient is needed and nothing looks on."""
     return launches.prepare_layer(x, W_packed, bias, layout, options)
+
+
+def project_quantized(
+    x: Tensor, W: QuantizedWeight, bias: Tensor | None, out: Tensor | None
+) -> Tensor:
+    """``x [B, T, C] @ W + bias`` ``[B, T, N]`` from an int8 weight; no gradient is needed."""
+    if out is None and (_traced(x, *W.tensors) or _transformed()):
+        return library.project_quantized_of(x, W, bias)
+    return launches.project(x, W, bias, out)
+
+
+def layer_quantized(
+    x: Tensor,
+    W: QuantizedWeight,
+    bias: Tensor | None,
+    layout: RALayout,
+    options: AttentionOptions,
+    workspace: Workspace | None,
+) -> Tensor:
+    """Projection from an int8 weight, and attention; no gradient is needed."""
+    if _traced(x, *W.tensors) or _transformed():
+        packed = library.project_quantized_of(x, W, bias)
+        return attention(*layout.views(packed), options)[0]
+    seed = launches.new_seed(x, options)
+    return launches.layer(x, W, bias, layout, options, seed, workspace)[0]
 
 
 def pack(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ra_triton.layout import RALayout
+from ra_triton import quantization
 from ra_triton.options import AttentionOptions
+from ra_triton.quantization import QuantizedWeight
 from ra_triton.workspace import Workspace
 
 
@@ -25,8 +27,12 @@ def unsupported(
     return None
 
 
-def project(x: Tensor, W_packed: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+def project(
+    x: Tensor, W_packed: Tensor | QuantizedWeight, bias: Tensor | None, out: Tensor | None
+) -> Tensor:
     """``x @ W_packed + bias``: ``[B, T, C] @ [C, N] -> [B, T, N]``."""
+    if isinstance(W_packed, QuantizedWeight):
+        return quantization.project(x, W_packed, bias, out)
     if out is None:
         return F.linear(x, W_packed.mT, bias)
     rows, out_rows = x.flatten(0, 1), out.view(-1, out.shape[-1])
@@ -70,7 +76,7 @@ def packed_attention(
 
 def layer(
     x: Tensor,
-    W_packed: Tensor,
+    W_packed: Tensor | QuantizedWeight,
     bias: Tensor | None,
     layout: RALayout,
     options: AttentionOptions,

@@ -12,6 +12,7 @@ from ra_triton.backend import sdpa
 from ra_triton.checks import needs_grad
 from ra_triton.layout import RALayout
 from ra_triton.options import AttentionOptions
+from ra_triton.quantization import QuantizedWeight
 from ra_triton.workspace import Workspace
 
 MIN_CAPABILITY = (8, 0)
@@ -37,8 +38,12 @@ def unsupported(
     return None
 
 
-def project(x: Tensor, W_packed: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+def project(
+    x: Tensor, W_packed: Tensor | QuantizedWeight, bias: Tensor | None, out: Tensor | None
+) -> Tensor:
     """``x @ W_packed + bias``: ``[B, T, C] @ [C, N] -> [B, T, N]``."""
+    if isinstance(W_packed, QuantizedWeight):
+        return ops.project_quantized(x, W_packed, bias, out)
     return ops.project(x, W_packed, bias, out)
 
 
@@ -51,13 +56,15 @@ def packed_attention(
 
 def layer(
     x: Tensor,
-    W_packed: Tensor,
+    W_packed: Tensor | QuantizedWeight,
     bias: Tensor | None,
     layout: RALayout,
     options: AttentionOptions,
     workspace: Workspace | None,
 ) -> Tensor:
     """Projection and attention: ``[B, T, C] -> [B, T, H, D]``."""
+    if isinstance(W_packed, QuantizedWeight):
+        return ops.layer_quantized(x, W_packed, bias, layout, options, workspace)
     return ops.layer(x, W_packed, bias, layout, options, workspace)
 
 

@@ -85,6 +85,10 @@ def launch_config(
             "weight_gradient": LaunchConfig(32, 4, block_n=32, block_k=16),
             "bias_gradient": LaunchConfig(16, 4, block_n=32),
             "add_splits": LaunchConfig(64, 4),
+            "weight_only": LaunchConfig(32, 4, block_n=32, block_k=16),
+            "weight_only_few": LaunchConfig(16, 4, block_n=32, block_k=16),
+            "w8a8": LaunchConfig(32, 4, block_n=32, block_k=32),
+            "quantize_rows": LaunchConfig(4, 4, block_k=16),
         }[stage]
     config = _config(stage, head_dim, dtype == torch.float32, target, aligned, dropout)
     return replace(config, pdl=target == "sm_90")
@@ -101,11 +105,14 @@ def _config(
         return _projection(stage, full_precision, target, aligned)
     if stage == "weight_gradient":
         return _weight_gradient(full_precision, target, aligned)
+    if stage in ("weight_only", "weight_only_few", "w8a8"):
+        return _int8_projection(stage, full_precision, target, aligned)
     return {
         "packing": LaunchConfig(64, 4),
         "delta": LaunchConfig(32, 4),
         "bias_gradient": LaunchConfig(32, 4, block_n=64),
         "add_splits": LaunchConfig(1024, 4),
+        "quantize_rows": LaunchConfig(4, 4, block_k=512),
     }[stage]
 
 
@@ -187,5 +194,16 @@ def _weight_gradient(full_precision: bool, target: str, aligned: bool) -> Launch
     if full_precision:  # static
         return LaunchConfig(64, 8, 3, block_n=64, block_k=16)
     if target == "sm_90" and aligned:  # 97 us, 600 TFLOP/s
+        return LaunchConfig(128, 8, 3, block_n=128, block_k=64, use_tma=True)
+    return LaunchConfig(128, 8, 3, block_n=128, block_k=32)
+
+
+def _int8_projection(stage: str, full_precision: bool, target: str, aligned: bool) -> LaunchConfig:
+    """All static; nothing is measured yet."""
+    if full_precision:
+        return LaunchConfig(16 if stage == "weight_only_few" else 64, 8, 3, block_n=64, block_k=16)
+    if stage == "weight_only_few":
+        return LaunchConfig(16, 4, 4, block_n=32, block_k=128)
+    if target == "sm_90" and aligned:
         return LaunchConfig(128, 8, 3, block_n=128, block_k=64, use_tma=True)
     return LaunchConfig(128, 8, 3, block_n=128, block_k=32)
