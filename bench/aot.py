@@ -33,11 +33,16 @@ from ra_triton.kernels import (
     plans,
     projection,
     projection_backward,
+    projection_int8,
 )
 from ra_triton.kernels.configs import LaunchConfig
+from ra_triton.layout import Columns, RALayout
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90")
-STAGES = (attention_forward, attention_backward, packing, projection, projection_backward)
+STAGES = (
+    *(attention_forward, attention_backward, packing),
+    *(projection, projection_backward, projection_int8),
+)
 _FORWARD, _BACKWARD = "attention_forward", "delta key_value_gradient query_gradient"
 _WEIGHT, _BIAS = "weight_gradient add_splits", "column_sum add_splits"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -203,6 +208,54 @@ def _config(
 _Launch = tuple[str, str, Callable[[], Any]]  # names of its kernels, label, launch
 
 
+def _int8_launches() -> Iterator[_Launch]:
+    """Every row of the table, and the variants that differ in the loop or in what is stored."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    weight_only: list[tuple[torch.dtype, str, dict[str, Any]]] = [
+        *((bf16, columns, {}) for columns in ("all", "low", "other")),
+        *((bf16, columns, {"offset": 1}) for columns in ("all", "other")),
+        (bf16, "all", {"tokens": 8}),
+        (torch.float16, "all", {}),
+        (fp32, "all", {}),
+        (fp32, "all", {"tokens": 8}),
+    ]
+    for dtype, columns, sizes in weight_only:
+        label = f"{str(dtype).removeprefix('torch.')} weight_only {columns}"
+        label += " few" * ("tokens" in sizes) + " misaligned" * ("offset" in sizes)
+        yield "int8_projection", label, partial(_int8_projection, dtype, columns, **sizes)
+    launch = partial(_int8_projection, fp32, "all")
+    yield "int8_projection", "tf32 weight_only all", _with_tf32(launch)
+    for offset in (0, 1):
+        launch = partial(_int8_projection, bf16, "all", activations=True, offset=offset)
+        yield "int8_projection", "bfloat16 w8a8 all" + " misaligned" * offset, launch
+    for dtype in (bf16, fp32):
+        x, x_int8 = _tensor(dtype, 2, 1024, 768), _tensor(torch.int8, 2, 1024, 768)
+        rows = partial(projection_int8.quantize_rows, x, x_int8, _tensor(fp32, 2048))
+        yield "quantize_rows", str(dtype).removeprefix("torch."), rows
+
+
+def _int8_projection(
+    dtype: torch.dtype,
+    columns: str,
+    tokens: int = 2048,
+    activations: bool = False,
+    offset: int = 0,
+) -> None:
+    """Launch one for GPT-2's layer at R = 4; ``offset`` misaligns x."""
+    layout, C = RALayout(12, 12, 64, 4), 768
+    which, N = {
+        "all": (Columns(), layout.columns),
+        "low": (layout.low_columns, 96),
+        "other": (layout.other_columns, layout.columns - 96),
+    }[columns]
+    w = _tensor(dtype if columns == "other" else torch.int8, N, C)
+    w_scale = None if columns == "other" else _tensor(torch.float32, N)
+    x = _tensor(torch.int8 if activations else dtype, 1, tokens, C, offset=offset)
+    x_scale = _tensor(torch.float32, tokens) if activations else None
+    bias, out = _tensor(dtype, layout.columns), _tensor(dtype, 1, tokens, layout.columns)
+    projection_int8.int8_projection(x, w, x_scale, w_scale, bias, out, which)
+
+
 def _launches() -> Iterator[_Launch]:
     """Launches that together reach every row of the config table and every kernel variant.
 
@@ -251,6 +304,7 @@ def _launches() -> Iterator[_Launch]:
     yield "projection", "tf32", _with_tf32(_projection(torch.float32, 768, False))
     weight_gradient = partial(projection_backward.weight_gradient, *_rows(torch.float32, 0))
     yield _WEIGHT, "tf32", _with_tf32(weight_gradient)
+    yield from _int8_launches()
 
 
 def _with_dropout(launch: Callable[..., Any]) -> Callable[[], Any]:

@@ -130,8 +130,8 @@ class QuantizedWeight:
         others = self.others
         if others is not None:
             others = others.to(device=device or others.device, dtype=dtype or others.dtype)
-        tensors = (t.to(device=device or t.device) for t in (self.data, self.scale))
-        return QuantizedWeight(*tensors, others, self.layout, self.activations)
+        data, scale = (t.to(device=device or t.device) for t in (self.data, self.scale))
+        return QuantizedWeight(data, scale, others, self.layout, self.activations)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, ints and a string, as ``torch.load(..., weights_only=True)`` accepts them."""
@@ -153,8 +153,8 @@ class QuantizedWeight:
             raise ValueError(f"state must have {missing} too, and not {left_over}")
         H, H_kv, D, R = (state[name] for name in _SIZES)
         layout = RALayout.from_columns((H + 2 * H_kv) * D, R, H, H_kv)
-        tensors = (state[name] for name in ("data", "scale", "others"))
-        return cls(*tensors, layout, state["activations"])
+        data, scale, others = (state[name] for name in ("data", "scale", "others"))
+        return cls(data, scale, others, layout, state["activations"])
 
     def __repr__(self) -> str:
         """Sizes, not numbers."""
@@ -239,7 +239,7 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def project(x: Tensor, W: QuantizedWeight, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    """``x [B, T, C] @ W + bias`` ``[B, T, N]`` in plain torch: the function that the kernels compute.
+    """``x [B, T, C] @ W + bias`` ``[B, T, N]`` in plain torch: what the kernels compute.
 
     Products of x and int8 are exact in float32, as int32 sums are in float64.
     """

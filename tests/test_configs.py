@@ -7,11 +7,12 @@ import torch
 
 from ra_triton.kernels.configs import LaunchConfig, launch_config, target
 
-GEMMS = ("projection", "input_gradient", "weight_gradient")
+INT8 = ("weight_only", "weight_only_few", "other_columns", "w8a8")
+GEMMS = ("projection", "input_gradient", "weight_gradient", *INT8)
 ATTENTION = ("attention_forward", "key_value_gradient", "query_gradient")
-STAGES = (*GEMMS, *ATTENTION, "packing", "delta", "bias_gradient", "add_splits")
+STAGES = (*GEMMS, *ATTENTION, "packing", "delta", "bias_gradient", "add_splits", "quantize_rows")
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "interpreter")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)
 
 
 def power_of_two(n: int) -> bool:

@@ -87,6 +87,7 @@ def launch_config(
             "add_splits": LaunchConfig(64, 4),
             "weight_only": LaunchConfig(32, 4, block_n=32, block_k=16),
             "weight_only_few": LaunchConfig(16, 4, block_n=32, block_k=16),
+            "other_columns": LaunchConfig(32, 4, block_n=32, block_k=16),
             "w8a8": LaunchConfig(32, 4, block_n=32, block_k=32),
             "quantize_rows": LaunchConfig(4, 4, block_k=16),
         }[stage]
@@ -105,7 +106,7 @@ def _config(
         return _projection(stage, full_precision, target, aligned)
     if stage == "weight_gradient":
         return _weight_gradient(full_precision, target, aligned)
-    if stage in ("weight_only", "weight_only_few", "w8a8"):
+    if stage in ("weight_only", "weight_only_few", "other_columns", "w8a8"):
         return _int8_projection(stage, full_precision, target, aligned)
     return {
         "packing": LaunchConfig(64, 4),
@@ -199,11 +200,23 @@ def _weight_gradient(full_precision: bool, target: str, aligned: bool) -> Launch
 
 
 def _int8_projection(stage: str, full_precision: bool, target: str, aligned: bool) -> LaunchConfig:
-    """All static; nothing is measured yet."""
+    """All static: not yet measured on any GPU."""
+    few = stage == "weight_only_few"
     if full_precision:
-        return LaunchConfig(16 if stage == "weight_only_few" else 64, 8, 3, block_n=64, block_k=16)
-    if stage == "weight_only_few":
+        if few:
+            return LaunchConfig(16, 4, 3, block_n=32, block_k=32)
+        return LaunchConfig(64, 8, 3, block_n=64, block_k=16)
+    if few:
         return LaunchConfig(16, 4, 4, block_n=32, block_k=128)
     if target == "sm_90" and aligned:
-        return LaunchConfig(128, 8, 3, block_n=128, block_k=64, use_tma=True)
-    return LaunchConfig(128, 8, 3, block_n=128, block_k=32)
+        if stage == "w8a8":
+            return LaunchConfig(128, 4, 3, block_n=128, block_k=128, use_tma=True)
+        if stage == "other_columns":
+            return LaunchConfig(128, 4, 3, block_n=128, block_k=32, use_tma=True)
+        # 128 columns of w, converted in registers, would serialise WGMMA (C7515).
+        return LaunchConfig(128, 4, 3, block_n=64, block_k=64, use_tma=True)
+    if stage == "w8a8":
+        return LaunchConfig(128, 8, 3, block_n=128, block_k=64)
+    if stage == "other_columns":
+        return LaunchConfig(128, 8, 3, block_n=128, block_k=32)
+    return LaunchConfig(128, 4, 3, block_n=128, block_k=32)

@@ -9,8 +9,8 @@ int32, exact. A w in the dtype of x, without s_w, is a plain product.
 
 The tile computed is yᵀ: Hopper's tensor cores take only their first operand from registers, where
 the converted weight lies, and a few tokens fill their second dim better than their first. y
-``[B, T, width]`` contiguous, of which N columns are overwritten: j comes in heads of LANES, each GAP
-columns further than dense ones would be (``layout.Columns``). Grid: one program a tile of y.
+``[B, T, width]`` contiguous, of which N columns are overwritten: j comes in heads of LANES, each
+GAP columns further than dense ones would be (``layout.Columns``). Grid: one program a tile of y.
 
 ``quantize_rows``: s_x = max(max_c |x| / 127, 2⁻¹²⁶), x_int8 = round to nearest even of x / s_x, for
 each token; a token that is not finite gets a scale of NaN. Grid: one program ROWS tokens.
@@ -128,7 +128,7 @@ def _quantize_rows_kernel(
     T,
     C,
     ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """x_int8 = rint(x / s), s = max(max_c |x| / 127, 2⁻¹²⁶), of ROWS tokens."""
@@ -137,10 +137,10 @@ def _quantize_rows_kernel(
     clamped = tl.minimum(row, M - 1)
     x_rows = x_ptr + tl.cast(clamped // T, tl.int64) * stride_xb
     x_rows += tl.cast(clamped % T, tl.int64) * stride_xt
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_k = tl.arange(0, BLOCK_C)
 
     largest = tl.zeros([ROWS], tl.int32)  # as bits, which order like the numbers, NaN above all
-    for k in tl.range(0, C, BLOCK_K):
+    for k in tl.range(0, C, BLOCK_C):
         inside = offs_k[None, :] < C - k
         x = tl.load(x_rows[:, None] + (k + offs_k)[None, :], mask=inside, other=0.0)
         bits = tl.abs(x.to(tl.float32)).to(tl.int32, bitcast=True)
@@ -151,7 +151,7 @@ def _quantize_rows_kernel(
     tl.store(scale_ptr + row, tl.where(finite, scale, float("nan")), mask=row < M)
 
     x_int8_rows = x_int8_ptr + tl.cast(row, tl.int64) * C
-    for k in tl.range(0, C, BLOCK_K):
+    for k in tl.range(0, C, BLOCK_C):
         inside = offs_k[None, :] < C - k
         x = tl.load(x_rows[:, None] + (k + offs_k)[None, :], mask=inside, other=0.0).to(tl.float32)
         x = tl.where(finite[:, None], x, 0.0)
@@ -173,9 +173,9 @@ def int8_projection(
 ) -> None:
     """Overwrites the columns of ``out [B, T, width]`` that the rows of ``w [N, C]`` are for.
 
-    Weight-only: x ``[B, T, C]`` with any strides but the last, which is 1, and no ``x_scale``; w int8
-    with ``w_scale [N]`` float32, or in the dtype of x without. W8A8: x int8 with ``x_scale [B * T]``
-    float32. w, the scales, ``bias [width]`` and ``out`` are contiguous.
+    Weight-only: x ``[B, T, C]`` with any strides but the last, which is 1, and no ``x_scale``; w
+    int8 with ``w_scale [N]`` float32, or in the dtype of x without. W8A8: x int8 with ``x_scale
+    [B * T]`` float32. w, the scales, ``bias [width]`` and ``out`` are contiguous.
     """
     if x.shape[0] * x.shape[1] * w.shape[0] == 0:
         return
@@ -216,8 +216,7 @@ def _plan(
     rows = Layout(x.shape[1:], x.strides[1:], x.on_16_bytes)
     aligned = B == 1 and is_aligned(rows, dtype) and is_aligned(w, w_dtype)
     if config is None:
-        stage = "weight_only_few" if B * T <= FEW_ROWS else "weight_only"
-        stage = "w8a8" if dtype == torch.int8 else stage
+        stage = _stage(B * T, dtype, w_dtype)
         config = launch_config(stage, 0, dtype, target, aligned)
     bulk = {
         0: Bulk(rows.shape, rows.strides, (config.block_m, config.block_k)),
@@ -249,6 +248,15 @@ def _plan(
     }
     grid = (triton.cdiv(B * T, config.block_m) * triton.cdiv(N, config.block_n),)
     return Plan(_int8_projection_kernel, grid, arguments, bulk if config.use_tma else None)
+
+
+def _stage(tokens: int, dtype: torch.dtype, w_dtype: torch.dtype) -> str:
+    """The row of the config table."""
+    if dtype == torch.int8:
+        return "w8a8"
+    if tokens <= FEW_ROWS:
+        return "weight_only_few"
+    return "weight_only" if w_dtype == torch.int8 else "other_columns"
 
 
 def quantize_rows(
@@ -286,7 +294,7 @@ def _quantize_plan(
         "T": T,
         "C": C,
         "ROWS": config.block_m,
-        "BLOCK_K": config.block_k,
+        "BLOCK_C": config.block_k,
         **config.options,
     }
     return Plan(_quantize_rows_kernel, (triton.cdiv(B * T, config.block_m),), arguments)

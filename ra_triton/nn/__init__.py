@@ -3,10 +3,12 @@
 from ra_triton.nn.attention import RACausalSelfAttention
 from ra_triton.nn.composed import ComposedLinear
 from ra_triton.nn.gpt2 import from_gpt2, to_gpt2
+from ra_triton.nn.quantized import QuantizedLinear
 from ra_triton.workspace import Workspace
 
 __all__ = [
     "ComposedLinear",
+    "QuantizedLinear",
     "RACausalSelfAttention",
     "Workspace",
     "from_gpt2",

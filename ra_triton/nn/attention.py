@@ -9,6 +9,8 @@ from ra_triton.api import project, ra_attention
 from ra_triton.checks import check_choice
 from ra_triton.layout import RALayout
 from ra_triton.nn.composed import INIT_STD, ComposedLinear
+from ra_triton.nn.quantized import QuantizedLinear
+from ra_triton.quantization import QuantizedWeight, quantize_weight
 
 PARAMETRISATIONS = ("free", "composed")
 
@@ -69,7 +71,7 @@ class RACausalSelfAttention(nn.Module):
         self.n_embd, self.n_head, self.R = n_embd, n_head, R
         self.dropout, self.parametrisation, self.backend = dropout, parametrisation, backend
         factory: Any = {"device": device, "dtype": dtype}
-        self.c_attn: nn.Linear | ComposedLinear
+        self.c_attn: nn.Linear | ComposedLinear | QuantizedLinear
         if parametrisation == "free":
             self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias, **factory)
         else:
@@ -110,7 +112,8 @@ class RACausalSelfAttention(nn.Module):
 
         Raises:
             TypeError: not a tensor, or not in the dtype of the parameters.
-            ValueError: not ``[B, T, n_embd]``, or on another device.
+            ValueError: not ``[B, T, n_embd]``, or on another device; a gradient is needed of a
+                quantized layer.
             NotImplementedError: the backend lacks an option; the message names one that has it.
         """
         W_fused, bias = self.fused_weight()
@@ -126,11 +129,39 @@ class RACausalSelfAttention(nn.Module):
         )
         return self.resid_dropout(self.c_proj(y))
 
-    def fused_weight(self) -> tuple[Tensor, Tensor | None]:
+    def fused_weight(self) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
         """``W_fused [C, 3 * C]`` and its bias ``[3 * C]`` or None, in packed order."""
+        if isinstance(self.c_attn, QuantizedLinear):
+            return self.c_attn.quantized(), self.c_attn.bias
         if isinstance(self.c_attn, ComposedLinear):
             return self.c_attn.fused()
         return self.c_attn.weight.mT, self.c_attn.bias
+
+    @torch.no_grad()
+    def quantize_(self, which: str, *, activations: str = "none") -> "RACausalSelfAttention":
+        """Replace ``c_attn`` by int8 columns, for inference; the factors of a composed one go.
+
+        The state dict then loads into a layer that was quantized the same way. Under no_grad only:
+        a forward that needs a gradient raises.
+
+        Args:
+            which: ``"all"`` columns, or ``"reciprocal"`` ones alone.
+            activations: ``"none"`` or ``"int8"``, see :func:`ra_triton.quantize_weight`.
+
+        Returns:
+            The layer itself.
+
+        Raises:
+            ValueError: unknown choices; ``"reciprocal"`` with R = 0; a weight that is not finite;
+                a layer that is quantized already.
+        """
+        W_fused, bias = self.fused_weight()
+        if isinstance(W_fused, QuantizedWeight):
+            raise ValueError("the layer is quantized already; rounding twice would lose accuracy")
+        options: Any = {"which": which, "n_head": self.n_head, "weight_layout": "packed"}
+        weight = quantize_weight(W_fused, self.R, **options, activations=activations)
+        self.c_attn = QuantizedLinear(weight, bias)
+        return self
 
     def gates(self) -> dict[str, Tensor]:
         """``{"w_std": [H], "w_rec": [H]}``, detached copies; empty for free, which has no gates."""

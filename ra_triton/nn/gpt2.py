@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ra_triton.checks import check_choice
 from ra_triton.nn.attention import RACausalSelfAttention
 from ra_triton.nn.composed import ComposedLinear
+from ra_triton.nn.quantized import QuantizedLinear
 from ra_triton.weights import factor_weight
 
 ORIENTATIONS = ("linear", "conv1d")
@@ -34,7 +35,8 @@ def to_gpt2(module: nn.Module, *, orientation: str = "linear") -> dict[str, Tens
             model lacks are zeros.
 
     Returns:
-        Names and detached tensors, ``c_attn`` folded; the rest may share memory with the module.
+        Names and detached tensors, ``c_attn`` folded, an int8 one as the numbers it stands for in
+        the dtype of ``c_proj``; the rest may share memory with the module.
 
     Raises:
         ValueError: unknown orientation.
@@ -49,6 +51,11 @@ def to_gpt2(module: nn.Module, *, orientation: str = "linear") -> dict[str, Tens
             state[f"{name}c_attn.weight"] = _transpose(W_fused)
             if bias is not None:
                 state[f"{name}c_attn.bias"] = bias.clone()
+        if isinstance(attention.c_attn, QuantizedLinear):
+            for buffer in ("data", "scale", "others"):
+                state.pop(f"{name}c_attn.{buffer}", None)
+            weight = attention.c_attn.weight.to(attention.c_proj.weight.dtype)
+            state[f"{name}c_attn.weight"] = weight.contiguous()
     return _with_biases(_transposed(state)) if orientation == "conv1d" else state
 
 
@@ -73,7 +80,8 @@ def from_gpt2(
     Raises:
         TypeError: a value of ``state`` that is not a tensor.
         ValueError: unknown orientation; names that are missing or left over, shapes that do not
-            fit (nothing is loaded); a bias other than zero for a module without biases.
+            fit (nothing is loaded); a bias other than zero for a module without biases; a layer
+            that is quantized.
     """
     check_choice("orientation", orientation, ORIENTATIONS)
     for name, t in state.items():
@@ -82,6 +90,9 @@ def from_gpt2(
     loaded = {name: t for name, t in state.items() if not f".{name}".endswith(MASKS)}
     if orientation == "conv1d":
         loaded = _transposed(loaded)
+    for name, attention in _attentions(module):
+        if isinstance(attention.c_attn, QuantizedLinear):
+            raise ValueError(f"{name}c_attn is quantized: load first, then quantize_")
     expected = to_gpt2(module)
     loaded = _without_zero_biases(loaded, expected)
     _check_names_and_shapes(loaded, expected, orientation)
