@@ -8,7 +8,7 @@ describes them; the packed rungs are this package. Weights are held as ``nn.Line
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ Function = Callable[..., Tensor]  # of x, the weights and W_out
 FLASH = partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION)
 NO_HALF_HERE = "half precision is timed on a GPU only"
 NO_COMPILER_HERE = "torch.compile is timed on a GPU only"
+INFERENCE = "forward only: an int8 weight has no gradient"
 BUFFERS = "forward only: the next call overwrites its buffers before a backward could read them"
 
 
@@ -176,6 +177,26 @@ def _exact_factors(share: float, shape: Shape) -> Function:
     return layer
 
 
+def _exact_int8(R: int, which: str, activations: str, shape: Shape) -> Function:
+    """What the integers stand for: of the columns, and of the tokens where those are int8 too."""
+    H, D = shape.H, shape.D
+
+    def stands_for(rows: Tensor) -> Tensor:
+        q, scale = ref.round_to_int8(rows)
+        return q.to(rows.dtype) * scale.to(rows.dtype)
+
+    def layer(x: Tensor, W_fused: Tensor, W_out: Tensor) -> Tensor:
+        y = (stands_for(x) if activations == "int8" else x) @ stands_for(W_fused.mT).mT
+        if which == "reciprocal":
+            low = torch.zeros(3 * H, D, dtype=torch.bool, device=x.device)
+            low[: 2 * H, D - R :] = True  # K_low in q_pack, Q_low in k_pack
+            y = torch.where(low.flatten(), y, x @ W_fused)
+        split = ra_triton.unpack_weight(y, R, n_head=H)
+        return attention(*ref.split_lanes(split, R, H)).flatten(2) @ W_out.mT
+
+    return layer
+
+
 PLAIN = Source(("W_qkv",), lambda f: (torch.cat((f.W_q, f.W_k, f.W_v)),), _exact_plain)
 
 
@@ -185,6 +206,10 @@ def _fused(R: int, weight_layout: str) -> Source:
         lambda f: (f.fused(R, weight_layout),),
         partial(_exact_fused, R, weight_layout),
     )
+
+
+def _int8_weight(R: int, which: str, activations: str) -> Source:
+    return replace(_fused(R, "packed"), exact=partial(_exact_int8, R, which, activations))
 
 
 def _factors(R: int, share: float) -> Source:
@@ -284,6 +309,19 @@ def _packed(R: int, backend: str, shape: Shape, *_: Any) -> Function:
     return layer
 
 
+def _int8(R: int, which: str, activations: str, backend: str, shape: Shape, *_: Any) -> Function:
+    """The same from an int8 weight, which the first call makes: the gate's, not the clock's."""
+    made: list[ra_triton.QuantizedWeight] = []
+
+    def layer(x: Tensor, W_packed: Tensor, W_out: Tensor) -> Tensor:
+        if not made:
+            options: Any = {"which": which, "activations": activations, "n_head": shape.H}
+            made.append(ra_triton.quantize_weight(W_packed, R, weight_layout="packed", **options))
+        return F.linear(ra_triton.ra_attention(x, made[0], R, backend=backend), W_out)
+
+    return layer
+
+
 def _compiled(make: Callable[..., Function], *sizes: Any) -> Function:
     return compile_static(make(*sizes))
 
@@ -336,6 +374,21 @@ def _rungs(R: int) -> dict[str, Rung]:
             theirs="0.95x to 0.99x, best case",
             unavailable=triton,
         ),
+        **{
+            name: Rung(
+                what,
+                R,
+                _int8_weight(R, *way),
+                partial(_int8, R, *way, "triton"),
+                forward_only=INFERENCE,
+                unavailable=triton,
+            )
+            for name, what, way in (
+                ("int8-weights", "packed-triton, int8 weights", ("all", "none")),
+                ("int8-w8a8", "packed-triton, int8 weights and activations", ("all", "int8")),
+                ("int8-reciprocal", "packed-triton, int8 low lanes", ("reciprocal", "none")),
+            )
+        },
         "baseline-fp16": Rung(
             "baseline in FP16", 0, PLAIN, _baseline, dtype="fp16", unavailable=half
         ),

@@ -111,6 +111,16 @@ def split_lanes(
     return q_pack, k_pack, V.reshape(B, T, H_kv, D)
 
 
+def round_to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8: ``rows [..., C] ≈ scale [..., 1] * q [..., C]``, as ``(q, scale)``.
+
+    Defined in float32, whose last bit decides between two integers; ties go to the even one.
+    """
+    rows = rows.float()
+    scale = (rows.abs().amax(-1, keepdim=True) / 127).clamp_min(2.0**-126)
+    return torch.round(rows / scale), scale
+
+
 def reciprocal_attention(
     x: Tensor,  # [B, T, C]
     W_q: Tensor,  # [C, H*D]

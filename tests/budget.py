@@ -81,14 +81,19 @@ def attention_budget(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Budget
 
 
 def projection_budget(
-    x: Tensor, W: Tensor, bias: Tensor | None = None, *, bias_rounds_too: bool = False
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None = None,
+    *,
+    bias_rounds_too: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Budget:
-    """Budget of ``x @ W + bias``, ``[B, T, N]``.
+    """Budget of ``x @ W + bias``, ``[B, T, N]``, rounded to ``dtype``, by default that of x.
 
     ``bias_rounds_too``: the product may be rounded before the bias is added, as F.linear does where
     x is not contiguous.
     """
-    dtype = x.dtype
+    dtype = dtype or x.dtype
     x, W = x.double(), W.double()
     offset = 0.0 if bias is None else bias.double()
     y = x @ W + offset
@@ -150,12 +155,19 @@ def assert_attention_close(
 
 
 def assert_projection_close(
-    y: Tensor, x: Tensor, W: Tensor, bias: Tensor | None = None, *, bias_rounds_too: bool = False
+    y: Tensor,
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None = None,
+    *,
+    bias_rounds_too: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Rule A for ``y = x @ W + bias``."""
+    """Rule A for ``y = x @ W + bias`` in ``dtype``, by default that of x."""
     case = f"x {tuple(x.shape)}, W {tuple(W.shape)}, bias {bias is not None}"
-    budget = projection_budget(x, W, bias, bias_rounds_too=bias is not None and bias_rounds_too)
-    check_budget(y, budget, dtype=x.dtype, what=f"projection of {case}")
+    dtype, rounds_too = dtype or x.dtype, bias is not None and bias_rounds_too
+    budget = projection_budget(x, W, bias, bias_rounds_too=rounds_too, dtype=dtype)
+    check_budget(y, budget, dtype=dtype, what=f"projection of {case}")
 
 
 def attention_sigma(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:

@@ -87,6 +87,31 @@ def test_the_triton_rung_is_right_in_the_interpreter(phase):
     assert right(RUNGS["packed-triton"], torch.float32, phase) == ("ok", "")
 
 
+INT8 = {name: rung for name, rung in RUNGS.items() if name.startswith("int8-")}
+
+
+@pytest.mark.parametrize("name", INT8)
+def test_the_int8_rungs_are_right(name):
+    rung = INT8[name]
+    assert rung.unavailable("cpu")
+    assert "no gradient" in rung.forward_only
+    if not torch.cuda.is_available():  # in the interpreter
+        assert right(rung, torch.float32, "forward") == ("ok", "")
+    R, *way, _ = rung.make.args
+    plain = replace(rung, make=partial(rungs._int8, R, *way, "sdpa"))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert right(plain, dtype, "forward") == ("ok", "")
+
+
+@pytest.mark.parametrize("name", INT8)
+def test_the_gate_of_an_int8_rung_knows_what_was_rounded(name):
+    """The dense weight, which is right on its own, is wrong as any of them."""
+    dense = replace(INT8[name], make=partial(rungs._packed, 4, "sdpa"))
+    status, note = right(dense, torch.float32, "forward")
+    assert status == "failed the gate"
+    assert note.startswith("out: ")
+
+
 @pytest.mark.parametrize("phase", ["forward", "train"])
 def test_the_compiled_rungs_are_right(phase, monkeypatch):
     compiled = partial(torch.compile, backend="aot_eager", dynamic=False)

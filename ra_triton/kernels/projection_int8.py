@@ -154,8 +154,8 @@ def _quantize_rows_kernel(
     for k in tl.range(0, C, BLOCK_C):
         inside = offs_k[None, :] < C - k
         x = tl.load(x_rows[:, None] + (k + offs_k)[None, :], mask=inside, other=0.0).to(tl.float32)
-        x = tl.where(finite[:, None], x, 0.0)
-        rounded = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)) + ROUNDING - ROUNDING
+        quotient = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+        rounded = tl.where(finite[:, None], quotient, 0.0) + ROUNDING - ROUNDING
         pointers = x_int8_rows[:, None] + (k + offs_k)[None, :]
         tl.store(pointers, rounded.to(tl.int8), mask=inside & (row < M)[:, None])
 
