@@ -219,7 +219,7 @@ def test_an_unsupported_device_is_told_before_any_launch(monkeypatch):
     from ra_triton.backend import triton
 
     monkeypatch.setattr(triton, "_look_at", lambda device: "compute capability 8.0, got 7.5")
-    with pytest.raises(NotImplementedError, match="capability 8.0, got 7.5; use backend='sdpa'"):
+    with pytest.raises(NotImplementedError, match=r"8\.0, got 7\.5; use backend='sdpa'"):
         ra_triton.ra_attention(X, example(), backend="triton")
 
 
@@ -257,7 +257,7 @@ def test_a_layers_state_dict_comes_back(which, activations):
     with torch.no_grad():
         assert_bitwise(fresh(x), module(x))
         assert_bitwise(copy.deepcopy(module)(x), module(x))
-    with pytest.raises(RuntimeError, match="c_attn.data"):
+    with pytest.raises(RuntimeError, match=r"c_attn\.data"):
         fresh.load_state_dict(layer("free").state_dict())
 
 
