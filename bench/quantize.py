@@ -242,7 +242,7 @@ their mean over the vocabulary) against the model in float32, so they hold what 
 to. "bytes" are those of the projections' weights over a bfloat16 weight's, scales included. "same
 choice" is the share of positions whose likeliest next byte stays the same; KL is the mean
 divergence of the next byte's distribution, and loss the validation loss, in nats a byte. The
-backend is `sdpa`, which computes the same function as the kernels (`tests/test_projection_int8.py`).
+backend is `sdpa`, which computes what the kernels do (`tests/test_projection_int8.py`).
 """
 
 
