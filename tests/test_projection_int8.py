@@ -20,6 +20,7 @@ from strategies import (
 )
 
 import ra_triton
+from ra_triton import quantization
 from ra_triton.kernels.projection_int8 import int8_projection, quantize_rows
 from ra_triton.layout import Columns, RALayout
 from ref.reciprocal_attention import round_to_int8
@@ -174,6 +175,19 @@ def test_ties_go_to_the_even_integer():
     quantize_rows(x, x_int8, scale)
     assert x_int8.flatten().tolist() == [127, 0, 2, 0, -2, 126, 0]
     assert scale.item() == 1.0
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
+def test_tokens_that_are_not_finite_have_no_integers_and_a_scale_of_nan(value):
+    x = normal(1, 6, 40)
+    x[0, 3, 33] = value
+    x_int8, scale = torch.ones_like(x, dtype=torch.int8), torch.empty(6, device=DEVICE)
+    quantize_rows(x, x_int8, scale)
+    assert scale.isnan().nonzero().flatten().tolist() == [3]
+    assert not x_int8[0, 3].any()
+    plain, plain_scale = quantization.quantize_rows(x)
+    assert_bitwise(x_int8.float(), plain.float())
+    assert_bitwise(scale, plain_scale.flatten())
 
 
 @ways

@@ -38,6 +38,7 @@ LIBRARY, WORKSPACE = "ra_triton/library.py", "ra_triton/workspace.py"
 LAYOUT, WEIGHTS = "ra_triton/layout.py", "ra_triton/weights.py"
 SDPA, TRITON = "ra_triton/backend/sdpa.py", "ra_triton/backend/triton.py"
 COMPOSED_LINEAR = "ra_triton/nn/composed.py"
+INT8, QUANTIZATION = "ra_triton/kernels/projection_int8.py", "ra_triton/quantization.py"
 
 _A, _I, _P = (f"tests/test_{name}.py::test_" for name in ("attention", "invariance", "projection"))
 LENGTHS = f"{_A}lengths_around_tile_boundaries"
@@ -1697,7 +1698,173 @@ HOST_FAULTS = [
     ),
 ]
 
+_J, _Q = (f"tests/test_{name}.py::test_" for name in ("projection_int8", "quantization"))
+INT8_SIZES = f"{_J}sizes_around_tile_boundaries"
+INT8_SUMS = f"{_J}sums_in_int32_are_exact"
+INT8_COLUMNS = f"{_J}columns_land_where_dense_ones_do"
+INT8_TOKENS = f"{_J}tokens_are_rounded_as_the_definition_says"
+INT8_LOAD = "            x = tl.load(x_rows[:, None] + (k + offs_k)[None, :], mask=inside, other=0)"
+HALF_A_SCALE = f"{_Q}no_element_is_further_off_than_half_a_scale"
+
+INT8_FAULTS = [
+    Fault(
+        "int8 weight: truncated, not rounded",
+        QUANTIZATION,
+        "rows / scale[..., None], 0.0).round()",
+        "rows / scale[..., None], 0.0).trunc()",
+        HALF_A_SCALE,
+    ),
+    Fault(
+        "int8 weight: 128 steps, one more than int8 has",
+        QUANTIZATION,
+        "LARGEST = 127",
+        "LARGEST = 128",
+        HALF_A_SCALE,
+    ),
+    Fault(
+        "int8 weight: a zero column has a scale of 0",
+        QUANTIZATION,
+        "(absmax / LARGEST).clamp_min(SMALLEST_SCALE)",
+        "(absmax / LARGEST)",
+        HALF_A_SCALE,
+    ),
+    Fault(
+        "int8 weight: ranks that differ from the weight's pass",
+        QUANTIZATION,
+        "type(value) is not int or value != expected",
+        "type(value) is not int",
+        f"{_Q}wrong_calls_raise_before_any_launch",
+    ),
+    Fault(
+        "int8 weight: a gradient is dropped",
+        QUANTIZATION,
+        "if needs_grad(t) or _has_tangent(t):",
+        "if _has_tangent(t):",
+        f"{_Q}a_gradient_is_refused_and_no_grad_is_the_remedy",
+    ),
+    Fault(
+        "int8 weight: a tangent is dropped",
+        QUANTIZATION,
+        "if needs_grad(t) or _has_tangent(t):",
+        "if needs_grad(t):",
+        f"{_Q}forward_mode_is_refused",
+    ),
+    Fault(
+        "int8 on sdpa: autocast rounds the products",
+        QUANTIZATION,
+        "with torch.autocast(x.device.type, enabled=False):",
+        "with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type)):",
+        f"{_J}under_autocast_x_and_the_other_columns_are_cast",
+    ),
+    Fault(
+        "int8: other columns keep their dtype under autocast",
+        API,
+        "if isinstance(t, QuantizedWeight) or (isinstance",
+        "if (isinstance",
+        f"{_J}under_autocast_x_and_the_other_columns_are_cast",
+    ),
+    Fault(
+        "int8: bias in the wrong order beside a quantized weight",
+        API,
+        "bias = None if bias is None else layout.pack(bias)\n    return W_fused if",
+        "return W_fused if",
+        f"{_J}every_rank_of_grouped_heads",
+    ),
+    Fault(
+        "low columns: from the first lane of each head",
+        LAYOUT,
+        "return Columns(self.d_std, max(1, self.R), heads, self.d_std)",
+        "return Columns(0, max(1, self.R), heads, self.d_std)",
+        INT8_COLUMNS,
+    ),
+    Fault(
+        "other columns: no gap before V",
+        LAYOUT,
+        "return Columns(0, self.d_std, heads, self.R)",
+        "return Columns(0, self.d_std, heads - 1, self.R)",
+        INT8_COLUMNS,
+    ),
+    Fault(
+        "int8 projection: gaps go on past the last head",
+        INT8,
+        "tl.minimum(offs_n // LANES, heads) * GAP",
+        "offs_n // LANES * GAP",
+        INT8_COLUMNS,
+    ),
+    Fault(
+        "int8 projection: bias of the column before the gaps",
+        INT8,
+        "tl.load(bias_ptr + column,",
+        "tl.load(bias_ptr + offs_n,",
+        INT8_SIZES,
+    ),
+    Fault(
+        "int8 projection: one channel too many",
+        INT8,
+        f"inside = offs_k[None, :] < C - k\n{INT8_LOAD}",
+        f"inside = offs_k[None, :] <= C - k\n{INT8_LOAD}",
+        INT8_SUMS,
+    ),
+    Fault(
+        "int8 projection: products rounded on their way into the sum",
+        INT8,
+        "            acc = tl.dot(w, x.T, acc, out_dtype=tl.int32)",
+        "            acc += tl.dot(w, x.T, out_dtype=tl.int32).to(tl.float16).to(tl.int32)",
+        INT8_SUMS,
+    ),
+    Fault(
+        "int8 projection: every token has the scale of its tile's first",
+        INT8,
+        "tl.load(x_scale_ptr + offs_m,",
+        "tl.load(x_scale_ptr + m + 0 * offs_m,",
+        INT8_SIZES,
+    ),
+    Fault(
+        "int8 projection: weights not scaled",
+        INT8,
+        "y *= tl.load(w_scale_ptr + offs_n, mask=offs_n < N, other=0.0)[:, None]",
+        "y *= 1.0",
+        INT8_SIZES,
+    ),
+    Fault(
+        "int8 tokens: the largest, not the largest magnitude",
+        INT8,
+        "bits = tl.abs(x.to(tl.float32)).to(tl.int32, bitcast=True)",
+        "bits = x.to(tl.float32).to(tl.int32, bitcast=True)",
+        INT8_TOKENS,
+    ),
+    Fault(
+        "int8 tokens: truncated, not rounded",
+        INT8,
+        " + ROUNDING - ROUNDING",
+        "",
+        INT8_TOKENS,
+    ),
+    Fault(
+        "int8 tokens: infinities look like zeros",
+        INT8,
+        'tl.where(finite, scale, float("nan"))',
+        "scale",
+        f"{_J}tokens_that_are_not_finite_have_no_integers_and_a_scale_of_nan",
+    ),
+    Fault(
+        "int8 operator: rank lost",
+        LIBRARY,
+        "sizes = (layout.n_head, layout.n_kv_head, layout.head_dim, layout.R)",
+        "sizes = (layout.n_head, layout.n_kv_head, layout.head_dim, 0)",
+        f"{_J}compiled_without_a_graph_break",
+    ),
+    Fault(
+        "int8 module: scales cast with the rest",
+        "ra_triton/nn/quantized.py",
+        "if self.scale.dtype != torch.float32:",
+        "if False:",
+        f"{_Q}a_cast_of_the_module_keeps_its_scales",
+    ),
+]
+
 FAULTS = [
+    *INT8_FAULTS,
     *TILE_FAULTS,
     *FORWARD_FAULTS,
     *BACKWARD_FAULTS,
