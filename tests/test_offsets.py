@@ -46,6 +46,13 @@ def projection(dim):
         far(dim, *(3 if d == dim else 2 for d in range(2)), 8),
     )
 
+def int8():
+    options = {"n_head": 1, "which": "reciprocal", "activations": "int8"}
+    W = ra_triton.quantize_weight(torch.randn(8, 48).half(), 4, **options)
+    for dim in (0, 1):
+        x = far(dim, *(3 if d == dim else 2 for d in range(2)), 8)
+        check(lambda x: ra_triton.project(x, W, backend="triton"), x)
+
 def weight(n=3):
     x = torch.randn(1, 2, n).half()
     check(
@@ -73,6 +80,7 @@ CASES = {
     "attention over tiles far apart": "attention(1, 40)",
     "projection with a long batch stride": "projection(0)",
     "projection with a long token stride": "projection(1)",
+    "int8 projection with long strides of x": "int8()",
     "projection with long weight rows": "weight()",
     "projection with weight tiles far apart": "weight(40)",
     "packing with a long batch stride": "packing(0)",

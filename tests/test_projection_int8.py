@@ -21,6 +21,7 @@ from strategies import (
 
 import ra_triton
 from ra_triton import quantization
+from ra_triton.kernels.configs import LaunchConfig
 from ra_triton.kernels.projection_int8 import int8_projection, quantize_rows
 from ra_triton.layout import Columns, RALayout
 from ref.reciprocal_attention import round_to_int8
@@ -214,6 +215,60 @@ def test_a_token_does_not_depend_on_its_neighbours(which, activations):
     part = ra_triton.project(x[1:, 10:37], W, backend="triton", **options)
     for a, b in zip(part, whole, strict=True):
         assert_bitwise(a, b[1:, 10:37])
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="Hopper alone has bulk copies")
+@pytest.mark.parametrize("columns", ["low_columns", "other_columns"])
+def test_bulk_copies_read_the_same(columns):
+    layout = RALayout(2, 2, 20, 4)
+    lanes, C = {"low_columns": 16, "other_columns": 104}[columns], 48
+    x, w = integers(1, 35, C, seed=0), integers(lanes, C, seed=1)
+    x_scale, w_scale = normal(35, seed=2), normal(lanes, seed=3)
+    tiles = {"block_m": 32, "block_n": 16, "block_k": 32, "num_warps": 4}
+    for operand, scale in ((x, x_scale), (x.half(), None)):
+        found = []
+        for use_tma in (False, True):
+            out = torch.zeros(1, 35, layout.columns, device=DEVICE)
+            config = LaunchConfig(**tiles, use_tma=use_tma)
+            where = getattr(layout, columns)
+            int8_projection(operand, w, scale, w_scale, None, out, where, config=config)
+            found.append(out)
+        assert_bitwise(found[1], found[0])
+        assert torch.count_nonzero(found[0]) == 35 * lanes
+
+
+@pytest.mark.gpu
+@ways
+@pytest.mark.parametrize("C", [72, 768, 770])  # 770: rows of x and w off 16 bytes
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_config_passes_the_gate(which, activations, C, dtype):
+    for T in (1, 8, 16, 17, 129, 500):
+        case = ProjectionCase(T=T, C=C, H_kv=3, D=64, dtype=dtype, with_bias=True)
+        check_case(case, which, activations, "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("C", [72, 768, 770])
+def test_sums_in_int32_are_exact_on_tensor_cores(C):
+    for M, N in ((1, 7), (300, 576)):
+        x, w = integers(1, M, C, seed=0), integers(N, C, seed=1)
+        out = torch.full((1, M, N), NAN, device=DEVICE)
+        ones = torch.ones(max(M, N), device=DEVICE)
+        int8_projection(x, w, ones[:M], ones[:N], None, out, Columns())
+        assert_bitwise(out[0].double(), x[0].double() @ w.double().T)
+
+
+@pytest.mark.gpu
+@ways
+def test_a_captured_graph_replays_on_new_data(which, activations):
+    x, W, _, options = quantized(ProjectionCase(T=40, C=64, H_kv=2, D=64), which, activations)
+    ra_triton.ra_attention(x, W, backend="triton", **options)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = ra_triton.ra_attention(x, W, backend="triton", **options)
+    x.copy_(normal(*x.shape, seed=9))
+    graph.replay()
+    assert_bitwise(found, ra_triton.ra_attention(x, W, backend="triton", **options))
 
 
 # What stands around the kernels

@@ -174,3 +174,18 @@ def test_ctas_per_sm(target, registers, shared_memory, warps, expected):
 )
 def test_bytes_of_a_load(opcode, expected):
     assert Instruction("", opcode, " R4, [R6]").bytes_per_lane == expected
+
+
+@pytest.mark.parametrize(
+    ("opcode", "shape", "flops_per_warp", "clocks"),
+    [
+        ("IMMA.16832.S8.S8.SAT", (16, 8, 32), 2 * 16 * 8 * 32, 2 * 16 * 8 * 32 / (4096 * 2 * 0.62)),
+        ("IGMMA.64x128x32.S8.S8", (64, 128, 32), 2 * 16 * 128 * 32, 2 * 16 * 128 * 32 / 8192),
+    ],
+)
+def test_integer_products_run_at_twice_the_rate(opcode, shape, flops_per_warp, clocks):
+    instruction = Instruction("", opcode, " R24, gdesc[UR4], R24, gsb0")
+    assert instruction.matrix_shape == shape
+    assert instruction.matrix_flops == flops_per_warp
+    found = ARCHITECTURES["sm_90"].clocks([instruction], warps=1, bulk_bytes=0)
+    assert found["tensor"] == pytest.approx(clocks)
