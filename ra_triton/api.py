@@ -320,7 +320,7 @@ def _tensors(W_fused: Tensor | QuantizedWeight) -> tuple[Tensor, ...]:
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
     """Float tensors in the autocast dtype where autocast is on; everything else unchanged."""
     device = getattr(tensors[0], "device", None)
-    if device is None or not torch.is_autocast_enabled(device.type):
+    if not isinstance(device, torch.device) or not torch.is_autocast_enabled(device.type):
         return tensors
     dtype = torch.get_autocast_dtype(device.type)
     return tuple(

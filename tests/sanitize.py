@@ -43,6 +43,13 @@ def main(chosen: list[int]) -> None:
                     backend="triton",
                 )
                 out.float().square().sum().backward()
+                for which in ("all", "reciprocal"):
+                    with torch.no_grad():
+                        heads = {"n_head": H, "n_kv_head": H_kv}
+                        W_int8 = ra_triton.quantize_weight(
+                            W, 4, which=which, activations="int8" if dropout_p else "none", **heads
+                        )
+                        ra_triton.project(x, W_int8, 4, bias=bias, backend="triton")
                 torch.cuda.synchronize()
         print(f"B={B} T={T} H={H} H_kv={H_kv} D={D}: done", flush=True)
 

@@ -15,6 +15,7 @@ from strategies import DEVICE, normal
 import ra_triton
 from ra_triton.kernels import plans, tiles
 from ra_triton.kernels.configs import LaunchConfig
+from ra_triton.layout import Columns
 
 ROOT = Path(__file__).parent.parent
 
@@ -103,6 +104,14 @@ def _packing(tensors, in_place=False, config=None):
     packing._launch(*tensors.values(), in_place=in_place, config=config)
 
 
+def _int8(tensors, columns=None, config=None):
+    from ra_triton.kernels.projection_int8 import int8_projection, quantize_rows
+
+    x, w, x_scale, w_scale, bias, y, x_int8 = tensors.values()
+    int8_projection(x, w, x_scale, w_scale, bias, y, columns or Columns(), config=config)
+    quantize_rows(x, x_int8, x_scale, config=config)
+
+
 ROWS = (2, 6, 2, 16)
 SHAPES = {
     _attention: {
@@ -113,6 +122,10 @@ SHAPES = {
         "seed": (1,),
     },
     _gemms: {"x": (2, 6, 8), "w": (8, 48), "bias": (48,), "y": (2, 6, 48), "g": (2, 6, 48)},
+    _int8: {
+        **{"x": (2, 6, 8), "w": (24, 8), "x_scale": (12,), "w_scale": (24,), "bias": (48,)},
+        **{"y": (2, 6, 48), "x_int8": (2, 6, 8)},
+    },
     _packing: {
         **dict.fromkeys(("q", "k"), ROWS),
         **dict.fromkeys(("q_low", "k_low"), (2, 6, 2, 4)),
@@ -132,8 +145,16 @@ DEPENDS = {  # kernel: its caller, tensors that may have any strides, tensors th
     "_projection_kernel": (_gemms, "x w", "bias y", [*GEMM_OPTIONS, {"stage": "input_gradient"}]),
     "_weight_gradient_kernel": (_gemms, "x", "g", GEMM_OPTIONS),
     "_column_sum_kernel": (_gemms, "", "g", GEMM_OPTIONS),
+    "_int8_projection_kernel": (
+        *(_int8, "x", "w x_scale w_scale bias y"),
+        [*GEMM_OPTIONS, *({"columns": Columns(start, 4, 2, 4)} for start in (0, 4))],
+    ),
+    "_quantize_rows_kernel": (_int8, "x", "x_scale x_int8", GEMM_OPTIONS),
     "_pack_kernel": (_packing, "q k q_low k_low q_pack k_pack", "", [{"in_place": True}]),
 }
+
+
+NO_PRODUCTS = ("_delta_kernel", "_column_sum_kernel", "_pack_kernel", "_quantize_rows_kernel")
 
 
 def _allocate(name, shape, dtype, offset=0, spare=0):
@@ -171,7 +192,7 @@ def test_what_a_launch_depends_on_makes_another_plan(monkeypatch, fresh_plans, k
     for option in options:
         found[str(option)] = plan(**option)
     found["dtype"] = plan(torch.float16)
-    if kernel not in ("_delta_kernel", "_column_sum_kernel", "_pack_kernel"):
+    if kernel not in NO_PRODUCTS:
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
         found["precision"] = plan()
     names = {id(plan): name for name, plan in reversed(found.items())}
@@ -254,9 +275,11 @@ DEPENDENT = """
 import re, torch
 from bench.aot import compile_for
 from ra_triton.kernels import attention_backward, attention_forward
-from ra_triton.kernels import packing, projection, projection_backward
+from ra_triton.kernels import packing, projection, projection_backward, projection_int8
+from ra_triton.layout import Columns
 
-for stage in (attention_backward, attention_forward, packing, projection, projection_backward):
+attention, gemms = (attention_backward, attention_forward), (projection, projection_backward)
+for stage in (*attention, *gemms, packing, projection_int8):
     stage.target_of = lambda device: "sm_90"
 rows = torch.zeros(1, 2048, 16, dtype=torch.float16)
 q, k, v, do, dq, dk, dv = (rows.clone()[:, :64, None] for _ in range(7))
@@ -268,6 +291,11 @@ with compile_for("sm_90") as compiled:
     projection.projection(rows, rows[0, :16], None)
     projection_backward.weight_gradient(rows, rows)
     projection_backward.bias_gradient(rows)
+    x_int8, scale = torch.zeros_like(rows, dtype=torch.int8), torch.zeros(2048)
+    projection_int8.quantize_rows(rows, x_int8, scale)
+    projection_int8.int8_projection(
+        x_int8, x_int8[0, :16], scale, scale[:16], None, rows, Columns()
+    )
 for kernel in compiled:
     ptx = kernel.kernel.asm["ptx"]
     access = re.search("(ld|st)[.]global|cp[.]async", ptx).start()
