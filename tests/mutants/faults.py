@@ -1520,7 +1520,7 @@ CONTRACT_FAULTS = [
     Fault(
         "workspace: gradients not refused",
         API,
-        "workspace.refuse_gradients(x, W_fused, bias)",
+        "workspace.refuse_gradients(x, *_tensors(W_fused), bias)",
         "workspace.refuse_gradients()",
         f"{_C}workspace_refuses_gradients",
     ),
