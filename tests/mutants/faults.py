@@ -32,6 +32,7 @@ BACKWARD = "ra_triton/kernels/attention_backward.py"
 PROJECTION = "ra_triton/kernels/projection.py"
 WEIGHT = "ra_triton/kernels/projection_backward.py"
 PACKING = "ra_triton/kernels/packing.py"
+LAUNCHER, PREPARED = "ra_triton/kernels/launcher.py", "ra_triton/prepared.py"
 PLANS, CONFIGS = "ra_triton/kernels/plans.py", "ra_triton/kernels/configs.py"
 LAUNCHES, OPS, API = "ra_triton/launches.py", "ra_triton/ops.py", "ra_triton/api.py"
 LIBRARY, WORKSPACE = "ra_triton/library.py", "ra_triton/workspace.py"
@@ -1340,30 +1341,30 @@ PLAN_FAULTS = [
     Fault(
         "later calls: the rest in the order of the plan",
         PLANS,
-        "tuple(self.arguments[name] for name in names)",
-        "tuple(value for name, value in self.arguments.items() if name in names)",
+        "rest = [self.arguments[name] for name in self.kernel.arg_names[len(tensors) :]]",
+        "rest = [v for k, v in self.arguments.items() if k in self.kernel.arg_names]",
         LATER_CALLS,
     ),
     Fault(
         "later calls: read what the first one read",
-        PLANS,
-        "descriptor.__dict__.update(fields, base=tensors[position])",
-        "descriptor.__dict__.update(fields)",
-        LATER_CALLS,
+        LAUNCHER,
+        "descriptor.__dict__.update(self.fields, base=t)",
+        "descriptor.__dict__.update(self.fields)",
+        "tests/test_launcher.py::test_the_c_launcher_gets_what_triton_would_pass",
     ),
     Fault(
         "later calls: descriptors left out",
-        PLANS,
-        "            first[position] = descriptor\n",
-        "",
-        LATER_CALLS,
+        LAUNCHER,
+        "            first[position] = described.of(tensors[position])\n",
+        "            pass\n",
+        "tests/test_launcher.py::test_the_c_launcher_gets_what_triton_would_pass",
     ),
     Fault(
         "later calls: the first tensors are kept alive",
-        PLANS,
-        '{**vars(first[i]), "base": None}',
-        "{**vars(first[i])}",
-        LATER_CALLS,
+        LAUNCHER,
+        '{**fields, "base": None}',
+        "dict(fields)",
+        "tests/test_launcher.py::test_descriptors_are_few_and_keep_no_tensor_alive",
     ),
     Fault(
         "dependent launch: nobody waits",
@@ -1561,7 +1562,6 @@ CONTRACT_FAULTS = [
     ),
 ]
 
-LAUNCHER, PREPARED = "ra_triton/kernels/launcher.py", "ra_triton/prepared.py"
 _L = "tests/test_launcher.py::test_"
 _R = "tests/test_prepared.py::test_"
 IN_THE_KEY = f"{_R}whatever_decides_how_a_call_runs_is_in_its_key"
