@@ -84,8 +84,8 @@ class Compiled:
 
     @property
     def warps(self) -> int:
-        """Warps of a CTA."""
-        return self.kernel.metadata.num_warps
+        """Warps of a CTA, those of all partitions of a specialised kernel included."""
+        return _number(r"\.reqntid (\d+)", self.kernel.asm["ptx"]) // 32
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -290,6 +290,8 @@ def _launches() -> Iterator[_Launch]:
             label = f"{label} C=770 misaligned"
             yield "projection", label, _projection(dtype, 770, transposed)
         yield "projection", f"{name} input_gradient", _input_gradient(dtype)
+        if dtype != torch.float32:  # too few tiles for three groups of warps on Hopper
+            yield "projection", f"{name} N=1024", _projection(dtype, 768, False, N=1024)
         for offset in (0, 1):
             label = f"{name} misaligned" if offset else name
             yield (
@@ -363,10 +365,12 @@ def _packing(dtype: torch.dtype, D: int, in_place: bool) -> Callable[[], Any]:
     return partial(packing.pack_ if in_place else packing.pack, q, k, low, low)
 
 
-def _projection(dtype: torch.dtype, C: int, transposed: bool, offset: int = 0) -> Callable[[], Any]:
+def _projection(
+    dtype: torch.dtype, C: int, transposed: bool, offset: int = 0, N: int = 2304
+) -> Callable[[], Any]:
     x = _tensor(dtype, 2, 1024, C, offset=offset)
-    w = _tensor(dtype, 2304, C).mT if transposed else _tensor(dtype, C, 2304)
-    return partial(projection.projection, x, w, _tensor(dtype, 2304))
+    w = _tensor(dtype, N, C).mT if transposed else _tensor(dtype, C, N)
+    return partial(projection.projection, x, w, _tensor(dtype, N))
 
 
 def _input_gradient(dtype: torch.dtype) -> Callable[[], Any]:

@@ -59,6 +59,7 @@ def tile_of(stage: str, sizes: dict[str, Any]) -> tuple[int, int]:
         return flops, 2 * sizes[rows] * sizes["BLOCK_D"]
     if "BLOCK_K" in sizes:
         m, n, k = (sizes[f"BLOCK_{axis}"] for axis in "MNK")
+        m *= sizes.get("GROUPS", 1)  # of warps, with the same loop each
         return 2 * m * n * k, (m + n) * k
     return 0, 0
 
@@ -90,10 +91,13 @@ def tiles_per_iteration(
 def inspect(compiled: Compiled) -> Row:
     """One row of the table: everything that is known of a compiled kernel."""
     architecture, warps = ARCHITECTURES[compiled.target], compiled.warps
-    loop = Program(compiled.sass).hot_loop()
+    program = Program(compiled.sass)
+    loop = program.hot_loop()
+    # Where groups of warps share a tile, another group's loop may copy for this one's.
+    copying = Loop("all", tuple(program.code)) if "GROUPS" in compiled.constants else loop
     flops, elements = tile_of(compiled.name, compiled.constants)
     tiles = tiles_per_iteration(loop, warps, flops, elements, compiled.element_size)
-    bulk = tiles * elements * compiled.element_size if loop.count("UTMALDG") else 0
+    bulk = tiles * elements * compiled.element_size if copying.count("UTMALDG") else 0
     totals = architecture.clocks(loop.body, warps, bulk)
     clocks = {pipe: total / tiles for pipe, total in totals.items()}
     bound = max(PIPES, key=lambda pipe: clocks[pipe])
@@ -116,8 +120,8 @@ def inspect(compiled: Compiled) -> Row:
         "mix": dict(Counter(instruction.base for instruction in loop.body).most_common()),
         "matrix_instructions": loop.count("HGMMA", "HMMA", "IGMMA", "IMMA"),
         "wgmma": loop.count("HGMMA", "IGMMA"),
-        "async_copies": loop.count("LDGSTS", "UTMALDG"),
-        "bulk_copies": loop.count("UTMALDG"),
+        "async_copies": copying.count("LDGSTS", "UTMALDG"),
+        "bulk_copies": copying.count("UTMALDG"),
         "sync_loads": loop.count("LDG"),
         "tiles_per_iteration": tiles,
         "work": round(work, 3),

@@ -173,11 +173,11 @@ def _plan(
     bulk_fits = B == 1 and w_rows.strides[1] == 1
     y = Layout((B * T, N), (N, 1), bool(others[1]))
     aligned = bulk_fits and all(is_aligned(t, dtype) for t in (rows, w_rows, y))
+    processors = processors_of(device)
     if config is None:
         config = launch_config(stage, 0, dtype, target, aligned)
-    if config.groups > 1:
-        processors = processors_of(device)
         config = in_fewest_rounds(config, B * T, N, processors)
+    if config.groups > 1:
         return projection_hopper.projection_plan(rows, w, dtype, config, processors)
     block_w = (config.block_k, config.block_n)
     bulk = {
