@@ -115,6 +115,11 @@ def test_the_launch_describes_x_w_and_y(dtype, transposed, bias):
     assert made.arguments["launch_pdl"]
 
 
+def test_the_sizes_decide_how_many_groups_there_are():
+    assert plan().arguments["GROUPS"] == 3
+    assert plan(N=1024).arguments["GROUPS"] == 2
+
+
 def test_a_program_takes_several_tiles_only_when_all_sms_have_one():
     assert plan().grid == (PROCESSORS, 1, 1)
     assert plan(M=1).grid == (9, 1, 1)

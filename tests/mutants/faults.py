@@ -31,6 +31,7 @@ FORWARD = "ra_triton/kernels/attention_forward.py"
 BACKWARD = "ra_triton/kernels/attention_backward.py"
 PROJECTION = "ra_triton/kernels/projection.py"
 WEIGHT = "ra_triton/kernels/projection_backward.py"
+HOPPER_PROJECTION = "ra_triton/kernels/projection_hopper.py"
 PACKING = "ra_triton/kernels/packing.py"
 LAUNCHER, PREPARED = "ra_triton/kernels/launcher.py", "ra_triton/prepared.py"
 PLANS, CONFIGS = "ra_triton/kernels/plans.py", "ra_triton/kernels/configs.py"
@@ -1863,6 +1864,114 @@ INT8_FAULTS = [
     ),
 ]
 
+_W = "tests/test_projection_hopper.py::test_"
+SOONEST = f"{_W}the_groups_are_those_that_end_soonest {_W}no_other_number_of_groups_ends_sooner"
+DESCRIBED = f"{_W}the_launch_describes_x_w_and_y"
+SEVERAL_TILES = f"{_W}a_program_takes_several_tiles_only_when_all_sms_have_one"
+PLAIN = f"{_W}everything_else_goes_to_the_plain_kernel"
+
+# What a GPU alone can show of this kernel is in the same file, marked gpu.
+HOPPER_FAULTS = [
+    Fault(
+        "groups: three always",
+        PROJECTION,
+        "config = in_fewest_rounds(config, B * T, N, processors)",
+        "pass",
+        f"{_W}the_sizes_decide_how_many_groups_there_are",
+    ),
+    Fault(
+        "groups: two when both end at once",
+        CONFIGS,
+        "rows(2) < rows(3)",
+        "rows(2) <= rows(3)",
+        SOONEST,
+    ),
+    Fault(
+        "groups: fewest tiles, not fewest rounds",
+        CONFIGS,
+        "return -(-tiles // processors) * groups",
+        "return tiles * groups",
+        SOONEST,
+    ),
+    Fault(
+        "groups: rounds of equal length",
+        CONFIGS,
+        "return -(-tiles // processors) * groups",
+        "return -(-tiles // processors)",
+        SOONEST,
+    ),
+    Fault(
+        "groups: two without the stage that they leave room for",
+        CONFIGS,
+        "replace(config, groups=2, num_stages=config.num_stages + 1)",
+        "replace(config, groups=2)",
+        SOONEST,
+    ),
+    Fault(
+        "groups: on Hopper whatever the alignment",
+        CONFIGS,
+        "        if aligned:\n            # On an H100",
+        "        if True:\n            # On an H100",
+        PLAIN,
+    ),
+    Fault(
+        "Hopper: y that bulk copies cannot reach",
+        PROJECTION,
+        "for t in (rows, w_rows, y))",
+        "for t in (rows, w_rows))",
+        PLAIN,
+    ),
+    Fault(
+        "Hopper: address of y not looked at",
+        PROJECTION,
+        "y = Layout((B * T, N), (N, 1), bool(others[1]))",
+        "y = Layout((B * T, N), (N, 1), True)",
+        PLAIN,
+    ),
+    Fault(
+        "Hopper: a program for every tile",
+        HOPPER_PROJECTION,
+        "(min(tiles, processors),)",
+        "(tiles,)",
+        SEVERAL_TILES,
+    ),
+    Fault(
+        "Hopper: tiles of one group",
+        HOPPER_PROJECTION,
+        "triton.cdiv(M, config.groups * config.block_m)",
+        "triton.cdiv(M, config.block_m)",
+        SEVERAL_TILES,
+    ),
+    Fault(
+        "Hopper: tiles of a transposed weight lie across",
+        HOPPER_PROJECTION,
+        ", w_block[::-1]\n",
+        ", w_block\n",
+        DESCRIBED,
+    ),
+    Fault(
+        "Hopper: rows of x contiguous",
+        HOPPER_PROJECTION,
+        "0: _bulk(x.shape, x.strides, ",
+        "0: _bulk(x.shape, (C, 1), ",
+        DESCRIBED,
+    ),
+    Fault(
+        "Hopper: y stored in tiles of 64 rows and 256 columns",
+        HOPPER_PROJECTION,
+        "(config.block_m, STORED.value)",
+        "(config.block_m, config.block_n)",
+        DESCRIBED,
+    ),
+    Fault(
+        "plans: a descriptor without its layout",
+        PLANS,
+        "if self.layout is None:",
+        "if True:",
+        f"{_W}a_layout_in_shared_memory_makes_a_descriptor_for_gluon",
+    ),
+]
+
 FAULTS = [
     *INT8_FAULTS,
     *TILE_FAULTS,
@@ -1874,6 +1983,7 @@ FAULTS = [
     *PLAN_FAULTS,
     *CONTRACT_FAULTS,
     *HOST_FAULTS,
+    *HOPPER_FAULTS,
 ]
 
 # Faults that no test can see here, and why; killing one is an error too.
