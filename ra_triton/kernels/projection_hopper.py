@@ -167,7 +167,7 @@ def _multiply(
                 w = w.permute((1, 0))
             acc = warpgroup_mma(x, w, acc, use_acc=k > 0, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(acc,))  # for the step before
-            # Not from a variable that was given ``stage``: loops do not carry one on.
+            # ``before = stage`` would not do: loops do not carry on a second name of a value.
             mbarrier.arrive(free.index(_before(stage, STAGES)), pred=k > 0)
             stage, phase = _after(stage, phase, STAGES)
             if GROUP == 0:
