@@ -43,6 +43,7 @@ STAGES = (
     *(attention_forward, attention_backward, packing),
     *(projection, projection_backward, projection_int8),
 )
+_HOPPER = "attention_forward_hopper"  # elsewhere these launches are those of _FORWARD
 _FORWARD, _BACKWARD = "attention_forward", "delta key_value_gradient query_gradient"
 _WEIGHT, _BIAS = "weight_gradient add_splits", "column_sum add_splits"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -282,6 +283,10 @@ def _launches() -> Iterator[_Launch]:
             label = f"{name} D={D}" + " misaligned" * (D == 20)
             yield _FORWARD, label, _attention(dtype, D)
             yield _BACKWARD, label, _attention_grad(dtype, D)
+        for D in (64, 128) if dtype == torch.bfloat16 else ():
+            for causal in (True, False):
+                label = f"{name} D={D} causal={causal}"
+                yield _HOPPER, label, _attention(dtype, D, causal, T=4096)
         for transposed in (False, True):
             label = f"{name} transposed={transposed}"
             misaligned = f"{label} misaligned"
@@ -334,9 +339,9 @@ def _tensor(dtype: torch.dtype, *shape: int, offset: int = 0) -> Tensor:
 
 
 def _attention(
-    dtype: torch.dtype, D: int, causal: bool = True, offset: int = 0
+    dtype: torch.dtype, D: int, causal: bool = True, offset: int = 0, T: int = 1024
 ) -> Callable[..., Any]:
-    q, k, v = _tensor(dtype, 2, 1024, 3, 12, D, offset=offset).unbind(2)
+    q, k, v = _tensor(dtype, 2, T, 3, 12, D, offset=offset).unbind(2)
     return partial(attention_forward.attention_forward, q, k, v, causal=causal, softmax_scale=None)
 
 

@@ -135,6 +135,8 @@ class Program:
         ranges: dict[int, int] = {}
         for i, instruction in enumerate(self.code):
             start = self.labels.get(instruction.target or "", len(self.code))
+            if self._leaves_a_spin(i):
+                continue
             if instruction.base == "BRA" and start <= i and self._dominates(start, i):
                 ranges[start] = max(i, ranges.get(start, i))
         names = {position: label for label, position in self.labels.items()}
@@ -156,6 +158,13 @@ class Program:
             ):
                 others.update(skipped)
         return tuple(self.code[i] for i in range(start, end + 1) if i not in others)
+
+    def _leaves_a_spin(self, i: int) -> bool:
+        """Whether ``i`` goes back from a wait that ptxas has put out of line, after the code."""
+        before = self.code[i - 1] if i else self.code[i]
+        if self.code[i].falls_through or before.target is None:
+            return False
+        return i - 4 <= self.labels.get(before.target, i) < i
 
     def _dominates(self, dominator: int, i: int) -> bool:
         """Whether every way from the entry to ``i`` passes ``dominator``."""

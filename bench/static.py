@@ -34,7 +34,9 @@ from bench.sass import Loop, Program
 from bench.static_budget import Row
 from ra_triton.kernels.configs import LaunchConfig, launch_config
 
+HOPPER = ("attention_forward_hopper",)  # stages of sm_90 alone
 STAGES = (
+    *HOPPER,
     *("attention_forward", "key_value_gradient", "query_gradient", "delta"),
     *("pack", "projection", "weight_gradient", "column_sum", "add_splits"),
     *("int8_projection", "quantize_rows"),

@@ -59,7 +59,8 @@ def test_shipped_kernels_are_sound_and_within_their_budget(target, tmp_path):
     rows = compiled(tmp_path, "--target", target)
     bad = [f"{target} {row['label']}: {fault}" for row in rows for fault in faults(row)]
     assert not bad, "\n".join(bad)
-    assert {row["stage"] for row in rows} == set(static.STAGES)
+    elsewhere = set() if target == "sm_90" else set(static.HOPPER)
+    assert {row["stage"] for row in rows} == set(static.STAGES) - elsewhere
     budget = static_budget.read()
     found = static_budget.violations(rows, budget)
     assert not found, "\n".join([*found, f"If that is intended: {static_budget.UPDATE}"])

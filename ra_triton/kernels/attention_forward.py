@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ra_triton.kernels.configs import LaunchConfig, launch_config
+from ra_triton.kernels import attention_forward_hopper
+from ra_triton.kernels.configs import LaunchConfig, launch_config, warp_specialised
 from ra_triton.kernels.plans import Layout, Plan, layout_of, on_16_bytes, planned
 from ra_triton.kernels.tiles import (
     LN2,
@@ -268,6 +269,10 @@ def _plan(
     aligned = all(is_aligned(t, dtype) for t in (q, k, v))
     # Strides that are whole 16-byte units go to the kernel as such, so that it can rely on it.
     alignment = 16 // dtype.itemsize if aligned else 1
+    if config is None and aligned and others[1] and dropout_p == 0:
+        config = warp_specialised(D, dtype, target, min(T_q, T_k))
+    if config is not None and config.groups > 1:
+        return attention_forward_hopper.forward_plan(dtype, q, k, v, causal, softmax_scale, config)
     if config is None:
         config = launch_config("attention_forward", D, dtype, target, aligned, dropout_p > 0)
     blocks = (config.block_m, config.block_n, config.block_n)
