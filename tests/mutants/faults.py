@@ -28,6 +28,7 @@ class Fault:
 
 TILES = "ra_triton/kernels/tiles.py"
 FORWARD = "ra_triton/kernels/attention_forward.py"
+HOPPER = "ra_triton/kernels/attention_forward_hopper.py"
 BACKWARD = "ra_triton/kernels/attention_backward.py"
 PROJECTION = "ra_triton/kernels/projection.py"
 WEIGHT = "ra_triton/kernels/projection_backward.py"
@@ -1969,6 +1970,87 @@ HOPPER_FAULTS = [
         "if self.layout is None:",
         "if True:",
         f"{_W}a_layout_in_shared_memory_makes_a_descriptor_for_gluon",
+]
+
+_H = "tests/test_hopper.py::test_"
+LONG_ROWS = f"{_H}long_rows_of_16_bits_on_hopper_take_it"
+SUITS = f"{_H}what_suits_it_is_launched_with_it_and_nothing_else_is"
+OVERLAP = f"{_H}exponentials_run_while_a_product_does"
+
+# What the arithmetic of the kernel may do wrong only a GPU can tell.
+LONG_ROW_FAULTS = [
+    Fault(
+        "hopper: exponentials ahead of the product they hide",
+        HOPPER,
+        "s = warpgroup_mma_wait(1, deps=[s])",
+        "s, acc, p = warpgroup_mma_wait(0, deps=[s, acc, p])",
+        OVERLAP,
+    ),
+    Fault(
+        "hopper: no basic block ends ahead of the wait",
+        HOPPER,
+        "        mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1, "
+        "pred=after < n_tiles)\n        acc, p = warpgroup_mma_wait(0, deps=[acc, p])\n",
+        "        acc, p = warpgroup_mma_wait(0, deps=[acc, p])\n"
+        "        mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1, "
+        "pred=after < n_tiles)\n",
+        OVERLAP,
+    ),
+    Fault(
+        "hopper: copies ahead of the kernel before",
+        HOPPER,
+        "    follow(PDL)\n",
+        "",
+        f"{_H}it_waits_for_the_kernel_before_ahead_of_the_first_copy",
+    ),
+    Fault(
+        "hopper: with dropout too",
+        FORWARD,
+        "and aligned and others[1] and dropout_p == 0:",
+        "and aligned and others[1]:",
+        SUITS,
+    ),
+    Fault(
+        "hopper: whatever the address of o",
+        FORWARD,
+        "and aligned and others[1] and dropout_p == 0:",
+        "and aligned and dropout_p == 0:",
+        SUITS,
+    ),
+    Fault(
+        "hopper: unaligned operands too",
+        FORWARD,
+        "and aligned and others[1] and dropout_p == 0:",
+        "and others[1] and dropout_p == 0:",
+        SUITS,
+    ),
+    Fault(
+        "hopper: float32 too",
+        CONFIGS,
+        'if target != "sm_90" or dtype == torch.float32:\n        return None',
+        'if target != "sm_90":\n        return None',
+        LONG_ROWS,
+    ),
+    Fault(
+        "hopper: on every GPU",
+        CONFIGS,
+        'if target != "sm_90" or dtype == torch.float32:\n        return None',
+        "if dtype == torch.float32:\n        return None",
+        LONG_ROWS,
+    ),
+    Fault(
+        "hopper: one query tile short",
+        HOPPER,
+        "triton.cdiv(T_q, config.groups * config.block_m)",
+        "T_q // (config.groups * config.block_m)",
+        f"{_H}programs_of_a_plan_cover_the_queries",
+    ),
+    Fault(
+        "hopper: o as strided as q",
+        HOPPER,
+        "4: (o, config.block_m)",
+        "4: (q, config.block_m)",
+        f"{_H}programs_of_a_plan_cover_the_queries",
     ),
 ]
 
@@ -1984,6 +2066,7 @@ FAULTS = [
     *CONTRACT_FAULTS,
     *HOST_FAULTS,
     *HOPPER_FAULTS,
+    *LONG_ROW_FAULTS,
 ]
 
 # Faults that no test can see here, and why; killing one is an error too.

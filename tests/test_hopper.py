@@ -1,0 +1,237 @@
+"""The forward kernel for Hopper: which calls take it, its machine code, its numbers on a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from budget import assert_attention_close, assert_bitwise
+from strategies import normal
+
+import ra_triton
+from ra_triton.kernels import attention_forward
+from ra_triton.kernels.attention_forward_hopper import REGISTERS, forward_plan
+from ra_triton.kernels.configs import launch_config, warp_specialised
+from ra_triton.kernels.plans import layout_of
+
+ROOT = Path(__file__).parents[1]
+ROWS = {64: warp_specialised(64, torch.bfloat16, "sm_90", 4096)}
+ROWS[128] = warp_specialised(128, torch.bfloat16, "sm_90", 4096)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "target", "length", "taken"),
+    [
+        (64, torch.bfloat16, "sm_90", 4096, True),
+        (64, torch.bfloat16, "sm_90", 4095, False),
+        (128, torch.float16, "sm_90", 2048, True),
+        (128, torch.float16, "sm_90", 2047, False),
+        (128, torch.float32, "sm_90", 1 << 20, False),
+        (128, torch.bfloat16, "sm_80", 1 << 20, False),
+        (128, torch.bfloat16, "interpreter", 1 << 20, False),
+        (96, torch.bfloat16, "sm_90", 1 << 20, False),
+        (32, torch.bfloat16, "sm_90", 1 << 20, False),
+    ],
+)
+def test_long_rows_of_16_bits_on_hopper_take_it(head_dim, dtype, target, length, taken):
+    config = warp_specialised(head_dim, dtype, target, length)
+    assert (config is not None) == taken
+
+
+def test_its_rows_fit_the_registers_of_an_sm():
+    for config in ROWS.values():
+        # The threads of the copying warp's group, three warps of which are idle, have 24 each.
+        assert 128 * (config.groups * REGISTERS[config.groups] + 24) <= 65536
+        assert REGISTERS[config.groups] % 8 == 0
+        assert config.use_tma
+        assert config.pdl
+    for head_dim in ROWS:
+        plain = launch_config("attention_forward", head_dim, torch.bfloat16, "sm_90", True)
+        assert plain.groups == 1  # what says that the kernel is another
+
+
+def kernel_of(D, *, T=4096, dtype=torch.bfloat16, target="sm_90", offset=0, dropout_p=0.0, o=True):
+    """Which kernel a call would launch on a target; ``offset`` and ``o`` say what is unaligned."""
+    rows = torch.empty(2 * T * 3 * 2 * D + offset, dtype=dtype, device="meta")[offset:]
+    q, k, v = (layout_of(t) for t in rows.view(2, T, 3, 2, D).unbind(2))
+    if offset:
+        q = q._replace(on_16_bytes=False)
+    plan = attention_forward._plan.__wrapped__(
+        *(torch.device("cuda"), dtype, q, k, v, (None, o, True), True, None),
+        *(dropout_p, "ieee", target, None),
+    )
+    return plan.kernel.__name__
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_what_suits_it_is_launched_with_it_and_nothing_else_is(D):
+    plain, own = "_attention_forward_kernel", "_attention_forward_hopper_kernel"
+    assert kernel_of(D) == kernel_of(D, dtype=torch.float16) == own
+    others = [
+        *({"T": 1024}, {"dtype": torch.float32}, {"target": "sm_89"}),
+        *({"offset": 1}, {"dropout_p": 0.1}, {"o": False}),
+    ]
+    assert {kernel_of(D, **other) for other in others} == {plain}
+
+
+def test_programs_of_a_plan_cover_the_queries():
+    rows = (torch.empty(2, T, 3, 6, 64, device="meta") for T in (4097, 5000))
+    q, k = (layout_of(t[:, :, 0]) for t in rows)
+    plan = forward_plan(torch.bfloat16, q, k, k, True, 0.5, ROWS[64])
+    assert plan.grid == (2 * 6 * 22, 1, 1)  # 21 tiles of 192 are 4032
+    assert plan.bulk[4].strides == (4097 * 6 * 64, 64, 6 * 64, 1)  # o is contiguous
+    assert [plan.bulk[i].block for i in (0, 1, 2, 4)] == [
+        (1, 1, rows, 64) for rows in (64, 128, 128, 64)
+    ]
+
+
+LOOK = """
+import json
+import re
+from bench.aot import shipped
+from bench.sass import Program
+
+found = {}
+for kernel in shipped("sm_90", only="attention_forward_hopper .* causal=True"):
+    loop, steps = Program(kernel.sass).hot_loop(), []
+    for i in loop.body:
+        if i.opcode.startswith("WARPGROUP.DEPBAR"):
+            steps.append(["wait", int(i.operands.split(",")[-1].strip(), 16)])
+        elif i.base == "HGMMA":
+            steps.append(["product", i.matrix_shape[1]])
+        elif i.opcode == "MUFU.EX2":
+            steps.append(["exp2", 1])
+    ptx = kernel.kernel.asm["ptx"]
+    copy = re.search(r"cp[.]async[.]bulk[.]tensor\\S*complete_tx", ptx).start()
+    early = 0 <= ptx.find("griddepcontrol.wait") < copy
+    found[kernel.constants["WARPGROUPS"]] = {"steps": steps, "waits_first": early}
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def machine_code():
+    """Of the kernel's hot loop by warpgroups, from a process where kernels are not interpreted."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", LOOK],
+        env={**env, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("warpgroups", ["2", "3"])
+def test_exponentials_run_while_a_product_does(machine_code, warpgroups):
+    """q kᵀ and p v are issued, the first is waited for, and exp2 comes before the second wait."""
+    steps = [tuple(step) for step in machine_code[warpgroups]["steps"]]
+    first, second = steps.index(("wait", 1)), steps.index(("wait", 0))
+    assert {kind for kind, _ in steps[:first]} == {"product"}
+    assert first < second
+    between = [kind for kind, _ in steps[first:second]]
+    # A thread has 64 of a warpgroup's 64 x 128 scores, and two rows to scale.
+    assert between.count("exp2") == 64 + 2
+    assert "product" not in between
+    assert steps.count(("wait", 0)) == steps.count(("wait", 1)) == 1
+
+
+def test_it_waits_for_the_kernel_before_ahead_of_the_first_copy(machine_code):
+    assert all(code["waits_first"] for code in machine_code.values())
+
+
+def run(q, k, v, causal=True, scale=None):
+    options = {"causal": causal, "softmax_scale": scale, "config": ROWS[q.shape[3]]}
+    return attention_forward.attention_forward(q, k, v, **options)
+
+
+def operands(D, T_q, T_k, dtype=torch.bfloat16, B=2, H=3, H_kv=3):
+    """Views of one buffer, as the projection leaves them where ``T_q == T_k``."""
+    rows = normal(B, max(T_q, T_k), H + 2 * H_kv, D, dtype=dtype)
+    q, k, v = rows.split((H, H_kv, H_kv), dim=2)
+    return q[:, :T_q], k[:, :T_k], v[:, :T_k]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 127, 128, 129, 192, 193, 256, 257, 397, 1000])
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_lengths_around_tile_boundaries(D, T, causal, dtype):
+    q, k, v = operands(D, T, T, dtype)
+    out, lse = run(q, k, v, causal)
+    assert_attention_close(out, q, k, v, lse=lse, causal=causal)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("T_q", "T_k"), [(1, 300), (5, 129), (130, 515), (515, 130), (192, 64), (300, 1), (64, 4096)]
+)
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("causal", [True, False])
+def test_queries_and_keys_of_different_length_and_grouped_heads(D, T_q, T_k, causal):
+    q, k, v = operands(D, T_q, T_k, H=6, H_kv=2)
+    out, lse = run(q, k, v, causal, scale=0.37)
+    assert_attention_close(out, q, k, v, lse=lse, causal=causal, softmax_scale=0.37)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [64, 128])
+def test_same_bits_again_alone_and_as_a_prefix(D):
+    q, k, v = operands(D, 700, 700, B=3)
+    out, lse = run(q, k, v)
+    for _ in range(3):
+        again, lse_again = run(q, k, v)
+        assert_bitwise(again, out)
+        assert_bitwise(lse_again, lse)
+    assert_bitwise(run(q[1:2], k[1:2], v[1:2])[0], out[1:2])
+    for T in (1, 64, 65, 300, 512):
+        assert_bitwise(run(q[:, :T], k[:, :T], v[:, :T])[0], out[:, :T])
+    later = [t.clone() for t in (q, k, v)]
+    for t in later:
+        t[:, 300:] = 7.0
+    assert_bitwise(run(*later)[0][:, :300], out[:, :300])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [64, 128])
+def test_more_tiles_than_fit_at_once_and_several_sections_of_heads(D):
+    """K and V of 36 heads take more than one section; repeated runs would show a race."""
+    q, k, v = operands(D, 4096, 4096, B=3, H=12, H_kv=12)
+    out = ra_triton.packed_attention(q, k, v, backend="triton")
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert_bitwise(out, run(q, k, v)[0], "what a long call gives")
+    for b, h in ((0, 0), (1, 7), (2, 11)):
+        one = [t[b : b + 1, :, h : h + 1] for t in (q, k, v)]
+        assert_attention_close(out[b : b + 1, :, h : h + 1], *one, causal=True)
+    for _ in range(10):
+        assert_bitwise(ra_triton.packed_attention(q, k, v, backend="triton"), out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [64, 128])
+def test_rows_without_keys_give_zero_and_minus_infinity(D):
+    q, k, v = operands(D, 200, 70)
+    out, lse = run(q, k, v)
+    assert_bitwise(out[:, :130], torch.zeros_like(out[:, :130]))
+    assert lse[..., :130].isneginf().all()
+    assert lse[..., 130:].isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [64, 128])
+def test_memory_around_the_operands_does_not_matter(D):
+    q, k, v = operands(D, 150, 150, B=1)
+    out, lse = run(q, k, v)
+    wide = torch.full((1, 400, 9, D), float("nan"), dtype=q.dtype, device=q.device)
+    views = []
+    for i, t in enumerate((q, k, v)):
+        wide[:, 100:250, 3 * i : 3 * i + 3] = t
+        views.append(wide[:, 100:250, 3 * i : 3 * i + 3])
+    for got, expected in zip(run(*views), (out, lse), strict=True):
+        assert_bitwise(got, expected)
