@@ -1970,6 +1970,7 @@ HOPPER_FAULTS = [
         "if self.layout is None:",
         "if True:",
         f"{_W}a_layout_in_shared_memory_makes_a_descriptor_for_gluon",
+    ),
 ]
 
 _H = "tests/test_hopper.py::test_"
