@@ -11,6 +11,7 @@ from ra_triton.layout import RALayout
 from ra_triton.nn.composed import INIT_STD, ComposedLinear
 from ra_triton.nn.quantized import QuantizedLinear
 from ra_triton.quantization import QuantizedWeight, quantize_weight
+from ra_triton.weights import kv_heads
 
 PARAMETRISATIONS = ("free", "composed")
 
@@ -38,6 +39,7 @@ class RACausalSelfAttention(nn.Module):
         bias: bool = True,
         dropout: float = 0.0,
         *,
+        n_kv_head: int | None = None,
         parametrisation: str = "free",
         recip_per_head: bool = False,
         backend: str = "auto",
@@ -52,6 +54,8 @@ class RACausalSelfAttention(nn.Module):
             R: reciprocal rank, ``0 <= R <= D``; 0 is plain attention.
             bias: whether both projections have one.
             dropout: probability, in training, for attention weights and for the result.
+            n_kv_head: key/value heads (GQA), which divide ``n_head``; ``None`` means ``n_head``.
+                Composed, a key carries the mean of its group: :func:`ra_triton.compose_weights`.
             parametrisation: ``"free"`` or ``"composed"``.
             recip_per_head: a W_recip for each head, ``[H, D, R]``, not one for all; composed only.
             backend: see :func:`ra_triton.ra_attention`, which checks it when it is called.
@@ -64,20 +68,23 @@ class RACausalSelfAttention(nn.Module):
         """
         super().__init__()
         _check(n_embd, n_head, dropout)
-        RALayout.from_columns(3 * n_embd, R, n_head)  # checks R
+        head_dim = n_embd // n_head
+        n_kv_head = kv_heads(n_head, n_kv_head)
+        self.layout = RALayout.from_columns(  # checks R
+            (n_head + 2 * n_kv_head) * head_dim, R, n_head, n_kv_head
+        )
         check_choice("parametrisation", parametrisation, PARAMETRISATIONS)
         if recip_per_head and parametrisation == "free":
             raise ValueError("recip_per_head needs parametrisation='composed': free has no W_recip")
-        self.n_embd, self.n_head, self.R = n_embd, n_head, R
+        self.n_embd, self.n_head, self.n_kv_head, self.R = n_embd, n_head, n_kv_head, R
         self.dropout, self.parametrisation, self.backend = dropout, parametrisation, backend
         factory: Any = {"device": device, "dtype": dtype}
         self.c_attn: nn.Linear | ComposedLinear | QuantizedLinear
         if parametrisation == "free":
-            self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias, **factory)
+            self.c_attn = nn.Linear(n_embd, self.layout.columns, bias=bias, **factory)
         else:
-            self.c_attn = ComposedLinear(
-                n_embd, n_head, R, bias, recip_per_head=recip_per_head, **factory
-            )
+            options = {"n_kv_head": n_kv_head, "recip_per_head": recip_per_head, **factory}
+            self.c_attn = ComposedLinear(n_embd, n_head, R, bias, **options)
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias, **factory)
         self.resid_dropout = nn.Dropout(dropout)
         self.reset_parameters()
@@ -122,6 +129,7 @@ class RACausalSelfAttention(nn.Module):
             W_fused,
             self.R,
             n_head=self.n_head,
+            n_kv_head=self.n_kv_head,
             bias=bias,
             weight_layout="packed",
             dropout_p=self.dropout if self.training else 0.0,
@@ -130,7 +138,7 @@ class RACausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
     def fused_weight(self) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
-        """``W_fused [C, 3 * C]`` and its bias ``[3 * C]`` or None, in packed order."""
+        """``W_fused [C, N]`` and its bias ``[N]`` or None, in packed order; ``N <= 3 * C``."""
         if isinstance(self.c_attn, QuantizedLinear):
             return self.c_attn.quantized(), self.c_attn.bias
         if isinstance(self.c_attn, ComposedLinear):
@@ -158,7 +166,8 @@ class RACausalSelfAttention(nn.Module):
         W_fused, bias = self.fused_weight()
         if isinstance(W_fused, QuantizedWeight):
             raise ValueError("the layer is quantized already; rounding twice would lose accuracy")
-        options: Any = {"which": which, "n_head": self.n_head, "weight_layout": "packed"}
+        heads: Any = {"n_head": self.n_head, "n_kv_head": self.n_kv_head}
+        options: Any = {"which": which, **heads, "weight_layout": "packed"}
         weight = quantize_weight(W_fused, self.R, **options, activations=activations)
         self.c_attn = QuantizedLinear(weight, bias)
         return self
@@ -193,12 +202,14 @@ class RACausalSelfAttention(nn.Module):
             W_fused,
             self.R,
             n_head=self.n_head,
+            n_kv_head=self.n_kv_head,
             bias=bias,
             weight_layout="packed",
             backend=self.backend,
         )
         d_std = q_pack.shape[-1] - self.R
         variances = torch.zeros(2, self.n_head, device=x.device)  # standard, reciprocal
+        k_pack = k_pack.repeat_interleave(self.n_head // self.n_kv_head, dim=2)
         for q, k in zip(q_pack.float(), k_pack.float(), strict=True):  # [T, H, D]
             terms = ((q[..., :d_std], k[..., :d_std]), (q[..., d_std:], k[..., d_std:]))
             for total, (a, b) in zip(variances, terms, strict=True):
@@ -209,8 +220,9 @@ class RACausalSelfAttention(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         return (
-            f"n_embd={self.n_embd}, n_head={self.n_head}, R={self.R}, dropout={self.dropout}, "
-            f"parametrisation={self.parametrisation!r}, backend={self.backend!r}"
+            f"n_embd={self.n_embd}, n_head={self.n_head}, n_kv_head={self.n_kv_head}, R={self.R}, "
+            f"dropout={self.dropout}, parametrisation={self.parametrisation!r}, "
+            f"backend={self.backend!r}"
         )
 
 

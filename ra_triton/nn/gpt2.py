@@ -39,11 +39,12 @@ def to_gpt2(module: nn.Module, *, orientation: str = "linear") -> dict[str, Tens
         the dtype of ``c_proj``; the rest may share memory with the module.
 
     Raises:
-        ValueError: unknown orientation.
+        ValueError: unknown orientation; a layer that no GPT-2 computes: grouped heads.
     """
     check_choice("orientation", orientation, ORIENTATIONS)
     state = {name: t.detach() for name, t in module.state_dict().items()}
     for name, attention in _attentions(module):
+        _check_is_gpt2(attention)
         if isinstance(attention.c_attn, ComposedLinear):
             for factor in attention.c_attn.state_dict():
                 del state[f"{name}c_attn.{factor}"]
@@ -81,7 +82,7 @@ def from_gpt2(
         TypeError: a value of ``state`` that is not a tensor.
         ValueError: unknown orientation; names that are missing or left over, shapes that do not
             fit (nothing is loaded); a bias other than zero for a module without biases; a layer
-            that is quantized.
+            that is quantized, or that no GPT-2 computes.
     """
     check_choice("orientation", orientation, ORIENTATIONS)
     for name, t in state.items():
@@ -113,6 +114,13 @@ def _attentions(module: nn.Module) -> list[tuple[str, RACausalSelfAttention]]:
         for name, m in module.named_modules(remove_duplicate=False)
         if isinstance(m, RACausalSelfAttention)
     ]
+
+
+def _check_is_gpt2(attention: RACausalSelfAttention) -> None:
+    """ValueError with the reason, if no GPT-2 computes what the layer computes."""
+    H, H_kv = attention.n_head, attention.n_kv_head
+    if H_kv != H:
+        raise ValueError(f"GPT-2 has no grouped heads, but n_kv_head={H_kv} < n_head={H}")
 
 
 def _factors(c_attn: ComposedLinear, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
