@@ -102,6 +102,25 @@ def packed_attention(
     )
 
 
+def norm_rope(
+    p: Tensor,  # [B, T, H, D], packed
+    *,
+    weight: Tensor | None = None,  # [D]
+    eps: float | None = None,  # None: no norm
+    cos: Tensor | None = None,  # [B, T, pairs], at the tokens' positions; None: no rotation
+    sin: Tensor | None = None,
+) -> Tensor:
+    """What may follow packing: an RMS norm of each head, then lane i turns with ``i + pairs``."""
+    if eps is not None:
+        p = p / torch.sqrt(p.square().mean(-1, keepdim=True) + eps)
+        p = p if weight is None else p * weight
+    if cos is None or sin is None:
+        return p
+    cos, sin, pairs = cos[:, :, None], sin[:, :, None], cos.shape[-1]
+    a, b, rest = p[..., :pairs], p[..., pairs : 2 * pairs], p[..., 2 * pairs :]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+
+
 def split_lanes(
     y: Tensor, R: int, n_head: int, n_kv_head: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
