@@ -131,7 +131,7 @@ def _check_rope(
         raise ValueError(f"sin of rope must be {tuple(cos.shape)} like cos, got {tuple(sin.shape)}")
     T = q.shape[1]
     if isinstance(position, Tensor):
-        positions = _check_positions(position, q)
+        positions = check_positions(position, q)
         if cos.shape[0] < 1:
             raise ValueError("cos of rope must have at least one row")
         return cos, sin, positions, dims
@@ -159,7 +159,7 @@ def check_rope_dims(rope_dims: int | None, D: int) -> int:
     return rope_dims
 
 
-def _check_positions(position: Tensor, q: Tensor) -> Tensor:
+def check_positions(position: Tensor, q: Tensor) -> Tensor:
     """``[B]`` or ``[B, T]``; a scalar tensor is that of every sequence."""
     if position.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"position must be an int32 or int64 tensor, got {position.dtype}")

@@ -48,11 +48,15 @@ ARROWS = {
         "workspace",
         *SHARED,
     },
-    "nn": {"nn.attention", "nn.composed", "nn.gpt2", "nn.quantized", "workspace"},
+    "nn": {
+        *("nn.attention", "nn.composed", "nn.gpt2", "nn.llama", "nn.quantized", "workspace"),
+    },
     "nn.attention": {
-        *("api", "nn.composed", "nn.quantized", "quantization", "weights", "workspace"),
+        *("api", "nn.composed", "nn.quantized", "nn.rope", "quantization", "weights", "workspace"),
         *SHARED,
     },
+    "nn.llama": {"nn.attention", "nn.composed", "nn.gpt2", "nn.quantized"},
+    "nn.rope": {"norm_rope", "workspace"},
     "nn.composed": {"weights", "workspace", *SHARED},
     "nn.gpt2": {"nn.attention", "nn.composed", "nn.quantized", "weights", *SHARED},
     "nn.quantized": {"quantization", *SHARED},
