@@ -14,6 +14,7 @@ from strategies import (
     WRITABLE_LAYOUTS,
     backend_dtypes,
     backends,
+    dtypes_for,
     few_examples,
     gradient_layouts,
     lay_out,
@@ -124,7 +125,7 @@ def cases(draw, layouts=HEAD_LAYOUTS, **fixed):
         position=draw(st.sampled_from(["zero", "int", "start", "each", "scalar"])),
         whole=draw(st.booleans()),
         half_tables=draw(st.booleans()),
-        dtype=draw(st.sampled_from([torch.float32, torch.float16])),
+        dtype=draw(st.sampled_from(dtypes_for("triton"))),
         layouts=tuple(draw(st.sampled_from(layouts if i < 2 else HEAD_LAYOUTS)) for i in range(4)),
         seed=draw(st.integers(0, 2)),
     )

@@ -3,7 +3,7 @@
 Rotation and norm come after packing, so a stock layer treats packed heads as it treats its own, and
 packed weights are its weights. What folds into what:
 
-    rotation of all lanes                          Llama, Mistral, Qwen2 (``bias``)
+    rotation of all lanes                          Llama, Mistral
     rotation of all lanes and QK-norm              Qwen3
     rotation of the first ``rope_dims`` lanes      layers with a ``partial_rotary_factor``
     neither                                        GPT-2: :func:`ra_triton.nn.to_gpt2`
