@@ -90,7 +90,7 @@ def _check_norm(
     if qk_norm is True:
         return (None, None), float(eps)
     if not isinstance(qk_norm, tuple) or len(qk_norm) != 2:
-        raise TypeError(f"qk_norm must be a bool or (q_weight, k_weight), got {type(qk_norm)}")
+        raise TypeError(f"qk_norm must be a bool or (q_weight, k_weight), got {_kind(qk_norm)}")
     for name, w in zip(("q_weight", "k_weight"), qk_norm, strict=True):
         name = f"{name} of qk_norm"
         _check_constant(name, w, q)
@@ -111,7 +111,7 @@ def _check_rope(
             raise ValueError("position needs rope=(cos, sin)")
         return None, None, None, 0
     if not isinstance(rope, tuple) or len(rope) != 2:
-        raise TypeError(f"rope must be (cos, sin) or None, got {type(rope)}")
+        raise TypeError(f"rope must be (cos, sin) or None, got {_kind(rope)}")
     D = q.shape[-1]
     dims = check_rope_dims(rope_dims, D)
     cos, sin = rope
@@ -173,6 +173,12 @@ def check_positions(position: Tensor, q: Tensor) -> Tensor:
             f"position must be [], [B] = [{B}] or [B, T] = [{B}, {T}], got {tuple(position.shape)}"
         )
     return position
+
+
+def _kind(value: object) -> str:
+    """What an argument is, without its numbers."""
+    length = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+    return type(value).__name__ + length
 
 
 def _check_constant(name: str, t: Tensor, q: Tensor) -> None:

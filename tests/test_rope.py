@@ -189,6 +189,7 @@ def check(case, backend, inputs, results, seen):
 @example(case=Case())
 @example(case=Case(R=16, rope_dims=2, norm="weighted"))
 @example(case=Case(D=20, R=3, rope_dims=14, norm="bare", T=33))
+@example(case=Case(rope_dims=8, position="start"))
 def test_new_operands_are_the_definition_and_the_inputs_stay(backend, case):
     inputs, weights = case.tensors(), case.weights()
     before = [None if t is None else t.clone() for t in inputs]
@@ -206,6 +207,7 @@ def test_new_operands_are_the_definition_and_the_inputs_stay(backend, case):
 @example(case=Case(R=None, rope_dims=8, layouts=("fused",) * 4))
 @example(case=Case(D=20, R=7, rope_dims=8))
 @example(case=Case(D=20, R=14, rope_dims=8))
+@example(case=Case(R=3, rope_dims=8, norm="weighted"))
 def test_in_place_has_the_same_bits_and_writes_nothing_else(backend, case):
     q, k, *low = case.tensors()
     options, _ = case.options(case.weights())
@@ -478,7 +480,7 @@ def arguments(**changes):
 def wrong_tables():
     cos, sin = tables(9, 16)
     return [
-        (TypeError, "rope must be .cos, sin. or None", {"rope": cos}),
+        (TypeError, "rope must be .cos, sin. or None, got Tensor", {"rope": cos}),
         (TypeError, "cos of rope must be a tensor, got list", {"rope": ([1.0], sin)}),
         (TypeError, "sin of rope must be torch.float32 like q, or", {"rope": (cos, sin.half())}),
         (ValueError, r"cos of rope must be \[T_max, rope_dims / 2\], got", {"rope": (cos[0], sin)}),
@@ -514,7 +516,7 @@ def wrong_tables():
 ERRORS = [
     *wrong_tables(),
     (TypeError, "qk_norm must be a bool or .q_weight, k_weight.", {"qk_norm": "rms"}),
-    (TypeError, "qk_norm must be a bool or .q_weight, k_weight.", {"qk_norm": (None,)}),
+    (TypeError, "qk_norm must be a bool or .*, got tuple of 1", {"qk_norm": (1,)}),
     (TypeError, "q_weight of qk_norm must be a tensor", {"qk_norm": (None, None)}),
     (
         ValueError,
