@@ -137,6 +137,21 @@ def test_inference_overwrites_the_buffer_of_the_projection():
     assert q.stride() == (3 * 3 * H * D, 3 * H * D, D, 1)
 
 
+@pytest.mark.gpu
+def test_a_captured_step_reads_its_positions_on_the_device():
+    module = layer("free", rope=True, qk_norm=True, backend="triton").eval()
+    x, position = normal(2, 1, C), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    with torch.no_grad():
+        module.operands(x, position)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            made = module.operands(x, position)
+        position.copy_(torch.tensor([5, 9]))
+        graph.replay()
+        for got, want in zip(made, module.operands(x, position), strict=True):
+            assert_bitwise(got, want)
+
+
 # Tables
 
 

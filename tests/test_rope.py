@@ -396,6 +396,16 @@ def test_decoding_a_token_at_a_time_has_the_bits_of_all_at_once(backend):
                 assert_bitwise(got, want[:, t : t + 1])
 
 
+def test_decoding_plans_one_launch_wherever_the_token_stands():
+    from ra_triton.kernels.norm_rope import _plan
+
+    q, k, *_ = Case(B=1, T=1, R=None, D=48).tensors()  # sizes that no other test has
+    before = _plan.cache_info().misses
+    for position in range(5):
+        ra_triton.pack_qk_(q, k, rope=tables(5, 48), position=position, backend="triton")
+    assert _plan.cache_info().misses == before + 1
+
+
 @backends
 def test_sources_and_tables_may_be_views_of_what_is_overwritten(backend):
     buffer = normal(2, 9, 4, 16)
