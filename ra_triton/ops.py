@@ -1,11 +1,12 @@
 """Autograd over the kernels in eager mode: what is saved, which launches run when.
 
 Four differentiable functions: the projection, what stands between it and attention (``norm_rope``),
-the attention, and projection and attention in one, the layer, whose backward writes dq, dk and dv into one ``[B, T, N]`` buffer, so that dx and dW are one GEMM each. Without a
-gradient to record, the launches run directly. What is traced (``torch.compile``, ``torch.export``)
-takes the registered operators instead, which do the same at a higher cost per call. So does a
-backward that is itself recorded (``create_graph=True``, ``torch.func``): the operators see through
-wrappers, and raise when somebody differentiates a second time.
+the attention, and the whole layer, whose backward writes dq, dk and dv into one ``[B, T, N]``
+buffer, so that dx and dW are one GEMM each. Without a gradient to record, the launches run
+directly. What is traced (``torch.compile``, ``torch.export``) takes the registered operators
+instead, which do the same at a higher cost per call. So does a backward that is itself recorded
+(``create_graph=True``, ``torch.func``): the operators see through wrappers, and raise when somebody
+differentiates a second time.
 """
 
 from collections.abc import Callable
