@@ -29,6 +29,8 @@ from triton.runtime.jit import JITFunction
 from ra_triton.kernels import (
     attention_backward,
     attention_forward,
+    norm_rope,
+    norm_rope_backward,
     packing,
     plans,
     projection,
@@ -37,10 +39,11 @@ from ra_triton.kernels import (
 )
 from ra_triton.kernels.configs import LaunchConfig
 from ra_triton.layout import Columns, RALayout
+from ra_triton.norm_rope import NormRope
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90")
 STAGES = (
-    *(attention_forward, attention_backward, packing),
+    *(attention_forward, attention_backward, packing, norm_rope, norm_rope_backward),
     *(projection, projection_backward, projection_int8),
 )
 _HOPPER = "attention_forward_hopper"  # elsewhere these launches are those of _FORWARD
@@ -279,6 +282,11 @@ def _launches() -> Iterator[_Launch]:
                     yield _BACKWARD, label, _attention_grad(dtype, D, offset=1)
             for in_place in (True, False):
                 yield "pack", f"{name} D={D} in_place={in_place}", _packing(dtype, D, in_place)
+            for norm in (True, False) if D == 128 or (D == 64 and dtype == torch.bfloat16) else ():
+                if special:
+                    label = f"{name} D={D} norm={norm}"
+                    yield "norm_rope", label, _norm_rope(dtype, D, norm)
+                    yield "norm_rope_backward", label, _norm_rope_grad(dtype, D, norm)
         for D in (16, 20, 72, 80, 96) if special else ():
             label = f"{name} D={D}" + " misaligned" * (D == 20)
             yield _FORWARD, label, _attention(dtype, D)
@@ -368,6 +376,26 @@ def _packing(dtype: torch.dtype, D: int, in_place: bool) -> Callable[[], Any]:
     q, k, _ = _tensor(dtype, 2, 1024, 3, 12, D).unbind(2)
     low = _tensor(dtype, 2, 1024, 12, 4)
     return partial(packing.pack_ if in_place else packing.pack, q, k, low, low)
+
+
+def _norm_rope_call(dtype: torch.dtype, D: int, norm: bool) -> NormRope:
+    """In a GEMM's buffer, all lanes turning; with a norm half of them, and low lanes come."""
+    q, k, _ = _tensor(dtype, 2, 1024, 3, 12, D).unbind(2)
+    low = _tensor(dtype, 2, 1024, 12, 4) if norm else None
+    weight = _tensor(torch.float32, D) if norm else None
+    rope_dims = D // 2 if norm else D
+    table = _tensor(torch.float32, 1024, rope_dims // 2)
+    eps = 1e-6 if norm else None
+    return NormRope(q, k, low, low, weight, weight, table, table, None, rope_dims, eps)
+
+
+def _norm_rope(dtype: torch.dtype, D: int, norm: bool) -> Callable[[], Any]:
+    return partial(norm_rope.norm_rope_, _norm_rope_call(dtype, D, norm))
+
+
+def _norm_rope_grad(dtype: torch.dtype, D: int, norm: bool) -> Callable[[], Any]:
+    call, grad = _norm_rope_call(dtype, D, norm), _tensor(dtype, 2, 1024, 12, D)
+    return partial(norm_rope_backward.norm_rope_backward, call, grad, grad, [True] * 6)
 
 
 def _projection(

@@ -39,7 +39,7 @@ STAGES = (
     *HOPPER,
     *("attention_forward", "key_value_gradient", "query_gradient", "delta"),
     *("pack", "projection", "weight_gradient", "column_sum", "add_splits"),
-    *("int8_projection", "quantize_rows"),
+    *("int8_projection", "quantize_rows", "norm_rope", "norm_rope_backward"),
 )
 ATTENTION = {  # products of a tile, and the size that counts the rows it streams, twice
     "attention_forward": (2, "BLOCK_N"),  # s, o; k and v

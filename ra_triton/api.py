@@ -12,13 +12,13 @@ from ra_triton.checks import (
     check_choice,
     check_float_tensor,
     check_no_overlap,
-    check_pack_inputs,
     check_project_inputs,
     check_same,
     check_shape,
     needs_grad,
 )
 from ra_triton.layout import RALayout
+from ra_triton.norm_rope import NormRope, QKNorm, Rope, check_norm_rope
 from ra_triton.options import AttentionOptions
 from ra_triton.quantization import QuantizedWeight, check_quantized_inputs
 from ra_triton.weights import WEIGHT_LAYOUTS
@@ -227,38 +227,78 @@ def which_backend(q_pack: Tensor, k_pack: Tensor, v: Tensor, **options: Any) -> 
 
 
 def pack_qk(
-    q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor, *, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    q_low: Tensor | None = None,
+    k_low: Tensor | None = None,
+    *,
+    rope: Rope | None = None,
+    position: int | Tensor = 0,
+    rope_dims: int | None = None,
+    qk_norm: QKNorm = False,
+    norm_eps: float = 1e-6,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Pack operands that do not come out of one GEMM: ``[q_std|k_low]`` and ``[k_std|q_low]``.
+    """Exchange lanes, then norm, then rotate: ``[q_std|k_low]`` and ``[k_std|q_low]`` and on.
+
+    For operands that do not come out of one GEMM, and for what stands between a GEMM and attention;
+    each step is optional. The norm is an RMS norm over all D lanes of the packed head; the rotation
+    turns lane i with lane ``i + rope_dims / 2``, as Llama does. So packed weights are those of a
+    Llama with ``rope`` over all lanes, and of a Qwen3 with ``qk_norm`` too. A rotation of all lanes
+    mixes low lanes with standard ones; ``rope_dims <= D - R`` leaves the low ones without position.
+    Equations: :mod:`ra_triton.norm_rope`.
 
     Args:
-        q: ``[B, T, H, D]``; its last R lanes are dropped.
+        q: ``[B, T, H, D]``; its last R lanes are dropped where ``k_low`` is given.
         k: ``[B, T, H_kv, D]``; likewise.
-        q_low: ``[B, T, H_kv, R]``, ``R <= D``: what the keys carry.
-        k_low: ``[B, T, H, R]``: what the queries carry.
+        q_low: ``[B, T, H_kv, R]``, ``R <= D``: what the keys carry; None where q and k come packed.
+        k_low: ``[B, T, H, R]``: what the queries carry; None together with ``q_low``.
+        rope: ``(cos, sin)``, ``[T_max, rope_dims / 2]`` each, or ``[T_max, rope_dims]`` with both
+            halves alike, as Hugging Face has them; float32 or q's dtype, no gradients.
+        position: where the tokens stand in the tables. An int: the first token's. An int32 or int64
+            tensor on q's device: ``[B]`` (or a scalar), each sequence's first, or ``[B, T]``; it is
+            read on the device alone, and rotated lanes of a position beyond the tables are NaN.
+        rope_dims: how many lanes turn, an even number; None: all D.
+        qk_norm: True, or ``(q_weight, k_weight)``, ``[D]`` each, float32 or q's dtype.
+        norm_eps: added to the mean square.
         backend: ``"triton"``, ``"sdpa"`` (here: plain torch) or ``"auto"``.
 
     Returns:
-        New tensors ``q_pack [B, T, H, D]`` and ``k_pack [B, T, H_kv, D]``, differentiable.
+        New tensors ``[B, T, H, D]`` and ``[B, T, H_kv, D]``, differentiable in all but the tables.
 
     Raises:
         TypeError: wrong types or dtypes.
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, values out of range, nothing to do.
         NotImplementedError: the backend cannot run the call.
+
+    Source: RoPE: arXiv:2104.09864; QK-norm: arXiv:2010.04245.
     """
-    check_pack_inputs(q, k, q_low, k_low)
-    module, _ = choose(backend, (q, k, q_low, k_low))
+    call = _norm_rope_call(q, k, q_low, k_low, rope, position, rope_dims, qk_norm, norm_eps)
+    module, _ = choose(backend, call[:6])
+    if call.eps is not None or call.cos is not None:
+        return module.norm_rope(call)
     return module.pack_qk(q, k, q_low, k_low)
 
 
 def pack_qk_(
-    q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor, *, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    q_low: Tensor | None = None,
+    k_low: Tensor | None = None,
+    *,
+    rope: Rope | None = None,
+    position: int | Tensor = 0,
+    rope_dims: int | None = None,
+    qk_norm: QKNorm = False,
+    norm_eps: float = 1e-6,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Pack in place: ``q[..., D-R:] = k_low``, ``k[..., D-R:] = q_low``.
+    """:func:`pack_qk` in place: ``q[..., D-R:] = k_low``, ``k[..., D-R:] = q_low``, norm, rotation.
 
-    Inference only. Only the last R lanes are written, 2R of 2D; the sources may be views of the
-    same buffer, the lanes that are overwritten included. Arguments, their shapes and the errors are
-    those of :func:`pack_qk`.
+    Inference only. One pass over q and k, which may be views of the GEMM's own buffer. The exchange
+    alone writes the last R lanes, 2R of 2D; a rotation also those that turn, a norm all of them.
+    The sources may be views of the same buffer, the lanes that are overwritten included.
+    Arguments, their shapes and the errors are those of :func:`pack_qk`.
 
     Returns:
         ``(q, k)``, the same tensors, now packed.
@@ -266,19 +306,30 @@ def pack_qk_(
     Raises:
         ValueError: also when a gradient is needed, or when ``q`` or ``k`` is expanded.
     """
-    check_pack_inputs(q, k, q_low, k_low)
+    call = _norm_rope_call(q, k, q_low, k_low, rope, position, rope_dims, qk_norm, norm_eps)
     check_no_overlap("q", q)
     check_no_overlap("k", k)
-    if q.data_ptr() == k.data_ptr() and q.numel():
+    if q.numel() and not torch.compiler.is_compiling() and q.data_ptr() == k.data_ptr():
         raise ValueError("k must not be the same memory as q: both are written")
-    tensors = (q, k, q_low, k_low)
-    if needs_grad(*tensors):
+    if needs_grad(*call[:6]):
         raise ValueError("pack_qk_ is for inference; use pack_qk, or torch.no_grad()")
-    module, _ = choose(backend, tensors)
-    # Both sources are read before either destination is written.
-    q_low, k_low = (_apart_from(low, (q, k)) for low in (q_low, k_low))
-    module.pack_qk_(q, k, q_low, k_low)
+    module, _ = choose(backend, call[:6])
+    # All that is read is read before q and k are written.
+    sources = (None if t is None else _apart_from(t, (q, k)) for t in call[2:9])
+    call = NormRope._make((q, k, *sources, call.rope_dims, call.eps))
+    if call.eps is not None or call.cos is not None:
+        module.norm_rope_(call)
+    else:
+        module.pack_qk_(q, k, call.q_low, call.k_low)
     return q, k
+
+
+def _norm_rope_call(*args: Any) -> NormRope:
+    """The checked arguments of ``pack_qk`` and ``pack_qk_``."""
+    call = check_norm_rope(*args)
+    if call.q_low is None and call.cos is None and call.eps is None:
+        raise ValueError("nothing to do: give q_low and k_low, rope or qk_norm")
+    return call
 
 
 def _projection_layout(
@@ -332,8 +383,11 @@ def _autocast(*tensors: Any) -> tuple[Any, ...]:
 
 
 def _apart_from(source: Tensor, written: tuple[Tensor, ...]) -> Tensor:
-    """``source``, copied if it lives in the same storage as a tensor that will be written."""
-    shared = any(_storage(t) == _storage(source) for t in written)
+    """``source``, copied if it lives in the same storage as a tensor that will be written.
+
+    A compiler sees no addresses, and drops the copies that it finds needless.
+    """
+    shared = torch.compiler.is_compiling() or any(_storage(t) == _storage(source) for t in written)
     return source.clone() if shared else source
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ra_triton.layout import Columns, RALayout
+from ra_triton.norm_rope import NormRope
 from ra_triton.options import AttentionOptions
 from ra_triton.quantization import QuantizedWeight
 from ra_triton.workspace import Workspace
@@ -108,6 +109,32 @@ def pack_(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> None:
 
     with _device_of(q):
         packing.pack_(q, k, q_low, k_low)
+
+
+def norm_rope(call: NormRope) -> tuple[Tensor, Tensor]:
+    """Lane exchange, norm and rotation: q and k, new."""
+    from ra_triton.kernels import norm_rope
+
+    with _device_of(call.q):
+        return norm_rope.norm_rope(call)
+
+
+def norm_rope_(call: NormRope) -> None:
+    """The same, over q and k."""
+    from ra_triton.kernels import norm_rope
+
+    with _device_of(call.q):
+        norm_rope.norm_rope_(call)
+
+
+def norm_rope_gradients(
+    call: NormRope, dq_pack: Tensor, dk_pack: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``q, k, q_low, k_low, q_weight, k_weight``, each only if needed."""
+    from ra_triton.kernels.norm_rope_backward import norm_rope_backward
+
+    with _device_of(call.q):
+        return norm_rope_backward(call, dq_pack, dk_pack, needed)
 
 
 def attend(

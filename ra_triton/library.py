@@ -13,11 +13,13 @@ from torch import Tensor
 
 from ra_triton import launches
 from ra_triton.layout import RALayout
+from ra_triton.norm_rope import NormRope
 from ra_triton.options import AttentionOptions
 from ra_triton.quantization import QuantizedWeight
 
 Grads = tuple[Tensor | None, ...]
 Three = tuple[Tensor, Tensor, Tensor]
+Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _layout(W_packed: Tensor, n_head: int, n_kv_head: int) -> RALayout:
@@ -281,11 +283,94 @@ def _layer_grads(ctx: Any, do: Tensor | None, *_: Any) -> Grads:
 layer.register_autograd(_layer_grads, setup_context=_save_layer)
 
 
+# Lane exchange, norm and rotation
+
+
+@torch.library.custom_op("ra_triton::norm_rope", mutates_args=())
+def norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_low: Tensor | None,
+    k_low: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    rope_dims: int,
+    eps: float | None,
+) -> tuple[Tensor, Tensor]:
+    """``(q [B, T, H, D], k [B, T, H_kv, D])``: a :class:`NormRope`, field by field."""
+    tensors = (q, k, q_low, k_low, q_weight, k_weight, cos, sin, positions)
+    return launches.norm_rope(NormRope._make((*tensors, rope_dims, eps)))
+
+
+@norm_rope.register_fake
+def _(q: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@torch.library.custom_op("ra_triton::norm_rope_backward", mutates_args=())
+def norm_rope_backward(
+    q: Tensor,
+    k: Tensor,
+    q_low: Tensor | None,
+    k_low: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    rope_dims: int,
+    eps: float | None,
+    dq_pack: Tensor,
+    dk_pack: Tensor,
+    needed: Sequence[bool],
+) -> Six:
+    """``(dq, dk, dq_low, dk_low, dq_weight, dk_weight)``."""
+    tensors = (q, k, q_low, k_low, q_weight, k_weight, cos, sin, positions)
+    call = NormRope._make((*tensors, rope_dims, eps))
+    grads = launches.norm_rope_gradients(call, dq_pack, dk_pack, needed)
+    dq, dk, dq_low, dk_low, dq_w, dk_w = (q.new_empty(0) if t is None else t for t in grads)
+    return dq, dk, dq_low, dk_low, dq_w, dk_w
+
+
+@norm_rope_backward.register_fake
+def _(*args: Any) -> Six:
+    dq, dk, dq_low, dk_low, dq_w, dk_w = (
+        t.new_empty(t.shape) if need else args[0].new_empty(0)
+        for t, need in zip(args[:6], args[-1], strict=True)
+    )
+    return dq, dk, dq_low, dk_low, dq_w, dk_w
+
+
+def norm_rope_gradients(
+    call: NormRope, dq_pack: Tensor, dk_pack: Tensor, needed: Sequence[bool]
+) -> Grads:
+    """``launches.norm_rope_gradients`` through its operator."""
+    grads = norm_rope_backward(*call, dq_pack, dk_pack, list(needed))
+    return tuple(t if need else None for t, need in zip(grads, needed, strict=True))
+
+
+def _save_norm_rope(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.rope_dims, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _norm_rope_grads(ctx: Any, dq_pack: Tensor, dk_pack: Tensor) -> Grads:
+    call = NormRope._make((*ctx.saved_tensors, ctx.rope_dims, ctx.eps))
+    grads = norm_rope_gradients(call, dq_pack, dk_pack, ctx.needs_input_grad[:6])
+    return (*grads, *[None] * 5)
+
+
+norm_rope.register_autograd(_norm_rope_grads, setup_context=_save_norm_rope)
+
+
 def _refuse(ctx: Any, *_: Any) -> Grads:
     raise RuntimeError("the Triton kernels cannot differentiate twice; use backend='sdpa'")
 
 
-for _backward in (project_backward, attention_backward, layer_backward):
+for _backward in (project_backward, attention_backward, layer_backward, norm_rope_backward):
     _backward.register_autograd(_refuse)
 
 

@@ -1,11 +1,12 @@
 """Autograd over the kernels in eager mode: what is saved, which launches run when.
 
-Three differentiable functions: the projection, the attention, and the whole layer, whose backward
-writes dq, dk and dv into one ``[B, T, N]`` buffer, so that dx and dW are one GEMM each. Without a
-gradient to record, the launches run directly. What is traced (``torch.compile``, ``torch.export``)
-takes the registered operators instead, which do the same at a higher cost per call. So does a
-backward that is itself recorded (``create_graph=True``, ``torch.func``): the operators see through
-wrappers, and raise when somebody differentiates a second time.
+Four differentiable functions: the projection, what stands between it and attention (``norm_rope``),
+the attention, and the whole layer, whose backward writes dq, dk and dv into one ``[B, T, N]``
+buffer, so that dx and dW are one GEMM each. Without a gradient to record, the launches run
+directly. What is traced (``torch.compile``, ``torch.export``) takes the registered operators
+instead, which do the same at a higher cost per call. So does a backward that is itself recorded
+(``create_graph=True``, ``torch.func``): the operators see through wrappers, and raise when somebody
+differentiates a second time.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from torch.autograd import Function, forward_ad
 from ra_triton import launches, library
 from ra_triton.checks import needs_grad
 from ra_triton.layout import RALayout
+from ra_triton.norm_rope import NormRope
 from ra_triton.options import AttentionOptions
 from ra_triton.quantization import QuantizedWeight
 from ra_triton.workspace import Workspace
@@ -120,6 +122,28 @@ def pack_(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> None:
     """Overwrites the last lanes of q and k, where no gradient is needed."""
     _refuse_tangents(q, k, q_low, k_low)
     launches.pack_(q, k, q_low, k_low)
+
+
+def norm_rope(call: NormRope) -> tuple[Tensor, Tensor]:
+    """Lane exchange, norm and rotation of q and k; cos, sin and positions have no gradient."""
+    _refuse_tangents(*call[:6])
+    recorded = needs_grad(*call[:6])
+    if _traced(call.q, call.k) or (_transformed() and not recorded):
+        return library.norm_rope(*call)
+    if recorded:
+        return _function(_NormRope).apply(*call)
+    return launches.norm_rope(call)
+
+
+def norm_rope_(call: NormRope) -> None:
+    """The same over q and k, where no gradient is needed."""
+    _refuse_tangents(*call[:6])
+    if _traced(call.q, call.k) or _transformed():
+        q, k = library.norm_rope(*call)
+        call.q.copy_(q)
+        call.k.copy_(k)
+        return
+    launches.norm_rope_(call)
 
 
 def _refuse_tangents(*tensors: Tensor | None) -> None:
@@ -251,3 +275,21 @@ class _Layer(Function):
         args = (x, W_packed, packed, out, lse, do, ctx.layout, ctx.options, seed, needed)
         grads = _gradients(launches.layer_gradients, library.layer_gradients, *args)
         return (*grads, None, None, None)
+
+
+class _NormRope(Function):
+    @staticmethod
+    def forward(*call: Any) -> tuple[Tensor, Tensor]:
+        return launches.norm_rope(NormRope._make(call))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.rope_dims, ctx.eps = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, dq_pack: Tensor, dk_pack: Tensor) -> Grads:
+        call = NormRope._make((*ctx.saved_tensors, ctx.rope_dims, ctx.eps))
+        args = (call, dq_pack, dk_pack, ctx.needs_input_grad[:6])
+        grads = _gradients(launches.norm_rope_gradients, library.norm_rope_gradients, *args)
+        return (*grads, *[None] * 5)

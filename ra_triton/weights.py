@@ -20,6 +20,7 @@ def compose_weights(
     W_recip: Tensor,
     *,
     n_head: int,
+    n_kv_head: int | None = None,
     w_std: Tensor | float | None = None,
     w_rec: Tensor | float | None = None,
     weight_layout: str = "split",
@@ -30,25 +31,31 @@ def compose_weights(
     sit on the query side alone, so any sign is allowed and gradients at 0 are finite. Biases fold
     the same way: pass them as one-row matrices ``[1, H*D]`` and take row 0 of the result.
 
+    Grouped heads (GQA), ``G = H / H_kv`` query heads to a key head: query head h carries
+    ``K_low = K_(h // G) W_recip`` and each key head the mean of its group's ``Q W_recip``. That is
+    another operator than RA per head, which needs G low parts on each key: there is one key for the
+    whole group, and one cache. It is RA per head where the group's ``Q W_recip`` are equal. A mean
+    of G independent parts is ``1 / sqrt(G)`` as large as each; ``w_rec = sqrt(G)`` makes up for it.
+
     Args:
         W_q: ``[C, H*D]`` query projection, used as ``x @ W_q``.
-        W_k: ``[C, H*D]`` key projection.
-        W_v: ``[C, H*D]`` value projection.
-        W_recip: ``[D, R]`` shared by all heads, or ``[H, D, R]``.
-        n_head: number of heads ``H``.
+        W_k: ``[C, H_kv*D]`` key projection.
+        W_v: ``[C, H_kv*D]`` value projection.
+        W_recip: ``[D, R]`` shared by all heads, or ``[H, D, R]``, one for each query head.
+        n_head: query heads ``H``.
+        n_kv_head: key/value heads ``H_kv``, which divide ``H``; ``None`` means ``H``.
         w_std: gate on the standard term: a number, a scalar tensor or ``[H]``; ``None`` means 1.
         w_rec: gate on the reciprocal term, likewise.
         weight_layout: column order of the result, ``"split"`` or ``"packed"``.
 
     Returns:
-        ``W_fused [C, 3*H*D]`` in the dtype of the weights, differentiable in every argument.
+        ``W_fused [C, (H + 2*H_kv)*D]`` in the weights' dtype, differentiable in every argument.
 
     Raises:
         TypeError: an argument that is not a float tensor, or mixed dtypes.
         ValueError: shapes that do not fit together, mixed devices, an unknown ``weight_layout``.
-        NotImplementedError: fewer key/value heads than query heads.
 
-    Source: reciprocal attention, github.com/mcgrof/knlp.
+    Source: reciprocal attention, github.com/mcgrof/knlp; grouped heads: arXiv:2305.13245.
     """
     check_choice("weight_layout", weight_layout, WEIGHT_LAYOUTS)
     weights = {"W_q": W_q, "W_k": W_k, "W_v": W_v}
@@ -60,15 +67,15 @@ def compose_weights(
     if W_q.dim() != 2 or n_head < 1 or W_q.shape[1] == 0 or W_q.shape[1] % n_head:
         raise ValueError(f"W_q must be [C, H*D] with H = n_head = {n_head}, got {tuple(W_q.shape)}")
     C, D = W_q.shape[0], W_q.shape[1] // n_head
+    H_kv = kv_heads(n_head, n_kv_head)
     for name in ("W_k", "W_v"):
         w = weights[name]
-        if w.dim() == 2 and w.shape[0] == C and 0 < w.shape[1] < W_q.shape[1]:
-            raise NotImplementedError(
-                f"{name} has fewer heads than W_q ({tuple(w.shape)}): grouped heads cannot be "
-                "composed; build W_fused from its sections and pass n_kv_head"
-            )
-        if w.shape != W_q.shape:
-            raise ValueError(f"{name} must be {tuple(W_q.shape)} like W_q, got {tuple(w.shape)}")
+        if w.shape == (C, H_kv * D):
+            continue
+        if n_kv_head is None and w.dim() == 2 and w.shape[0] == C and w.shape[1] < W_q.shape[1]:
+            raise ValueError(f"{name} has fewer heads than W_q ({tuple(w.shape)}): pass n_kv_head")
+        like = "like W_q" if H_kv == n_head else f"with n_kv_head = {H_kv} heads of W_q's size"
+        raise ValueError(f"{name} must be {(C, H_kv * D)} {like}, got {tuple(w.shape)}")
     if W_recip.dim() not in (2, 3) or W_recip.shape[-2] != D:
         raise ValueError(
             f"W_recip must be [D, R] or [H, D, R] with D = {D}, got {tuple(W_recip.shape)}"
@@ -77,13 +84,17 @@ def compose_weights(
         raise ValueError(
             f"W_recip must be [H, D, R] with H = {n_head} heads, got {tuple(W_recip.shape)}"
         )
-    layout = RALayout.from_columns(3 * n_head * D, W_recip.shape[-1], n_head)
+    layout = RALayout.from_columns((n_head + 2 * H_kv) * D, W_recip.shape[-1], n_head, H_kv)
 
-    q, k, v = (w.unflatten(-1, (n_head, D)) for w in (W_q, W_k, W_v))  # [C, H, D]
+    q, k, v = (w.unflatten(-1, (-1, D)) for w in (W_q, W_k, W_v))  # [C, H or H_kv, D]
     recip = W_recip.expand(n_head, D, layout.R)
+    group = n_head // H_kv
+    every_k = k if group == 1 else k.repeat_interleave(group, dim=1)
     with torch.autocast(W_q.device.type, enabled=False):  # the low lanes stay as exact as the rest
         q_low = torch.einsum("chd,hdr->chr", q, recip)
-        k_low = torch.einsum("chd,hdr->chr", k, recip)
+        k_low = torch.einsum("chd,hdr->chr", every_k, recip)
+    if group > 1:
+        q_low = q_low.unflatten(1, (H_kv, group)).mean(2)
     W_fused = layout.join_columns(
         {
             "q_std": _gated("w_std", w_std, q[..., : layout.d_std]),
@@ -128,34 +139,49 @@ def unpack_weight(
 
 
 def factor_weight(
-    W_fused: Tensor, R: int, *, n_head: int, weight_layout: str = "split"
+    W_fused: Tensor,
+    R: int,
+    *,
+    n_head: int,
+    n_kv_head: int | None = None,
+    weight_layout: str = "split",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Factors that :func:`compose_weights` turns into ``W_fused`` again, with both gates at 1.
 
     Any weight of plain attention has them: W_recip picks the last R lanes of each head
     (:func:`last_lanes`), so W_q holds ``[Q_std|Q_low]`` and W_k ``[K_std|K_low]`` per head. A bias
-    factors as a one-row matrix.
+    factors as a one-row matrix. With grouped heads only R = 0 has them: the R free lanes of one key
+    head cannot make a different K_low for each query head of its group.
 
     Args:
-        W_fused: ``[C, 3*H*D]``.
+        W_fused: ``[C, (H + 2*H_kv)*D]``.
         R: reciprocal rank, ``0 <= R <= D``.
-        n_head: number of heads ``H``.
+        n_head: query heads ``H``.
+        n_kv_head: key/value heads; ``None`` means ``H``.
         weight_layout: column order of ``W_fused``, ``"split"`` or ``"packed"``.
 
     Returns:
-        ``W_q, W_k, W_v`` ``[C, H*D]`` and ``W_recip [D, R]``, in the dtype of ``W_fused``.
+        ``W_q [C, H*D]``, ``W_k`` and ``W_v`` ``[C, H_kv*D]`` and ``W_recip [D, R]``, in the dtype
+        of ``W_fused``.
 
     Raises:
         TypeError: not a tensor, or a count that is not an int.
         ValueError: columns that do not divide into heads, R out of range, an unknown
-            ``weight_layout``.
+            ``weight_layout``, grouped heads with R > 0.
     """
     check_choice("weight_layout", weight_layout, WEIGHT_LAYOUTS)
-    layout = _layout_of(W_fused, R, n_head, None)
+    layout = _layout_of(W_fused, R, n_head, n_kv_head)
+    if R and layout.n_kv_head < layout.n_head:
+        raise ValueError(
+            f"a weight with n_kv_head={n_kv_head} < n_head={n_head} has no factors with R={R}: a "
+            "key head has one K_low for its whole group; take R=0 or the free parametrisation"
+        )
     s = layout.split_columns(layout.unpack(W_fused) if weight_layout == "packed" else W_fused)
-    W_q = torch.cat((s["q_std"], s["q_low"]), dim=-1).flatten(-2)
-    W_k = torch.cat((s["k_std"], s["k_low"]), dim=-1).flatten(-2)
-    return W_q, W_k, s["v"].flatten(-2), last_lanes(W_fused.new_empty(layout.head_dim, R))
+    q, k = s["q_std"], s["k_std"]
+    if R:
+        q, k = torch.cat((q, s["q_low"]), dim=-1), torch.cat((k, s["k_low"]), dim=-1)
+    W_recip = last_lanes(W_fused.new_empty(layout.head_dim, R))
+    return q.flatten(-2), k.flatten(-2), s["v"].flatten(-2), W_recip
 
 
 def last_lanes(W_recip: Tensor) -> Tensor:
@@ -163,6 +189,17 @@ def last_lanes(W_recip: Tensor) -> Tensor:
     D, R = W_recip.shape[-2:]
     eye = torch.eye(D, dtype=W_recip.dtype, device=W_recip.device)
     return eye[:, D - R :].expand_as(W_recip).clone()
+
+
+def kv_heads(n_head: int, n_kv_head: int | None) -> int:
+    """``n_kv_head``, checked; ``n_head`` for None."""
+    if n_kv_head is None:
+        return n_head
+    if type(n_kv_head) is not int:
+        raise TypeError(f"n_kv_head must be an int or None, got {n_kv_head!r}")
+    if n_kv_head < 1 or n_head % n_kv_head:
+        raise ValueError(f"n_kv_head must divide n_head={n_head}, got {n_kv_head}")
+    return n_kv_head
 
 
 def _layout_of(w: Tensor, R: int, n_head: int | None, n_kv_head: int | None) -> RALayout:

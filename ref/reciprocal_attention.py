@@ -19,17 +19,23 @@ from torch import Tensor
 
 def reciprocal_scores(
     Q: Tensor,  # [B, T, H, D]
-    K: Tensor,  # [B, T, H, D]
+    K: Tensor,  # [B, T, H_kv, D]
     W_recip: Tensor,  # [D, R] or [H, D, R]
     w_std: Tensor | float = 1.0,  # number or [H]
     w_rec: Tensor | float = 1.0,
 ) -> Tensor:
-    """Both terms, unscaled: ``w_std * Q_std K_stdᵀ + w_rec * K_low Q_lowᵀ``, ``[B, H, T, T]``."""
+    """Both terms, unscaled: ``w_std * Q_std K_stdᵀ + w_rec * K_low Q_lowᵀ``, ``[B, H, T, T]``.
+
+    Grouped heads share K, and what their keys carry: the mean of their Q_low.
+    """
     H, D = Q.shape[2:]
+    H_kv = K.shape[2]
+    K = K.repeat_interleave(H // H_kv, dim=2)
     recip = W_recip.expand(H, D, W_recip.shape[-1])
     d_std = D - recip.shape[-1]
     Q_low = torch.einsum("bthd,hdr->bthr", Q, recip)
     K_low = torch.einsum("bthd,hdr->bthr", K, recip)
+    Q_low = Q_low.unflatten(2, (H_kv, -1)).mean(3).repeat_interleave(H // H_kv, dim=2)
     standard = torch.einsum("bihd,bjhd->bhij", Q[..., :d_std], K[..., :d_std])
     reciprocal = torch.einsum("bihr,bjhr->bhij", K_low, Q_low)  # row i is the query: K_low(i)
     gate_std = torch.as_tensor(w_std, dtype=Q.dtype).reshape(-1, 1, 1)
@@ -96,6 +102,25 @@ def packed_attention(
     )
 
 
+def norm_rope(
+    p: Tensor,  # [B, T, H, D], packed
+    *,
+    weight: Tensor | None = None,  # [D]
+    eps: float | None = None,  # None: no norm
+    cos: Tensor | None = None,  # [B, T, pairs], at the tokens' positions; None: no rotation
+    sin: Tensor | None = None,
+) -> Tensor:
+    """What may follow packing: an RMS norm of each head, then lane i turns with ``i + pairs``."""
+    if eps is not None:
+        p = p / torch.sqrt(p.square().mean(-1, keepdim=True) + eps)
+        p = p if weight is None else p * weight
+    if cos is None or sin is None:
+        return p
+    cos, sin, pairs = cos[:, :, None], sin[:, :, None], cos.shape[-1]
+    a, b, rest = p[..., :pairs], p[..., pairs : 2 * pairs], p[..., 2 * pairs :]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+
+
 def split_lanes(
     y: Tensor, R: int, n_head: int, n_kv_head: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,11 +149,12 @@ def round_to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
 def reciprocal_attention(
     x: Tensor,  # [B, T, C]
     W_q: Tensor,  # [C, H*D]
-    W_k: Tensor,
+    W_k: Tensor,  # [C, H_kv*D]
     W_v: Tensor,
     W_recip: Tensor,  # [D, R] or [H, D, R]
     *,
     n_head: int,
+    n_kv_head: int | None = None,
     w_std: Tensor | float = 1.0,
     w_rec: Tensor | float = 1.0,
     softmax_scale: float | None = None,
@@ -136,7 +162,9 @@ def reciprocal_attention(
 ) -> Tensor:
     """The definition, from the factors: ``[B, T, H*D]``."""
     B, T, _ = x.shape
-    Q, K, V = ((x @ W).reshape(B, T, n_head, -1) for W in (W_q, W_k, W_v))
+    H_kv = n_kv_head or n_head
+    heads = zip((W_q, W_k, W_v), (n_head, H_kv, H_kv), strict=True)
+    Q, K, V = ((x @ W).reshape(B, T, H, -1) for W, H in heads)
     S = reciprocal_scores(Q, K, W_recip, w_std, w_rec)
     scale = 1 / math.sqrt(Q.shape[-1]) if softmax_scale is None else softmax_scale
     return attend(S, V, scale=scale, **options)[0].flatten(2)

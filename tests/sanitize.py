@@ -43,6 +43,16 @@ def main(chosen: list[int]) -> None:
                     backend="triton",
                 )
                 out.float().square().sum().backward()
+                q, k, _ = ra_triton.project(x, W, n_head=H, n_kv_head=H_kv, backend="triton")
+                table, weight = torch.rand(T + 3, D // 2, device="cuda"), W[0, :D].detach()
+                turned = ra_triton.pack_qk(
+                    *(q, k, k[..., :3], q[..., :3]),
+                    rope=(table, table),
+                    position=torch.arange(B, device="cuda") * 3,  # also beyond the table
+                    qk_norm=(weight.clone().requires_grad_(), weight),
+                    backend="triton",
+                )
+                sum(t.float().nansum() for t in turned).backward()
                 for which in ("all", "reciprocal"):
                     with torch.no_grad():
                         heads = {"n_head": H, "n_kv_head": H_kv}

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "ra_triton").rglob("*.py"))
 
-SHARED = {"checks", "layout", "options"}  # leaves
+SHARED = {"checks", "layout", "norm_rope", "options"}  # leaves
 STAGE = {"kernels.tiles", "kernels.plans", "kernels.configs", "layout"}
 # Module: what it may import of the package. A new module needs a line here.
 ARROWS = {
@@ -23,6 +23,7 @@ ARROWS = {
     "prepared": {"checks"},
     "layout": set(),
     "options": set(),
+    "norm_rope": {"checks"},
     "backend": {"backend.sdpa", "backend.triton", *SHARED},
     "backend.sdpa": {"quantization", "workspace", *SHARED},
     "backend.triton": {
@@ -35,6 +36,8 @@ ARROWS = {
     "ops": {"launches", "library", "quantization", "workspace", *SHARED},
     "library": {"launches", "quantization", *SHARED},
     "launches": {
+        "kernels.norm_rope",
+        "kernels.norm_rope_backward",
         "kernels.attention_backward",
         "kernels.attention_forward",
         "kernels.packing",
@@ -45,11 +48,15 @@ ARROWS = {
         "workspace",
         *SHARED,
     },
-    "nn": {"nn.attention", "nn.composed", "nn.gpt2", "nn.quantized", "workspace"},
+    "nn": {
+        *("nn.attention", "nn.composed", "nn.gpt2", "nn.llama", "nn.quantized", "workspace"),
+    },
     "nn.attention": {
-        *("api", "nn.composed", "nn.quantized", "quantization", "weights", "workspace"),
+        *("api", "nn.composed", "nn.quantized", "nn.rope", "quantization", "weights", "workspace"),
         *SHARED,
     },
+    "nn.llama": {"nn.attention", "nn.composed", "nn.gpt2", "nn.quantized"},
+    "nn.rope": {"norm_rope", "workspace"},
     "nn.composed": {"weights", "workspace", *SHARED},
     "nn.gpt2": {"nn.attention", "nn.composed", "nn.quantized", "weights", *SHARED},
     "nn.quantized": {"quantization", *SHARED},
@@ -61,6 +68,9 @@ ARROWS = {
     "kernels.attention_forward_hopper": STAGE,
     "kernels.packing": STAGE,
     "kernels.projection_int8": STAGE,
+    "kernels.norm_rope": {*STAGE, "kernels.norm_rope_tiles", "norm_rope"},
+    "kernels.norm_rope_backward": {*STAGE, "kernels.norm_rope_tiles", "norm_rope"},
+    "kernels.norm_rope_tiles": {*STAGE, "norm_rope"},
     "kernels.projection": {"kernels.projection_hopper", *STAGE},
     "kernels.projection_hopper": STAGE,
     "kernels.tiles": {"kernels.configs", "kernels.plans", "layout"},

@@ -112,6 +112,16 @@ def _int8(tensors, columns=None, config=None):
     quantize_rows(x, x_int8, x_scale, config=config)
 
 
+def _norm_rope(tensors, rope_dims=8, eps=1e-6, in_place=False):
+    from ra_triton.kernels import norm_rope, norm_rope_backward
+    from ra_triton.norm_rope import NormRope
+
+    *read, q_out, k_out, dq_out, dk_out = tensors.values()
+    call = NormRope._make((*read, rope_dims, eps))
+    norm_rope._launch(call, q_out, k_out, in_place=in_place)
+    norm_rope_backward.norm_rope_backward(call, dq_out, dk_out, [True] * 6)
+
+
 ROWS = (2, 6, 2, 16)
 SHAPES = {
     _attention: {
@@ -131,12 +141,21 @@ SHAPES = {
         **dict.fromkeys(("q_low", "k_low"), (2, 6, 2, 4)),
         **dict.fromkeys(("q_pack", "k_pack"), ROWS),
     },
+    _norm_rope: {
+        **dict.fromkeys(("q", "k"), ROWS),
+        **dict.fromkeys(("q_low", "k_low"), (2, 6, 2, 4)),
+        **dict.fromkeys(("q_weight", "k_weight"), (16,)),
+        **{"cos": (6, 4), "sin": (6, 4), "positions": (2,)},
+        **dict.fromkeys(("q_out", "k_out", "dq_out", "dk_out"), ROWS),
+    },
 }
 ATTENTION_OPTIONS = [
     *({"causal": False}, {"softmax_scale": 0.5}, {"dropout_p": 0.2}, {"dropout_p": 0.0}),
     *({"config": LaunchConfig(rows, 4, block_n=16)} for rows in (16, 32)),
 ]
 GEMM_OPTIONS = [{"config": LaunchConfig(rows, 4, block_n=16, block_k=16)} for rows in (16, 32)]
+NORM_ROPE_OPTIONS = [{"rope_dims": 4}, {"eps": 1e-5}, {"eps": None}]
+NORM_ROPE_READS = "q k q_low k_low cos sin", "q_weight k_weight positions"
 DEPENDS = {  # kernel: its caller, tensors that may have any strides, tensors that may not, options
     "_attention_forward_kernel": (_attention, "q k v", "o lse seed", ATTENTION_OPTIONS),
     "_delta_kernel": (_attention, "do", "o dlse", []),
@@ -151,16 +170,26 @@ DEPENDS = {  # kernel: its caller, tensors that may have any strides, tensors th
     ),
     "_quantize_rows_kernel": (_int8, "x", "x_scale x_int8", GEMM_OPTIONS),
     "_pack_kernel": (_packing, "q k q_low k_low q_pack k_pack", "", [{"in_place": True}]),
+    "_norm_rope_kernel": (
+        *(_norm_rope, NORM_ROPE_READS[0] + " q_out k_out", NORM_ROPE_READS[1]),
+        [*NORM_ROPE_OPTIONS, {"eps": None, "in_place": True}],
+    ),
+    "_norm_rope_backward_kernel": (
+        *(_norm_rope, NORM_ROPE_READS[0] + " dq_out dk_out", NORM_ROPE_READS[1]),
+        NORM_ROPE_OPTIONS,
+    ),
 }
 
 
-NO_PRODUCTS = ("_delta_kernel", "_column_sum_kernel", "_pack_kernel", "_quantize_rows_kernel")
+NO_PRODUCTS = (
+    *("_delta_kernel", "_column_sum_kernel", "_pack_kernel", "_quantize_rows_kernel"),
+    *("_norm_rope_kernel", "_norm_rope_backward_kernel"),
+)
 
 
 def _allocate(name, shape, dtype, offset=0, spare=0):
     """A tensor that begins ``offset`` elements into its buffer, its rows ``spare`` apart."""
-    if name == "seed":
-        return torch.zeros(1 + offset, dtype=torch.int64, device=DEVICE)[offset:]
+    dtype = torch.int64 if name in ("seed", "positions") else dtype
     dtype = torch.float32 if "lse" in name else dtype
     wide = (*shape[:-1], shape[-1] + spare)
     flat = torch.zeros(offset + torch.Size(wide).numel(), dtype=dtype, device=DEVICE)
@@ -275,11 +304,13 @@ DEPENDENT = """
 import re, torch
 from bench.aot import compile_for
 from ra_triton.kernels import attention_backward, attention_forward
-from ra_triton.kernels import packing, projection, projection_backward, projection_int8
+from ra_triton.kernels import norm_rope, norm_rope_backward, packing
+from ra_triton.kernels import projection, projection_backward, projection_int8
 from ra_triton.layout import Columns
+from ra_triton.norm_rope import NormRope
 
 attention, gemms = (attention_backward, attention_forward), (projection, projection_backward)
-for stage in (*attention, *gemms, packing, projection_int8):
+for stage in (*attention, *gemms, norm_rope, norm_rope_backward, packing, projection_int8):
     stage.target_of = lambda device: "sm_90"
 rows = torch.zeros(1, 2048, 16, dtype=torch.float16)
 q, k, v, do, dq, dk, dv = (rows.clone()[:, :64, None] for _ in range(7))
@@ -288,6 +319,9 @@ with compile_for("sm_90") as compiled:
     o, lse = attention_forward.attention_forward(q, k, v, **options)
     attention_backward.attention_backward(q, k, v, o, lse, do, dq, dk, dv, **options)
     packing.pack(q, k, q[..., :4], k[..., :4])
+    call = NormRope(q, k, *[None] * 4, *[torch.zeros(64, 8)] * 2, None, 16, 1e-6)
+    norm_rope.norm_rope(call)
+    norm_rope_backward.norm_rope_backward(call, dq, dk, [True] * 6)
     projection.projection(rows, rows[0, :16], None)
     projection_backward.weight_gradient(rows, rows)
     projection_backward.bias_gradient(rows)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ra_triton import quantization
 from ra_triton.layout import RALayout
+from ra_triton.norm_rope import NormRope
 from ra_triton.options import AttentionOptions
 from ra_triton.quantization import QuantizedWeight
 from ra_triton.workspace import Workspace
@@ -108,6 +109,57 @@ def pack_qk_(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> None:
     if R:
         q[..., -R:].copy_(k_low)
         k[..., -R:].copy_(q_low)
+
+
+def norm_rope(call: NormRope) -> tuple[Tensor, Tensor]:
+    """Lane exchange, norm and rotation, out of place."""
+    q, k = call.q, call.k
+    if call.q_low is not None and call.k_low is not None:
+        q, k = pack_qk(q, k, call.q_low, call.k_low)
+    angles = None if call.cos is None or call.sin is None else _angles(call)
+    return (
+        _normed_and_turned(q, call.q_weight, angles, call),
+        _normed_and_turned(k, call.k_weight, angles, call),
+    )
+
+
+def norm_rope_(call: NormRope) -> None:
+    """Lane exchange, norm and rotation over ``q`` and ``k``."""
+    q, k = norm_rope(call)
+    call.q.copy_(q)
+    call.k.copy_(k)
+
+
+def _angles(call: NormRope) -> tuple[Tensor, Tensor]:
+    """``cos, sin`` of each token, ``[B or 1, T, 1, rope_dims / 2]``; NaN beyond the tables."""
+    assert call.cos is not None
+    assert call.sin is not None
+    cos, sin = (t[:, : call.rope_dims // 2].float() for t in (call.cos, call.sin))
+    if call.positions is None:
+        return cos[None, :, None], sin[None, :, None]
+    at = call.positions
+    if at.dim() == 1:
+        at = at[:, None] + torch.arange(call.q.shape[1], device=at.device)
+    beyond = (at < 0) | (at >= len(cos))
+    rows = at.clamp(0, len(cos) - 1)
+    cos = cos[rows].masked_fill(beyond[..., None], math.nan)
+    return cos[:, :, None], sin[rows][:, :, None]
+
+
+def _normed_and_turned(
+    x: Tensor, weight: Tensor | None, angles: tuple[Tensor, Tensor] | None, call: NormRope
+) -> Tensor:
+    """A packed head, normed and turned in float32, in the dtype of ``x``."""
+    y = x.float()
+    if call.eps is not None:
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + call.eps)
+        y = y if weight is None else y * weight.float()
+    if angles is not None:
+        cos, sin = angles
+        pairs = call.rope_dims // 2
+        a, b, rest = y.split([pairs, pairs, x.shape[-1] - call.rope_dims], dim=-1)
+        y = torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+    return y.to(x.dtype)
 
 
 def _mask(T_q: int, T_k: int, options: AttentionOptions, device: torch.device) -> Tensor | None:

@@ -11,6 +11,7 @@ from ra_triton import ops
 from ra_triton.backend import sdpa
 from ra_triton.checks import needs_grad
 from ra_triton.layout import RALayout
+from ra_triton.norm_rope import NormRope
 from ra_triton.options import AttentionOptions
 from ra_triton.quantization import QuantizedWeight
 from ra_triton.workspace import Workspace
@@ -89,6 +90,16 @@ def pack_qk(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor,
 def pack_qk_(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> None:
     """Overwrites the last R lanes of ``q`` and ``k``."""
     ops.pack_(q, k, q_low, k_low)
+
+
+def norm_rope(call: NormRope) -> tuple[Tensor, Tensor]:
+    """Lane exchange, norm and rotation, out of place."""
+    return ops.norm_rope(call)
+
+
+def norm_rope_(call: NormRope) -> None:
+    """Lane exchange, norm and rotation over ``q`` and ``k``."""
+    ops.norm_rope_(call)
 
 
 def _device_unsupported(device: torch.device) -> str | None:

@@ -82,6 +82,8 @@ def launch_config(
             "projection": LaunchConfig(32, 4, block_n=32, block_k=16),
             "input_gradient": LaunchConfig(32, 4, block_n=32, block_k=16),
             "packing": LaunchConfig(16, 4),
+            "norm_rope": LaunchConfig(16, 4),
+            "norm_rope_backward": LaunchConfig(16, 4),
             "delta": LaunchConfig(16, 4),
             "key_value_gradient": LaunchConfig(16, 4, block_n=32),
             "query_gradient": LaunchConfig(32, 4, block_n=16),
@@ -111,6 +113,8 @@ def _config(
         return _weight_gradient(full_precision, target, aligned)
     if stage in ("weight_only", "weight_only_few", "other_columns", "w8a8"):
         return _int8_projection(stage, full_precision, target, aligned)
+    if stage in ("norm_rope", "norm_rope_backward"):  # static: no spill
+        return LaunchConfig(32 if head_dim <= 128 else 8, 4)
     return {
         "packing": LaunchConfig(64, 4),
         "delta": LaunchConfig(32, 4),

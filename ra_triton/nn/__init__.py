@@ -3,6 +3,7 @@
 from ra_triton.nn.attention import RACausalSelfAttention
 from ra_triton.nn.composed import ComposedLinear
 from ra_triton.nn.gpt2 import from_gpt2, to_gpt2
+from ra_triton.nn.llama import from_llama, to_llama
 from ra_triton.nn.quantized import QuantizedLinear
 from ra_triton.workspace import Workspace
 
@@ -12,5 +13,7 @@ __all__ = [
     "RACausalSelfAttention",
     "Workspace",
     "from_gpt2",
+    "from_llama",
     "to_gpt2",
+    "to_llama",
 ]

@@ -1,16 +1,20 @@
 """Causal self-attention as a module, with nanoGPT's names."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ra_triton.api import project, ra_attention
-from ra_triton.checks import check_choice
+from ra_triton.api import pack_qk, pack_qk_, packed_attention, project, ra_attention
+from ra_triton.checks import check_choice, needs_grad
 from ra_triton.layout import RALayout
 from ra_triton.nn.composed import INIT_STD, ComposedLinear
 from ra_triton.nn.quantized import QuantizedLinear
+from ra_triton.nn.rope import THETA, RotaryTables
+from ra_triton.norm_rope import check_rope_dims
 from ra_triton.quantization import QuantizedWeight, quantize_weight
+from ra_triton.weights import kv_heads
 
 PARAMETRISATIONS = ("free", "composed")
 
@@ -27,6 +31,10 @@ class RACausalSelfAttention(nn.Module):
     ``"composed"``  ``c_attn`` is a :class:`ComposedLinear`: W_q, W_k, W_v, W_recip and one gate per
                     head and term (``c_attn.w_std``, ``c_attn.w_rec``), composed on each step.
 
+    Between projection and attention come, if asked for, a QK-norm of the packed heads (weights
+    ``q_norm.weight``, ``k_norm.weight``, Qwen3's names) and their rotation by position (RoPE), as
+    :func:`ra_triton.pack_qk` has them.
+
     Both start as GPT-2 does: normal weights of standard deviation 0.02, zero biases.
     """
 
@@ -38,8 +46,13 @@ class RACausalSelfAttention(nn.Module):
         bias: bool = True,
         dropout: float = 0.0,
         *,
+        n_kv_head: int | None = None,
         parametrisation: str = "free",
         recip_per_head: bool = False,
+        rope: bool | float = False,
+        rope_dims: int | None = None,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -52,8 +65,15 @@ class RACausalSelfAttention(nn.Module):
             R: reciprocal rank, ``0 <= R <= D``; 0 is plain attention.
             bias: whether both projections have one.
             dropout: probability, in training, for attention weights and for the result.
+            n_kv_head: key/value heads (GQA), which divide ``n_head``; ``None`` means ``n_head``.
+                Composed, a key carries the mean of its group: :func:`ra_triton.compose_weights`.
             parametrisation: ``"free"`` or ``"composed"``.
             recip_per_head: a W_recip for each head, ``[H, D, R]``, not one for all; composed only.
+            rope: rotate queries and keys by position; a number is theta, True is 10,000.
+            rope_dims: lanes that turn, an even number; ``None``: all. Low lanes carry no position
+                where ``rope_dims <= D - R``; else they mix with standard ones.
+            qk_norm: an RMS norm with a weight for each lane, over the packed heads.
+            norm_eps: of that norm.
             backend: see :func:`ra_triton.ra_attention`, which checks it when it is called.
             device: of the parameters.
             dtype: of the parameters.
@@ -64,20 +84,26 @@ class RACausalSelfAttention(nn.Module):
         """
         super().__init__()
         _check(n_embd, n_head, dropout)
-        RALayout.from_columns(3 * n_embd, R, n_head)  # checks R
+        head_dim = n_embd // n_head
+        n_kv_head = kv_heads(n_head, n_kv_head)
+        self.layout = RALayout.from_columns(  # checks R
+            (n_head + 2 * n_kv_head) * head_dim, R, n_head, n_kv_head
+        )
         check_choice("parametrisation", parametrisation, PARAMETRISATIONS)
         if recip_per_head and parametrisation == "free":
             raise ValueError("recip_per_head needs parametrisation='composed': free has no W_recip")
-        self.n_embd, self.n_head, self.R = n_embd, n_head, R
+        self.n_embd, self.n_head, self.n_kv_head, self.R = n_embd, n_head, n_kv_head, R
         self.dropout, self.parametrisation, self.backend = dropout, parametrisation, backend
         factory: Any = {"device": device, "dtype": dtype}
+        self.rope = _rotary_tables(rope, rope_dims, head_dim)
+        self.q_norm = nn.RMSNorm(head_dim, norm_eps, **factory) if qk_norm else None
+        self.k_norm = nn.RMSNorm(head_dim, norm_eps, **factory) if qk_norm else None
         self.c_attn: nn.Linear | ComposedLinear | QuantizedLinear
         if parametrisation == "free":
-            self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=bias, **factory)
+            self.c_attn = nn.Linear(n_embd, self.layout.columns, bias=bias, **factory)
         else:
-            self.c_attn = ComposedLinear(
-                n_embd, n_head, R, bias, recip_per_head=recip_per_head, **factory
-            )
+            options = {"n_kv_head": n_kv_head, "recip_per_head": recip_per_head, **factory}
+            self.c_attn = ComposedLinear(n_embd, n_head, R, bias, **options)
         self.c_proj = nn.Linear(n_embd, n_embd, bias=bias, **factory)
         self.resid_dropout = nn.Dropout(dropout)
         self.reset_parameters()
@@ -106,6 +132,9 @@ class RACausalSelfAttention(nn.Module):
                 layer.weight.normal_(std=INIT_STD)
                 if layer.bias is not None:
                     layer.bias.zero_()
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend: ``x [B, T, C]`` to ``[B, T, C]`` in the same dtype (under autocast, its dtype).
@@ -116,21 +145,56 @@ class RACausalSelfAttention(nn.Module):
                 quantized layer.
             NotImplementedError: the backend lacks an option; the message names one that has it.
         """
-        W_fused, bias = self.fused_weight()
-        y = ra_attention(
-            x,
-            W_fused,
-            self.R,
-            n_head=self.n_head,
-            bias=bias,
-            weight_layout="packed",
-            dropout_p=self.dropout if self.training else 0.0,
-            backend=self.backend,
-        )
+        options: Any = {
+            "dropout_p": self.dropout if self.training else 0.0,
+            "backend": self.backend,
+        }
+        if self.rope is None and self.q_norm is None:
+            W_fused, bias = self.fused_weight()
+            heads: Any = {"n_head": self.n_head, "n_kv_head": self.n_kv_head}
+            y = ra_attention(
+                x, W_fused, self.R, **heads, bias=bias, weight_layout="packed", **options
+            )
+        else:
+            out = packed_attention(*self.operands(x), **options)
+            assert isinstance(out, Tensor)
+            y = out.flatten(2)
         return self.resid_dropout(self.c_proj(y))
 
+    def operands(self, x: Tensor, position: int | Tensor = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention reads: projection, then QK-norm and rotation if the layer has them.
+
+        Args:
+            x: ``[B, T, C]``.
+            position: where the tokens stand, for the rotation: the first one's, an int, or ``[B]``
+                (each sequence's first) or ``[B, T]`` on x's device, which is not read on the host.
+
+        Returns:
+            ``q_pack [B, T, H, D]``, ``k_pack [B, T, H_kv, D]``, ``v [B, T, H_kv, D]``.
+
+        Raises:
+            TypeError: see :meth:`forward`.
+            ValueError: see :meth:`forward`; a position that is negative or of another shape.
+        """
+        W_fused, bias = self.fused_weight()
+        heads: Any = {"n_head": self.n_head, "n_kv_head": self.n_kv_head}
+        q, k, v = project(
+            x, W_fused, self.R, **heads, bias=bias, weight_layout="packed", backend=self.backend
+        )
+        options: Any = {"backend": self.backend}
+        weights: tuple[Tensor, ...] = ()
+        if self.q_norm is not None and self.k_norm is not None:
+            weights = self.q_norm.weight, self.k_norm.weight
+            options |= {"qk_norm": weights, "norm_eps": self.q_norm.eps}
+        if self.rope is not None:
+            options |= self.rope.options(position, q)
+        if len(options) > 1:
+            in_place = not needs_grad(q, k, *weights)  # q and k are this call's own
+            q, k = (pack_qk_ if in_place else pack_qk)(q, k, **options)
+        return q, k, v
+
     def fused_weight(self) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
-        """``W_fused [C, 3 * C]`` and its bias ``[3 * C]`` or None, in packed order."""
+        """``W_fused [C, N]`` and its bias ``[N]`` or None, in packed order; ``N <= 3 * C``."""
         if isinstance(self.c_attn, QuantizedLinear):
             return self.c_attn.quantized(), self.c_attn.bias
         if isinstance(self.c_attn, ComposedLinear):
@@ -158,7 +222,8 @@ class RACausalSelfAttention(nn.Module):
         W_fused, bias = self.fused_weight()
         if isinstance(W_fused, QuantizedWeight):
             raise ValueError("the layer is quantized already; rounding twice would lose accuracy")
-        options: Any = {"which": which, "n_head": self.n_head, "weight_layout": "packed"}
+        heads: Any = {"n_head": self.n_head, "n_kv_head": self.n_kv_head}
+        options: Any = {"which": which, **heads, "weight_layout": "packed"}
         weight = quantize_weight(W_fused, self.R, **options, activations=activations)
         self.c_attn = QuantizedLinear(weight, bias)
         return self
@@ -185,20 +250,17 @@ class RACausalSelfAttention(nn.Module):
 
         Raises:
             TypeError: see :meth:`forward`.
-            ValueError: see :meth:`forward`.
+            ValueError: see :meth:`forward`; a rotation that mixes low lanes with standard ones.
         """
-        W_fused, bias = self.fused_weight()
-        q_pack, k_pack, _ = project(
-            x,
-            W_fused,
-            self.R,
-            n_head=self.n_head,
-            bias=bias,
-            weight_layout="packed",
-            backend=self.backend,
-        )
+        if self.rope is not None and self.rope.rope_dims > self.layout.d_std and self.R:
+            raise ValueError(
+                f"rope_dims={self.rope.rope_dims} > D - R = {self.layout.d_std}: rotation mixes "
+                "low lanes with standard ones, so the scores have no reciprocal term of their own"
+            )
+        q_pack, k_pack, _ = self.operands(x)
         d_std = q_pack.shape[-1] - self.R
         variances = torch.zeros(2, self.n_head, device=x.device)  # standard, reciprocal
+        k_pack = k_pack.repeat_interleave(self.n_head // self.n_kv_head, dim=2)
         for q, k in zip(q_pack.float(), k_pack.float(), strict=True):  # [T, H, D]
             terms = ((q[..., :d_std], k[..., :d_std]), (q[..., d_std:], k[..., d_std:]))
             for total, (a, b) in zip(variances, terms, strict=True):
@@ -209,8 +271,9 @@ class RACausalSelfAttention(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         return (
-            f"n_embd={self.n_embd}, n_head={self.n_head}, R={self.R}, dropout={self.dropout}, "
-            f"parametrisation={self.parametrisation!r}, backend={self.backend!r}"
+            f"n_embd={self.n_embd}, n_head={self.n_head}, n_kv_head={self.n_kv_head}, R={self.R}, "
+            f"dropout={self.dropout}, parametrisation={self.parametrisation!r}, "
+            f"backend={self.backend!r}" + ("" if self.rope is None else f", rope={self.rope}")
         )
 
 
@@ -221,6 +284,20 @@ def _variance_over_keys(S: Tensor) -> Tensor:
     count = seen.sum(-1, keepdim=True)
     mean = S.masked_fill(~seen, 0.0).sum(-1, keepdim=True) / count
     return ((S - mean).masked_fill(~seen, 0.0).square() / count).sum((-2, -1))
+
+
+def _rotary_tables(rope: bool | float, rope_dims: int | None, head_dim: int) -> RotaryTables | None:
+    """The tables of a layer, or None without rotation."""
+    if rope is False:
+        if rope_dims is not None:
+            raise ValueError(f"rope_dims={rope_dims} needs rope=True or a theta")
+        return None
+    if not isinstance(rope, (bool, int, float)):
+        raise TypeError(f"rope must be a bool or theta, a number, got {rope!r}")
+    theta = THETA if rope is True else float(rope)
+    if not 1 < theta < math.inf:
+        raise ValueError(f"rope must be True or a theta above 1, got {rope}")
+    return RotaryTables(check_rope_dims(rope_dims, head_dim), theta)
 
 
 def _check(n_embd: int, n_head: int, dropout: float) -> None:

@@ -51,19 +51,21 @@ class _Cached:
 class ComposedLinear(nn.Module):
     """Trainable ``W_q, W_k, W_v, W_recip`` and gates, read as one ``nn.Linear`` by attention.
 
-    ``weight`` is ``[3 * C, C]`` and ``bias`` ``[3 * C]`` in packed order, composed by
-    :func:`ra_triton.compose_weights`, so gradients reach every factor. In ``eval()`` and without
-    gradients the result is kept until a factor changes. A write through ``parameter.data`` is
-    invisible to autograd and to that cache: call ``eval()`` or ``train()`` after it.
+    ``weight`` is ``[N, C]``, ``N = (H + 2 * H_kv) * D`` (``3 * C`` without grouped heads), and
+    ``bias`` ``[N]`` in packed order, composed by :func:`ra_triton.compose_weights`, so gradients
+    reach every factor. In ``eval()`` and without gradients the result is kept until a factor
+    changes. A write through ``parameter.data`` is invisible to autograd and to that cache: call
+    ``eval()`` or ``train()`` after it.
 
     Attributes:
         W_q: ``[C, C]`` in float32 unless ``dtype`` says otherwise, used as ``x @ W_q``.
-        W_k: ``[C, C]``.
-        W_v: ``[C, C]``.
+        W_k: ``[C, H_kv * D]``.
+        W_v: ``[C, H_kv * D]``.
         W_recip: ``[D, R]``, or ``[H, D, R]`` with ``recip_per_head``.
         w_std: ``[H]`` gates on the standard term, any sign.
         w_rec: ``[H]`` gates on the reciprocal term, any sign.
-        b_q: ``[C]`` or None, like ``b_k`` and ``b_v``: biases before W_recip, folded like weights.
+        b_q: ``[C]`` or None: a bias before W_recip, folded like weights.
+        b_k: ``[H_kv * D]`` or None, like ``b_v``.
     """
 
     b_q: nn.Parameter | None
@@ -77,6 +79,7 @@ class ComposedLinear(nn.Module):
         R: int,
         bias: bool = True,
         *,
+        n_kv_head: int | None = None,
         recip_per_head: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -84,17 +87,19 @@ class ComposedLinear(nn.Module):
         """Sizes as for :class:`RACausalSelfAttention`, which checks them."""
         super().__init__()
         self.n_head, self.R = n_head, R
+        self.n_kv_head = n_head if n_kv_head is None else n_kv_head
         factory: Any = {"device": device, "dtype": dtype}
         D = n_embd // n_head
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, **factory))
 
-        self.W_q, self.W_k, self.W_v = (parameter(n_embd, n_embd) for _ in range(3))
+        widths = [heads * D for heads in (n_head, self.n_kv_head, self.n_kv_head)]
+        self.W_q, self.W_k, self.W_v = (parameter(n_embd, width) for width in widths)
         self.W_recip = parameter(*([n_head] if recip_per_head else []), D, R)
         self.w_std, self.w_rec = parameter(n_head), parameter(n_head)
-        for name in ("b_q", "b_k", "b_v"):
-            self.register_parameter(name, parameter(n_embd) if bias else None)
+        for name, width in zip(("b_q", "b_k", "b_v"), widths, strict=True):
+            self.register_parameter(name, parameter(width) if bias else None)
         self._cached: _Cached | None = None
         self.reset_parameters()
 
@@ -104,29 +109,30 @@ class ComposedLinear(nn.Module):
 
         W_q, W_k, W_v: normal, standard deviation 0.02. W_recip picks the R lanes that the standard
         term leaves out, so low lanes have the scale of standard ones and no correlation with them.
-        Gates 1, biases 0.
+        Gates 1, biases 0. With G query heads to a key head, the mean that the key carries is
+        ``1 / sqrt(G)`` as large, and ``w_rec`` starts at ``sqrt(G)``: scores vary as they would.
         """
         for w in (self.W_q, self.W_k, self.W_v):
             w.normal_(std=INIT_STD)
         self.W_recip.copy_(last_lanes(self.W_recip))
-        for gate in (self.w_std, self.w_rec):
-            gate.fill_(1.0)
+        self.w_std.fill_(1.0)
+        self.w_rec.fill_((self.n_head // self.n_kv_head) ** 0.5)
         for b in (self.b_q, self.b_k, self.b_v):
             if b is not None:
                 b.zero_()
 
     @property
     def weight(self) -> Tensor:
-        """``[3 * C, C]`` in packed order, as of ``nn.Linear``."""
+        """``[N, C]`` in packed order, as of ``nn.Linear``."""
         return self.fused()[0].mT
 
     @property
     def bias(self) -> Tensor | None:
-        """``[3 * C]`` in packed order, or None."""
+        """``[N]`` in packed order, or None."""
         return self.fused()[1]
 
     def fused(self) -> tuple[Tensor, Tensor | None]:
-        """``W_fused [C, 3 * C]`` and its bias ``[3 * C]`` or None, in packed order."""
+        """``W_fused [C, N]`` and its bias ``[N]`` or None, in packed order."""
         if not self._may_cache():
             return self._compose()
         factors = tuple(self.parameters())
@@ -145,13 +151,14 @@ class ComposedLinear(nn.Module):
         return cached.fused
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x @ W_fused + bias``: ``[..., C] -> [..., 3 * C]``; attention reads the weight."""
+        """``x @ W_fused + bias``: ``[..., C] -> [..., N]``; attention reads the weight."""
         W_fused, bias = self.fused()
         return nn.functional.linear(x, W_fused.mT, bias)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
-        return f"n_embd={self.W_q.shape[0]}, n_head={self.n_head}, R={self.R}"
+        heads = f"n_head={self.n_head}, n_kv_head={self.n_kv_head}"
+        return f"n_embd={self.W_q.shape[0]}, {heads}, R={self.R}"
 
     def _compose(self) -> tuple[Tensor, Tensor | None]:
         W_q, W_k, W_v = (
@@ -167,6 +174,7 @@ class ComposedLinear(nn.Module):
                 W_v,
                 self.W_recip,
                 n_head=self.n_head,
+                n_kv_head=self.n_kv_head,
                 w_std=self.w_std,
                 w_rec=self.w_rec,
                 weight_layout="packed",

@@ -39,11 +39,13 @@ def to_gpt2(module: nn.Module, *, orientation: str = "linear") -> dict[str, Tens
         the dtype of ``c_proj``; the rest may share memory with the module.
 
     Raises:
-        ValueError: unknown orientation.
+        ValueError: unknown orientation; a layer that no GPT-2 computes: grouped heads,
+            rotation, QK-norm.
     """
     check_choice("orientation", orientation, ORIENTATIONS)
     state = {name: t.detach() for name, t in module.state_dict().items()}
     for name, attention in _attentions(module):
+        _check_is_gpt2(attention)
         if isinstance(attention.c_attn, ComposedLinear):
             for factor in attention.c_attn.state_dict():
                 del state[f"{name}c_attn.{factor}"]
@@ -81,7 +83,7 @@ def from_gpt2(
         TypeError: a value of ``state`` that is not a tensor.
         ValueError: unknown orientation; names that are missing or left over, shapes that do not
             fit (nothing is loaded); a bias other than zero for a module without biases; a layer
-            that is quantized.
+            that is quantized, or that no GPT-2 computes.
     """
     check_choice("orientation", orientation, ORIENTATIONS)
     for name, t in state.items():
@@ -100,7 +102,7 @@ def from_gpt2(
         if isinstance(attention.c_attn, ComposedLinear):
             weight, bias = (loaded.pop(f"{name}c_attn.{key}", None) for key in ("weight", "bias"))
             assert weight is not None
-            for factor, t in _factors(attention.c_attn, weight, bias).items():
+            for factor, t in composed_state(attention.c_attn, weight, bias).items():
                 loaded[f"{name}c_attn.{factor}"] = t
     module.load_state_dict(loaded)
     return module
@@ -115,9 +117,22 @@ def _attentions(module: nn.Module) -> list[tuple[str, RACausalSelfAttention]]:
     ]
 
 
-def _factors(c_attn: ComposedLinear, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-    """State of a :class:`ComposedLinear` that composes ``weight [3 * C, C]`` and ``bias``."""
-    sizes = {"R": c_attn.R, "n_head": c_attn.n_head}
+def _check_is_gpt2(attention: RACausalSelfAttention) -> None:
+    """ValueError with the reason, if no GPT-2 computes what the layer computes."""
+    H, H_kv = attention.n_head, attention.n_kv_head
+    if H_kv != H:
+        raise ValueError(f"GPT-2 has no grouped heads, but n_kv_head={H_kv} < n_head={H}")
+    if attention.rope is not None:
+        raise ValueError("GPT-2 does not rotate its heads, but this layer has rope; see to_llama")
+    if attention.q_norm is not None:
+        raise ValueError("GPT-2 has no norm between projection and attention, but qk_norm is on")
+
+
+def composed_state(
+    c_attn: ComposedLinear, weight: Tensor, bias: Tensor | None
+) -> dict[str, Tensor]:
+    """State of a :class:`ComposedLinear` that composes ``weight [N, C]`` and ``bias``."""
+    sizes = {"R": c_attn.R, "n_head": c_attn.n_head, "n_kv_head": c_attn.n_kv_head}
     *weights, W_recip = factor_weight(weight.mT, **sizes, weight_layout="packed")
     state = dict(zip(("W_q", "W_k", "W_v"), weights, strict=True))
     state["W_recip"] = W_recip.expand_as(c_attn.W_recip)

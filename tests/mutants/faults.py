@@ -2055,6 +2055,240 @@ LONG_ROW_FAULTS = [
     ),
 ]
 
+NORM_ROPE, NORM_ROPE_BACKWARD = (
+    f"ra_triton/kernels/norm_rope{name}.py" for name in ("", "_backward")
+)
+NORM_ROPE_TILES, ROPE_ARGUMENTS = "ra_triton/kernels/norm_rope_tiles.py", "ra_triton/norm_rope.py"
+MODULE, TABLES, LLAMA = (f"ra_triton/nn/{name}.py" for name in ("attention", "rope", "llama"))
+CHECKPOINTS = "bench/huggingface.py"
+_RP, _QG, _N = (f"tests/test_{name}.py::test_" for name in ("rope", "gqa", "nn_rope"))
+ROPE = f"{_RP}new_operands_are_the_definition_and_the_inputs_stay"
+ROPE_IN_PLACE = f"{_RP}in_place_has_the_same_bits_and_writes_nothing_else"
+ROPE_GRADIENTS = f"{_RP}gradients_are_those_of_the_definition"
+BEYOND = f"{_RP}tokens_beyond_the_tables_turn_to_nan_and_others_do_not"
+GROUPED = f"{_QG}composed_weights_are_the_definition"
+STOCK = "tests/test_llama_exchange.py::test_a_stock_layer_computes_the_same_from_folded_weights"
+
+MODERN_FAULTS = [
+    Fault(
+        "rope: turned the other way",
+        NORM_ROPE,
+        "first * cos - second * sin",
+        "first * cos + second * sin",
+        ROPE,
+    ),
+    Fault(
+        "rope: second half takes its own sine",
+        NORM_ROPE,
+        "second * cos + first * sin",
+        "second * cos + second * sin",
+        ROPE,
+    ),
+    Fault(
+        "norm: lanes that do not turn are not counted",
+        NORM_ROPE,
+        "squares += tl.sum(rest * rest, 1)",
+        "squares += 0.0",
+        ROPE,
+    ),
+    Fault(
+        "norm: eps after the root",
+        NORM_ROPE,
+        "r = tl.rsqrt(squares * (1.0 / D) + eps)[:, None]",
+        "r = (tl.rsqrt(squares * (1.0 / D)) + eps)[:, None]",
+        ROPE,
+    ),
+    Fault(
+        "norm: keys take the weight of queries",
+        NORM_ROPE,
+        "k_ptr, q_low_ptr, k_out_ptr, k_weight_ptr,",
+        "k_ptr, q_low_ptr, k_out_ptr, q_weight_ptr,",
+        ROPE,
+    ),
+    Fault(
+        "norm: lanes between turned and low ones stay, in place",
+        NORM_ROPE,
+        "call.R if in_place and call.eps is None else 0",
+        "call.R if in_place else 0",
+        ROPE_IN_PLACE,
+    ),
+    Fault(
+        "rope: lanes beside the turned ones stay unwritten, out of place",
+        NORM_ROPE,
+        "call.R if in_place and call.eps is None else 0",
+        "call.R if call.eps is None else 0",
+        ROPE,
+    ),
+    Fault(
+        "rope: a start without the token's place after it",
+        NORM_ROPE_TILES,
+        "            at += t\n",
+        "            at += 0\n",
+        ROPE,
+    ),
+    Fault(
+        "rope: one row beyond the tables is read",
+        NORM_ROPE_TILES,
+        "(at >= 0) & (at < T_max)",
+        "(at >= 0) & (at <= T_max)",
+        BEYOND,
+    ),
+    Fault(
+        "rope: beyond the tables lanes become 0",
+        NORM_ROPE_TILES,
+        'cos = tl.where(rows & ~known, float("nan"), cos)',
+        "cos = tl.where(rows & ~known, 0.0, cos)",
+        BEYOND,
+    ),
+    Fault(
+        "rope: low lanes from the start of the row",
+        NORM_ROPE_TILES,
+        "value = tl.load(low_rows + (lane - (D - R)), mask=mask & is_low, other=0.0)",
+        "value = tl.load(low_rows + lane % R, mask=mask & is_low, other=0.0)",
+        ROPE,
+    ),
+    Fault(
+        "rope gradient: not turned back",
+        NORM_ROPE_BACKWARD,
+        "d_second = dy_second * cos - dy_first * sin",
+        "d_second = dy_second * cos + dy_first * sin",
+        ROPE_GRADIENTS,
+    ),
+    Fault(
+        "norm gradient: lanes that do not turn leave the mean",
+        NORM_ROPE_BACKWARD,
+        "along += tl.sum(d_rest * rest, 1)",
+        "along += 0.0",
+        ROPE_GRADIENTS,
+    ),
+    Fault(
+        "norm gradient: weight after the sum along the row",
+        NORM_ROPE_BACKWARD,
+        "d_first *= weight_lanes(weight_ptr, 0, PAIRS, HALF)",
+        "d_first *= 1.0",
+        ROPE_GRADIENTS,
+    ),
+    Fault(
+        "rope gradient: lanes that were dropped have one",
+        NORM_ROPE_BACKWARD,
+        "tl.where(is_low, 0.0, value)",
+        "value",
+        ROPE_GRADIENTS,
+    ),
+    Fault(
+        "norm gradient: weights of q and k share their sums",
+        NORM_ROPE_BACKWARD,
+        "tl.int64) * 2 + tl.program_id(1)) * D",
+        "tl.int64) * 2) * D",
+        ROPE_GRADIENTS,
+    ),
+    Fault(
+        "rope gradient: lanes of dO taken for neighbours",
+        NORM_ROPE_BACKWARD,
+        "t if t.stride(-1) == 1 else t.contiguous()",
+        "t",
+        ROPE_GRADIENTS,
+    ),
+    Fault(
+        "rope: an int position is forgotten",
+        ROPE_ARGUMENTS,
+        "return cos[position : position + T], sin[position : position + T], None, dims",
+        "return cos[:T], sin[:T], None, dims",
+        ROPE,
+    ),
+    Fault(
+        "rope: the last token may lie beyond the tables",
+        ROPE_ARGUMENTS,
+        "position + T > cos.shape[0]",
+        "position > cos.shape[0]",
+        f"{_RP}a_wrong_argument_is_named",
+    ),
+    Fault(
+        "pack_qk_: weights and tables read while they are overwritten",
+        API,
+        "_apart_from(t, (q, k)) for t in call[2:9])",
+        "(_apart_from(t, (q, k)) if i < 2 else t) for i, t in enumerate(call[2:9]))",
+        f"{_RP}sources_and_tables_may_be_views_of_what_is_overwritten",
+    ),
+    Fault(
+        "rope operator: k has the shape of q",
+        LIBRARY,
+        "return q.new_empty(q.shape), k.new_empty(k.shape)",
+        "return q.new_empty(q.shape), k.new_empty(q.shape)",
+        f"{_RP}opcheck_of_the_operator",
+    ),
+    Fault(
+        "sdpa: norm and rotation in half precision",
+        SDPA,
+        "    y = x.float()\n",
+        "    y = x\n",
+        ROPE,
+    ),
+    Fault(
+        "grouped heads: the sum of the group, not its mean",
+        WEIGHTS,
+        "q_low.unflatten(1, (H_kv, group)).mean(2)",
+        "q_low.unflatten(1, (H_kv, group)).sum(2)",
+        GROUPED,
+    ),
+    Fault(
+        "grouped heads: key heads in turn",
+        WEIGHTS,
+        "k.repeat_interleave(group, dim=1)",
+        "k.repeat(1, group, 1)",
+        GROUPED,
+    ),
+    Fault(
+        "grouped heads: reciprocal scores start smaller",
+        COMPOSED_LINEAR,
+        "self.w_rec.fill_((self.n_head // self.n_kv_head) ** 0.5)",
+        "self.w_rec.fill_(1.0)",
+        f"{_QG}reciprocal_scores_start_as_large_as_those_of_plain_attention",
+    ),
+    Fault(
+        "tables: born in inference mode",
+        TABLES,
+        "with torch.inference_mode(False), torch.no_grad():",
+        "with torch.no_grad():",
+        f"{_N}tables_made_in_inference_mode_serve_a_graph_later",
+    ),
+    Fault(
+        "tables: all tokens at the position of the first",
+        TABLES,
+        "position = position[:, None] + torch.arange(T, device=q.device)",
+        "position = position[:, None].expand(B, T)",
+        f"{_N}positions_continue_a_sequence",
+    ),
+    Fault(
+        "fold: a rotation of some lanes passes for a Llama's",
+        LLAMA,
+        "if turned != D and not partial_rotary:",
+        "if turned > D and not partial_rotary:",
+        "tests/test_llama_exchange.py::test_what_no_llama_computes_raises_with_the_reason",
+    ),
+    Fault(
+        "fold: norms are left behind",
+        LLAMA,
+        "*((name, name) for name in NORMS)",
+        "",
+        STOCK,
+    ),
+    Fault(
+        "checkpoint: an untied head is dropped",
+        CHECKPOINTS,
+        "if not torch.equal(head, state[EMBEDDING]):",
+        "if head.shape != state[EMBEDDING].shape:",
+        "tests/test_huggingface.py::test_an_untied_head_is_named",
+    ),
+    Fault(
+        "checkpoint: another activation passes",
+        CHECKPOINTS,
+        '"activation_function": ("gelu_new", "gelu_pytorch_tanh"),',
+        '"activation_function": ("gelu_new", "relu"),',
+        "tests/test_huggingface.py::test_another_model_is_named",
+    ),
+]
+
 FAULTS = [
     *INT8_FAULTS,
     *TILE_FAULTS,
@@ -2068,6 +2302,7 @@ FAULTS = [
     *HOST_FAULTS,
     *HOPPER_FAULTS,
     *LONG_ROW_FAULTS,
+    *MODERN_FAULTS,
 ]
 
 # Faults that no test can see here, and why; killing one is an error too.
