@@ -67,7 +67,8 @@ def ra_attention(
         workspace: buffers for a call without gradients, so that a steady state allocates nothing on
             the Triton backend; the result is then valid until the next call with the workspace.
             Compilers plan memory themselves and ignore it.
-        backend: ``"triton"``, ``"sdpa"``, or ``"auto"``: Triton on a supported GPU, SDPA elsewhere.
+        backend: ``"triton"``, ``"sdpa"``, ``"flex"``, or ``"auto"``: Triton on a supported GPU, SDPA
+            elsewhere.
 
     Returns:
         ``[B, T, n_head * D]`` in ``x``'s dtype (under autocast, in the autocast dtype).
@@ -126,7 +127,7 @@ def project(
         bias: ``[N]`` in the order of ``W_fused``'s columns.
         weight_layout: ``"split"`` or ``"packed"``, see :func:`ra_attention`.
         out: contiguous buffer ``[B, T, H + 2 * H_kv, D]`` that receives the result; no gradients.
-        backend: ``"triton"``, ``"sdpa"`` or ``"auto"``.
+        backend: ``"triton"``, ``"sdpa"``, ``"flex"`` or ``"auto"``.
 
     Returns:
         ``q_pack [B, T, H, D]``, ``k_pack [B, T, H_kv, D]``, ``v [B, T, H_kv, D]``: views of one
@@ -184,7 +185,7 @@ def packed_attention(
         softcap: see :func:`ra_attention`.
         dropout_p: see :func:`ra_attention`.
         return_lse: also return the logsumexp of the scaled scores.
-        backend: ``"triton"``, ``"sdpa"`` or ``"auto"``.
+        backend: ``"triton"``, ``"sdpa"``, ``"flex"`` or ``"auto"``.
 
     Returns:
         ``[B, T_q, H, D]`` in the operands' dtype; with ``return_lse`` also ``[B, H, T_q]`` float32,
@@ -236,7 +237,7 @@ def pack_qk(
         k: ``[B, T, H_kv, D]``; likewise.
         q_low: ``[B, T, H_kv, R]``, ``R <= D``: what the keys carry.
         k_low: ``[B, T, H, R]``: what the queries carry.
-        backend: ``"triton"``, ``"sdpa"`` (here: plain torch) or ``"auto"``.
+        backend: ``"triton"``, ``"sdpa"``, ``"flex"`` (both: plain torch) or ``"auto"``.
 
     Returns:
         New tensors ``q_pack [B, T, H, D]`` and ``k_pack [B, T, H_kv, D]``, differentiable.

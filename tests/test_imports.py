@@ -23,7 +23,8 @@ ARROWS = {
     "prepared": {"checks"},
     "layout": set(),
     "options": set(),
-    "backend": {"backend.sdpa", "backend.triton", *SHARED},
+    "backend": {"backend.flex", "backend.sdpa", "backend.triton", *SHARED},
+    "backend.flex": {"backend.sdpa", "workspace", *SHARED},
     "backend.sdpa": {"quantization", "workspace", *SHARED},
     "backend.triton": {
         "backend.sdpa",
@@ -165,10 +166,11 @@ assert W.grad.isfinite().all()
 
 def test_import_and_sdpa_leave_triton_alone():
     code = "import sys, torch\nbefore = 'triton' in sys.modules\n" + USE
-    code += "print(before, 'triton' in sys.modules, 'ra_triton.kernels' in sys.modules)"
-    before, after, kernels = run_python(code, CUDA_VISIBLE_DEVICES="").split()
+    code += "print(before, 'triton' in sys.modules, 'ra_triton.kernels' in sys.modules)\n"
+    code += "print('torch._inductor' in sys.modules)"
+    before, after, kernels, compiler = run_python(code, CUDA_VISIBLE_DEVICES="").split()
     assert before == after == "False"
-    assert kernels == "False"
+    assert kernels == compiler == "False"
 
 
 def test_everything_but_the_kernels_works_without_triton_and_without_a_gpu():
