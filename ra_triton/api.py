@@ -67,8 +67,8 @@ def ra_attention(
         workspace: buffers for a call without gradients, so that a steady state allocates nothing on
             the Triton backend; the result is then valid until the next call with the workspace.
             Compilers plan memory themselves and ignore it.
-        backend: ``"triton"``, ``"sdpa"``, ``"flex"``, or ``"auto"``: Triton on a supported GPU, SDPA
-            elsewhere.
+        backend: ``"triton"``, ``"sdpa"``, ``"flex"``, or ``"auto"``: Triton on a supported GPU,
+            SDPA elsewhere.
 
     Returns:
         ``[B, T, n_head * D]`` in ``x``'s dtype (under autocast, in the autocast dtype).

@@ -130,6 +130,19 @@ def test_masks_are_kept_for_the_next_call_and_not_for_ever():
         assert kept.cache_info().maxsize == flex.KEPT
 
 
+def test_what_is_kept_serves_inference_and_training():
+    q, k, v = AttentionCase(T_q=77, T_k=91).tensors()
+    flex._mask.cache_clear()
+    flex._cap.cache_clear()
+    with torch.inference_mode():
+        ra_triton.packed_attention(q, k, v, softcap=5.5, backend="flex")
+    mask = flex._mask(77, 91, -1, 0, q.device)
+    assert flex._mask.cache_info().hits == 1
+    (cap,) = (cell.cell_contents for cell in flex._cap(5.5, q.device).__closure__)
+    for t in (mask.kv_indices, cap):
+        assert not t.is_inference()
+
+
 # Compilation
 
 

@@ -73,21 +73,18 @@ def packed_attention(
     q, k, v = (t.transpose(1, 2) for t in (q_pack[:, blind:], k_pack, v))  # [B, H, T, D]
     if not torch.is_grad_enabled():
         q, k, v = (t.detach() for t in (q, k, v))  # on a CPU a leaf that asks for one is refused
-    traced = torch.compiler.is_compiling()
-    mask_of, cap_of = (_mask.__wrapped__, _cap.__wrapped__) if traced else (_mask, _cap)
-    numbers: Any = {
-        "score_mod": cap_of(options.softcap, q.device) if options.softcap else None,
-        "block_mask": mask_of(T_q - blind, T_k, left, right, q.device),
-        "scale": options.softmax_scale,
-        "enable_gqa": q.shape[1] != k.shape[1],
-    }
     with_lse = options.return_lse and q.device.type != "cpu"
-    attend = _attend if traced else _compiled(Configuration.of(q, k, options, with_lse))
-    if not traced:
+    mask = (T_q - blind, T_k, left, right, q.device)
+    if torch.compiler.is_compiling():
+        numbers = _numbers(q, k, options, _mask.__wrapped__(*mask), _cap.__wrapped__)
+        out, lse = _attend(q, k, v, with_lse, numbers)
+    else:
+        with torch.inference_mode(False):  # a later call may train with what is kept
+            numbers = _numbers(q, k, options, _mask(*mask), _cap)
         for t in (q, k, v):
-            torch._dynamo.mark_static(t, (1, 3))
+            torch._dynamo.mark_static(t, [1, 3])
             _vary(t, (0, 2))
-    out, lse = attend(q, k, v, with_lse, numbers)
+        out, lse = _compiled(Configuration.of(q, k, options, with_lse))(q, k, v, with_lse, numbers)
     if options.return_lse and not with_lse:
         lse = sdpa.logsumexp(q, k, options)
     out = out.transpose(1, 2)
@@ -110,6 +107,18 @@ def layer(
     if workspace is not None:
         out = workspace.buffer("packed", (*x.shape[:2], layout.columns), x.dtype, x.device)
     return packed_attention(*layout.views(project(x, W_packed, bias, out)), options)[0]
+
+
+def _numbers(
+    q: Tensor, k: Tensor, options: AttentionOptions, mask: "BlockMask", cap: Callable[..., Any]
+) -> dict[str, Any]:
+    """The keyword arguments of flex_attention."""
+    return {
+        "score_mod": cap(options.softcap, q.device) if options.softcap else None,
+        "block_mask": mask,
+        "scale": options.softmax_scale,
+        "enable_gqa": q.shape[1] != k.shape[1],
+    }
 
 
 # The compiled function
