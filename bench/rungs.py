@@ -366,6 +366,13 @@ def _rungs(R: int) -> dict[str, Rung]:
             forward_only=BUFFERS,
         ),
         "packed-sdpa": Rung("packed GEMM, flash SDPA", R, packed, partial(_packed, R, "sdpa")),
+        "packed-flex": Rung(
+            "packed GEMM, FlexAttention",
+            R,
+            packed,
+            partial(_packed, R, "flex"),
+            unavailable=compiler,
+        ),
         "packed-triton": Rung(
             "packed GEMM and attention in Triton",
             R,

@@ -1,7 +1,11 @@
 """FlexAttention: masks block by block, caps, one compilation for all lengths, what it refuses."""
 
 import math
+import re
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +19,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import ra_triton
+from bench import ladder, providers
+from bench.gate import Gate, admit
+from bench.providers import PROVIDERS, make_problem
+from bench.rungs import RUNGS, Factors
+from bench.shapes import Shape
 from ra_triton.backend import flex, sdpa
 from ra_triton.nn import Workspace
 from ra_triton.options import AttentionOptions
@@ -294,6 +303,44 @@ def test_projection_and_packing_are_pytorchs():
     assert flex.project is sdpa.project
     assert flex.pack_qk is sdpa.pack_qk
     assert flex.pack_qk_ is sdpa.pack_qk_
+
+
+# The page, and what the benchmark times
+
+
+def python_of(page: str) -> str:
+    """The code of a page, its fenced blocks one after the other."""
+    return "\n".join(re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE))
+
+
+@on_cpu
+def test_the_code_of_the_page_computes_the_same_twice():
+    page = Path(__file__).parent.parent / "docs" / "flex.md"
+    names = {}
+    exec(python_of(page.read_text()), names)
+    for form in ("packed", "captured"):
+        assert_attention_close(names[form], names["q_pack"], names["k_pack"], names["v"])
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [("ra-flex", "op"), ("ra-flex", "attention"), ("ra-flex-captured", "attention")],
+)
+def test_providers_pass_their_gate(name, stage, monkeypatch):
+    monkeypatch.setattr(providers, "compile_static", lambda function: function)
+    problem = make_problem(Shape("tiny", 2, 24, 3, 16), 4, stage, torch.float32, CPU)
+    make = partial(PROVIDERS[name].make, problem)
+    assert admit(name, make, Gate.of(problem), None, nullcontext)[1:] == ("ok", "")
+
+
+@on_cpu
+def test_the_rung_passes_its_gate():
+    rung, shape = RUNGS["packed-flex"], Shape("tiny", 2, 24, 3, 16)
+    inputs = rung.inputs(Factors.draw(shape, CPU), torch.float32, False)
+    gate = ladder._gate(rung.source, shape, inputs, None)
+    make = partial(rung.layer, shape, inputs)
+    assert admit("packed-flex", make, gate, None, nullcontext)[1:] == ("ok", "")
 
 
 # On a GPU: compiled, forward and backward
