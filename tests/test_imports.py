@@ -15,8 +15,9 @@ SHARED = {"checks", "layout", "options"}  # leaves
 STAGE = {"kernels.tiles", "kernels.plans", "kernels.configs", "layout"}
 # Module: what it may import of the package. A new module needs a line here.
 ARROWS = {
-    "": {"api", "quantization", "weights"},
-    "api": {"backend", "prepared", "quantization", "weights", "workspace", *SHARED},
+    "": {"api", "quantization", "sparsity", "weights"},
+    "api": {"backend", "prepared", "quantization", "sparsity", "weights", "workspace", *SHARED},
+    "sparsity": {"weights", *SHARED},
     "weights": SHARED,
     "quantization": {"weights", *SHARED},
     "checks": set(),
