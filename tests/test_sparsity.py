@@ -1,6 +1,10 @@
 """2:4 sparse weights: what is pruned, that results are the dense ones', what a GPU takes."""
 
+import json
 import re
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +14,11 @@ from hypothesis import strategies as st
 from strategies import DEVICE, few_examples, normal
 
 import ra_triton
+from bench import ladder, rungs
+from bench import sparsity as bench
+from bench.gate import admit
+from bench.rungs import RUNGS, Factors
+from bench.shapes import Shape
 from ra_triton import sparsity
 from ra_triton.layout import RALayout
 from ra_triton.nn import Workspace
@@ -277,6 +286,61 @@ def test_a_composed_weight_of_a_pruned_w_recip_is_dense():
     W_q, W_recip = normal(64, 32), sparsity.prune(normal(4, 32).mT.contiguous())
     assert (W_recip == 0).double().mean() == 0.5
     assert (W_q @ W_recip).count_nonzero() == 64 * 4
+
+
+# What the benchmarks say
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", sparsity.WHICH)
+def test_the_rungs_are_right_and_their_gate_knows_what_was_pruned(which, dtype):
+    rung, shape = RUNGS[f"sparse-{which}"], Shape("tiny", 2, 24, 3, 16)
+    assert rung.unavailable("cpu") == rungs.NO_SPARSITY_HERE
+    assert "no gradient" in rung.forward_only
+    inputs = rung.inputs(Factors.draw(shape, torch.device("cpu")), dtype, False)
+    gate = ladder._gate(rung.source, shape, inputs, None)
+    found = []
+    for make in (partial(rungs._sparse, 4, which, "sdpa"), partial(rungs._packed, 4, "sdpa")):
+        layer = partial(replace(rung, make=make).layer, shape, inputs)
+        found.append(admit("sparse", layer, gate, None, nullcontext)[1])
+    assert found == ["ok", "failed the gate"]  # the second: the weight with nothing pruned
+
+
+def test_a_rung_says_why_a_gpu_cannot_run_it(monkeypatch):
+    def refuse(device):
+        raise NotImplementedError("too old")
+
+    monkeypatch.setattr(sparsity, "kernels_on", refuse)
+    assert RUNGS["sparse-all"].unavailable("cuda") == "too old"
+
+
+@on_cpu
+def test_the_accuracy_page_is_that_of_its_figures(tmp_path):
+    pytest.importorskip("tqdm")
+    tiny = ["--steps", "2", "--batch", "2", "--block", "8", "--layers", "1", "--heads", "2"]
+    tiny += ["--width", "32", "--batches", "2"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert bench.main([*tiny, "--out", str(tmp_path)]) == 0
+    torch.set_num_threads(threads)
+    for folder in (tmp_path, bench.RESULTS):
+        document = json.loads((folder / "sparsity-cpu.json").read_text())
+        assert bench.markdown(document) == (folder / "sparsity-cpu.md").read_text()
+        low, every = document["rows"]
+        assert every["zeros"] == 0.5
+        for name, error in low["lanes"].items():
+            assert (error > 1e-3) == (name in ("q_low", "k_low"))
+        assert min(every["lanes"].values()) > 1e-3
+        for layer in document["factors"]:
+            assert layer["zeros"][0] >= 0.5
+            assert len(layer["refused"]) == 4
+
+
+def test_a_missing_folder_is_told(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--out", "nowhere"])
+    assert "no such folder: nowhere" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
