@@ -341,7 +341,7 @@ def _int8(R: int, which: str, activations: str, backend: str, shape: Shape, *_: 
 
 
 def _sparse(R: int, which: str, backend: str, shape: Shape, *_: Any) -> Function:
-    """The same from a 2:4 sparse weight, which the first call makes: the gate's, not the clock's."""
+    """The same from a 2:4 sparse weight, which the first call, the gate's, makes."""
     made: list[ra_triton.SparseWeight] = []
 
     def layer(x: Tensor, W_packed: Tensor, W_out: Tensor) -> Tensor:
