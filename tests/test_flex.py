@@ -24,7 +24,7 @@ from bench.gate import Gate, admit
 from bench.providers import PROVIDERS, make_problem
 from bench.rungs import RUNGS, Factors
 from bench.shapes import Shape
-from ra_triton.backend import flex, sdpa
+from ra_triton.backend import BACKENDS, flex, sdpa
 from ra_triton.nn import Workspace
 from ra_triton.options import AttentionOptions
 from ref import reciprocal_attention as ref
@@ -341,6 +341,13 @@ def test_the_rung_passes_its_gate():
     gate = ladder._gate(rung.source, shape, inputs, None)
     make = partial(rung.layer, shape, inputs)
     assert admit("packed-flex", make, gate, None, nullcontext)[1:] == ("ok", "")
+
+
+def test_every_backend_has_every_function():
+    names = ("project", "packed_attention", "layer", "pack_qk", "pack_qk_", "prepare_layer")
+    for module in BACKENDS.values():
+        for name in (*names, "unsupported"):
+            assert callable(getattr(module, name))
 
 
 # On a GPU: compiled, forward and backward

@@ -35,6 +35,7 @@ KEPT = 64  # masks, and caps, that are kept
 project = sdpa.project
 pack_qk = sdpa.pack_qk
 pack_qk_ = sdpa.pack_qk_
+prepare_layer = sdpa.prepare_layer
 
 
 def unsupported(
