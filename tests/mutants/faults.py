@@ -2125,7 +2125,7 @@ SPARSITY_FAULTS = [
         SPARSITY,
         "return torch.cat(_low_and_other(layout, device)).argsort()",
         "return torch.cat(_low_and_other(layout, device))",
-        SPARSE_RESULTS,
+        PRUNED,
     ),
     Fault(
         "sparse: a bias in split order as it comes",
