@@ -14,7 +14,7 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from bench import train_tiny
 from bench.data import VOCAB_SIZE, batch_of, load_text
 from bench.gpt import GPT, GPTConfig, next_token_loss
 from bench.options import count, parser_of
+from bench.quantize import GROUPS, layers_of
 from bench.report import environment
 from ra_triton import sparsity
 from ra_triton.layout import RALayout
@@ -35,7 +36,6 @@ from ref import reciprocal_attention as ref
 
 RESULTS = Path(__file__).parent / "results"
 SLUG = "sparsity-cpu"
-GROUPS = ("q_std", "k_low", "k_std", "q_low", "v")
 NEEDS = "W_fused must have "  # how a refusal begins
 SIZES = ("steps", "batch", "block", "layers", "heads", "width", "R", "seed", "batches")
 
@@ -121,7 +121,7 @@ def layer_errors(model: GPT, which: str, tokens: Tensor) -> tuple[dict[str, floa
         handle.remove()
     wrong, size = dict.fromkeys((*GROUPS, "out"), 0.0), dict.fromkeys((*GROUPS, "out"), 0.0)
     for x, layer in zip(seen, layers_of(model), strict=True):
-        W_fused, bias = layer.fused_weight()
+        W_fused, bias = _fused(layer)
         layout = RALayout.from_columns(W_fused.shape[1], layer.R, layer.n_head)
         y = x.double() @ W_fused.double() + (0.0 if bias is None else bias.double())
         sparse = _sparse(layer, which)
@@ -168,20 +168,21 @@ def factor_row(layer: RACausalSelfAttention) -> dict[str, Any]:
     }
 
 
-def layers_of(model: GPT) -> Iterator[RACausalSelfAttention]:
-    """Its attention layers."""
-    return (m for m in model.modules() if isinstance(m, RACausalSelfAttention))
+def _fused(layer: RACausalSelfAttention) -> tuple[Tensor, Tensor | None]:
+    W_fused, bias = layer.fused_weight()
+    assert isinstance(W_fused, Tensor)
+    return W_fused, bias
 
 
 def _sparse(layer: RACausalSelfAttention, which: str) -> ra_triton.SparseWeight:
-    W_fused, _ = layer.fused_weight()
+    W_fused, _ = _fused(layer)
     options: Any = {"which": which, "n_head": layer.n_head, "weight_layout": "packed"}
     return ra_triton.sparsify_weight(W_fused, layer.R, **options)
 
 
 def _prune(layer: RACausalSelfAttention, which: str) -> float:
     """``c_attn`` as a linear layer with the pruned weight; its share of zeros."""
-    weight, bias = _sparse(layer, which).dense(), layer.fused_weight()[1]
+    weight, bias = _sparse(layer, which).dense(), _fused(layer)[1]
     channels, columns = weight.shape
     linear = nn.Linear(channels, columns, bias=bias is not None)
     linear.weight.copy_(weight.mT)
