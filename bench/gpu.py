@@ -115,7 +115,7 @@ _ON_GPU = (
     "--device cuda --shape gpt2 --seconds 2",
     # Four providers, of which one compiles for each shape: more would not fit in the time.
     "--device cuda --stage attention --shape wide-2048 --D 64 128 --T 1024 4096 16384 --seconds 1 "
-    "--providers ra-triton ra-flex plain-flash plain-cudnn",
+    "--providers ra-triton ra-flex-compiled plain-flash plain-cudnn",
     "--device cuda --seconds 5",
     "--device cuda --seconds 2",
 )

@@ -201,18 +201,25 @@ def _seed(problem: Problem) -> Layer:
     return _linear(problem, seed_layer, problem.shape.H)
 
 
-def _flex(problem: Problem) -> Layer:
-    """Reciprocal attention by compiled ``flex_attention`` over the packed operands."""
+def _flex_captured(problem: Problem) -> Layer:
+    """The reciprocal term as a score_mod over captured low lanes, see docs/flex.md."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    T = problem.shape.T
+    T, D, R = problem.shape.T, problem.shape.D, problem.R
+    scale, D_std = D**-0.5, D - R
     mask = create_block_mask(_causal_rule, None, None, T, T, device=str(problem.x.device))
     compiled = compile_static(flex_attention)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return compiled(q, k, v, block_mask=mask)
+        k_low, q_low = q[..., D_std:], k[..., D_std:]
 
-    return _plain(problem, attend)
+        def reciprocal(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score + scale * sum(k_low[b, h, i, r] * q_low[b, h, j, r] for r in range(R))
+
+        q, k = q[..., :D_std], k[..., :D_std]
+        return compiled(q, k, v, score_mod=reciprocal, block_mask=mask, scale=scale)
+
+    return _token_major(problem, attend)
 
 
 def _token_major(problem: Problem, attend: Attend) -> Layer:
@@ -267,7 +274,11 @@ PROVIDERS: dict[str, Provider] = {
         partial(_ra, "triton", compiled=True), compiled=True, unavailable=_triton_only_on_gpu
     ),
     "ra-sdpa": Provider(partial(_ra, "sdpa")),
-    "ra-flex": Provider(_flex, compiled=True, unavailable=_cuda_only),
+    "ra-flex": Provider(partial(_ra, "flex"), compiled=True),
+    "ra-flex-compiled": Provider(
+        partial(_ra, "flex", compiled=True), compiled=True, unavailable=_cuda_only
+    ),
+    "ra-flex-captured": Provider(_flex_captured, compiled=True, stages=("attention",)),
     "plain-sdpa": Provider(_plain, plain=True),
     "plain-seed": _pinned(SDPBackend.FLASH_ATTENTION, _seed, stages=("op",)),
     "plain-flash": _pinned(SDPBackend.FLASH_ATTENTION),

@@ -27,6 +27,7 @@ from bench.providers import (
     seed_layer,
 )
 from bench.shapes import Shape
+from ra_triton import sparsity
 from ref import reciprocal_attention as ref
 
 Function = Callable[..., Tensor]  # of x, the weights and W_out
@@ -35,6 +36,8 @@ FLASH = partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION)
 NO_HALF_HERE = "half precision is timed on a GPU only"
 NO_COMPILER_HERE = "torch.compile is timed on a GPU only"
 INFERENCE = "forward only: an int8 weight has no gradient"
+NO_SPARSITY_HERE = "2:4 sparse products are timed on a GPU only"
+PRUNED = "forward only: a sparse weight has no gradient"
 BUFFERS = "forward only: the next call overwrites its buffers before a backward could read them"
 
 
@@ -197,6 +200,21 @@ def _exact_int8(R: int, which: str, activations: str, shape: Shape) -> Function:
     return layer
 
 
+def _exact_sparse(R: int, which: str, shape: Shape) -> Function:
+    """The layer of the pruned weight."""
+    exact = _exact_fused(R, "packed", shape)
+
+    def layer(x: Tensor, W_fused: Tensor, W_out: Tensor) -> Tensor:
+        pruned = sparsity.prune(W_fused.mT.contiguous()).mT
+        if which == "reciprocal":
+            low = torch.zeros(3 * shape.H, shape.D, dtype=torch.bool, device=x.device)
+            low[: 2 * shape.H, shape.D - R :] = True  # K_low in q_pack, Q_low in k_pack
+            pruned = torch.where(low.flatten(), pruned, W_fused)
+        return exact(x, pruned, W_out)
+
+    return layer
+
+
 PLAIN = Source(("W_qkv",), lambda f: (torch.cat((f.W_q, f.W_k, f.W_v)),), _exact_plain)
 
 
@@ -322,6 +340,29 @@ def _int8(R: int, which: str, activations: str, backend: str, shape: Shape, *_: 
     return layer
 
 
+def _sparse(R: int, which: str, backend: str, shape: Shape, *_: Any) -> Function:
+    """The same from a 2:4 sparse weight, which the first call, the gate's, makes."""
+    made: list[ra_triton.SparseWeight] = []
+
+    def layer(x: Tensor, W_packed: Tensor, W_out: Tensor) -> Tensor:
+        if not made:
+            options: Any = {"which": which, "n_head": shape.H, "weight_layout": "packed"}
+            made.append(ra_triton.sparsify_weight(W_packed, R, **options))
+        return F.linear(ra_triton.ra_attention(x, made[0], R, backend=backend), W_out)
+
+    return layer
+
+
+def _no_sparsity(device: str) -> str | None:
+    if device != "cuda":
+        return NO_SPARSITY_HERE
+    try:
+        sparsity.kernels_on(torch.device(device))
+    except NotImplementedError as error:
+        return str(error)
+    return None
+
+
 def _compiled(make: Callable[..., Function], *sizes: Any) -> Function:
     return compile_static(make(*sizes))
 
@@ -366,6 +407,13 @@ def _rungs(R: int) -> dict[str, Rung]:
             forward_only=BUFFERS,
         ),
         "packed-sdpa": Rung("packed GEMM, flash SDPA", R, packed, partial(_packed, R, "sdpa")),
+        "packed-flex": Rung(
+            "packed GEMM, FlexAttention",
+            R,
+            packed,
+            partial(_packed, R, "flex"),
+            unavailable=compiler,
+        ),
         "packed-triton": Rung(
             "packed GEMM and attention in Triton",
             R,
@@ -388,6 +436,17 @@ def _rungs(R: int) -> dict[str, Rung]:
                 ("int8-w8a8", "packed-triton, int8 weights and activations", ("all", "int8")),
                 ("int8-reciprocal", "packed-triton, int8 low lanes", ("reciprocal", "none")),
             )
+        },
+        **{
+            f"sparse-{which}": Rung(
+                f"packed-triton, 2:4 sparse {what}",
+                R,
+                replace(packed, exact=partial(_exact_sparse, R, which)),
+                partial(_sparse, R, which, "triton"),
+                forward_only=PRUNED,
+                unavailable=_no_sparsity,
+            )
+            for which, what in (("reciprocal", "low lanes"), ("all", "weights"))
         },
         "baseline-fp16": Rung(
             "baseline in FP16", 0, PLAIN, _baseline, dtype="fp16", unavailable=half

@@ -9,12 +9,14 @@ from ra_triton.api import (
     which_backend,
 )
 from ra_triton.quantization import QuantizedWeight, quantize_weight
+from ra_triton.sparsity import SparseWeight, sparsify_weight
 from ra_triton.weights import compose_weights, pack_weight, unpack_weight
 
 __version__ = "0.1.0"
 
 __all__ = [
     "QuantizedWeight",
+    "SparseWeight",
     "compose_weights",
     "pack_qk",
     "pack_qk_",
@@ -23,6 +25,7 @@ __all__ = [
     "project",
     "quantize_weight",
     "ra_attention",
+    "sparsify_weight",
     "unpack_weight",
     "which_backend",
 ]

@@ -21,13 +21,15 @@ from ra_triton.layout import RALayout
 from ra_triton.norm_rope import NormRope, QKNorm, Rope, check_norm_rope
 from ra_triton.options import AttentionOptions
 from ra_triton.quantization import QuantizedWeight, check_quantized_inputs
+from ra_triton.sparsity import SparseWeight, check_sparse_inputs
+from ra_triton.sparsity import project as sparse_project
 from ra_triton.weights import WEIGHT_LAYOUTS
 from ra_triton.workspace import Workspace
 
 
 def ra_attention(
     x: Tensor,
-    W_fused: Tensor | QuantizedWeight,
+    W_fused: Tensor | QuantizedWeight | SparseWeight,
     R: int = 4,
     *,
     n_head: int | None = None,
@@ -52,7 +54,8 @@ def ra_attention(
         W_fused: ``[C, N]``, ``N = (n_head + 2 * n_kv_head) * D``, same dtype and device as ``x``.
             A weight in split order is reordered on each call; a model keeps it packed
             (:func:`pack_weight`) and passes ``weight_layout="packed"``. Or what
-            :func:`quantize_weight` returns, for inference; R and heads that are given must be its.
+            :func:`quantize_weight` or :func:`sparsify_weight` returns, for inference; R and heads
+            that are given must be its. The product of a sparse one is PyTorch's on every backend.
         R: reciprocal rank, ``0 <= R <= D``.
         n_head: query heads; ``None`` means heads of 64.
         n_kv_head: key/value heads (GQA); ``None`` means ``n_head``.
@@ -67,7 +70,8 @@ def ra_attention(
         workspace: buffers for a call without gradients, so that a steady state allocates nothing on
             the Triton backend; the result is then valid until the next call with the workspace.
             Compilers plan memory themselves and ignore it.
-        backend: ``"triton"``, ``"sdpa"``, or ``"auto"``: Triton on a supported GPU, SDPA elsewhere.
+        backend: ``"triton"``, ``"sdpa"``, ``"flex"``, or ``"auto"``: Triton on a supported GPU,
+            SDPA elsewhere.
 
     Returns:
         ``[B, T, n_head * D]`` in ``x``'s dtype (under autocast, in the autocast dtype).
@@ -90,6 +94,12 @@ def ra_attention(
             return call(x, W_fused, bias)
     options = AttentionOptions(causal, softmax_scale, window_size, softcap, dropout_p)
     x, W_fused, bias = _autocast(x, W_fused, bias)
+    if isinstance(W_fused, SparseWeight):
+        sizes = (R, n_head, n_kv_head, weight_layout)
+        check_sparse_inputs(x, W_fused, bias, *sizes, workspace=workspace)
+        module, _ = choose(backend, (x,), options, W_fused.layout.head_dim)
+        packed = W_fused.layout.views(sparse_project(x, W_fused, bias, weight_layout))
+        return module.packed_attention(*packed, options)[0].flatten(2)
     layout = _projection_layout(x, W_fused, R, n_head, n_kv_head, bias, weight_layout)
     if workspace is not None:
         if not isinstance(workspace, Workspace):
@@ -105,7 +115,7 @@ def ra_attention(
 
 def project(
     x: Tensor,
-    W_fused: Tensor | QuantizedWeight,
+    W_fused: Tensor | QuantizedWeight | SparseWeight,
     R: int = 4,
     *,
     n_head: int | None = None,
@@ -119,14 +129,14 @@ def project(
 
     Args:
         x: ``[B, T, C]``, last stride 1.
-        W_fused: ``[C, N]``, ``N = (n_head + 2 * n_kv_head) * D``, or a quantized weight.
+        W_fused: ``[C, N]``, ``N = (n_head + 2 * n_kv_head) * D``, or a quantized or sparse weight.
         R: reciprocal rank, ``0 <= R <= D``.
         n_head: query heads ``H``; ``None`` means heads of 64.
         n_kv_head: key/value heads ``H_kv``; ``None`` means ``n_head``.
         bias: ``[N]`` in the order of ``W_fused``'s columns.
         weight_layout: ``"split"`` or ``"packed"``, see :func:`ra_attention`.
         out: contiguous buffer ``[B, T, H + 2 * H_kv, D]`` that receives the result; no gradients.
-        backend: ``"triton"``, ``"sdpa"`` or ``"auto"``.
+        backend: ``"triton"``, ``"sdpa"``, ``"flex"`` or ``"auto"``.
 
     Returns:
         ``q_pack [B, T, H, D]``, ``k_pack [B, T, H_kv, D]``, ``v [B, T, H_kv, D]``: views of one
@@ -139,6 +149,10 @@ def project(
         NotImplementedError: the backend cannot run the call.
     """
     x, W_fused, bias = _autocast(x, W_fused, bias)
+    if isinstance(W_fused, SparseWeight):
+        check_sparse_inputs(x, W_fused, bias, R, n_head, n_kv_head, weight_layout, out=out)
+        choose(backend, (x,))  # checks it
+        return W_fused.layout.views(sparse_project(x, W_fused, bias, weight_layout))
     layout = _projection_layout(x, W_fused, R, n_head, n_kv_head, bias, weight_layout)
     if out is not None:
         check_float_tensor("out", out)
@@ -184,7 +198,7 @@ def packed_attention(
         softcap: see :func:`ra_attention`.
         dropout_p: see :func:`ra_attention`.
         return_lse: also return the logsumexp of the scaled scores.
-        backend: ``"triton"``, ``"sdpa"`` or ``"auto"``.
+        backend: ``"triton"``, ``"sdpa"``, ``"flex"`` or ``"auto"``.
 
     Returns:
         ``[B, T_q, H, D]`` in the operands' dtype; with ``return_lse`` also ``[B, H, T_q]`` float32,
@@ -261,7 +275,7 @@ def pack_qk(
         rope_dims: how many lanes turn, an even number; None: all D.
         qk_norm: True, or ``(q_weight, k_weight)``, ``[D]`` each, float32 or q's dtype.
         norm_eps: added to the mean square.
-        backend: ``"triton"``, ``"sdpa"`` (here: plain torch) or ``"auto"``.
+        backend: ``"triton"``, ``"sdpa"``, ``"flex"`` (both: plain torch) or ``"auto"``.
 
     Returns:
         New tensors ``[B, T, H, D]`` and ``[B, T, H_kv, D]``, differentiable in all but the tables.

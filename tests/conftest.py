@@ -48,6 +48,24 @@ def _poisoned(allocate):
     return allocate_nan
 
 
+@pytest.fixture(autouse=True, scope="session")
+def uncompiled_flex_attention():
+    """FlexAttention by its own definition in eager PyTorch: to compile for a CPU takes seconds.
+
+    A test that compiles takes ``compiled_flex_attention`` (test_flex.py).
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    from ra_triton.backend import flex
+
+    with pytest.MonkeyPatch.context() as patch:
+        module = "torch.nn.attention.flex_attention"
+        patch.setattr(f"{module}._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+        patch.setattr(flex, "_compiled", lambda configuration: flex._attend)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

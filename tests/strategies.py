@@ -20,6 +20,9 @@ def dtypes_for(backend: str) -> list[torch.dtype]:
 
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
+# FlexAttention trains on a GPU alone, and compiles there for seconds: what it does is in test_flex.
+FORWARD_BACKENDS = BACKENDS if DEVICE.type == "cuda" else (*BACKENDS, "flex")
+forward_backends = pytest.mark.parametrize("backend", FORWARD_BACKENDS)
 backend_dtypes = pytest.mark.parametrize(
     ("backend", "dtype"),
     [

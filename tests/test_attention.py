@@ -16,8 +16,8 @@ from strategies import (
     AttentionCase,
     attention_cases,
     backend_dtypes,
-    backends,
     dtypes_for,
+    forward_backends,
     lay_out,
     normal,
 )
@@ -31,7 +31,7 @@ def check_case(case: AttentionCase, backend: str) -> None:
     assert_attention_close(out, q, k, v, lse=lse, **case.options)
 
 
-@backends
+@forward_backends
 @given(data=st.data())
 def test_attention_matches_the_definition(backend, data):
     check_case(data.draw(attention_cases(dtypes_for(backend))), backend)
@@ -49,27 +49,27 @@ def test_head_dims_also_those_that_are_no_power_of_two(backend, dtype, D):
     check_case(AttentionCase(T_q=35, T_k=35, D=D, dtype=dtype, layouts=("sliced",) * 3), backend)
 
 
-@backends
+@forward_backends
 @pytest.mark.parametrize(("T_q", "T_k"), [(1, 70), (5, 37), (33, 34), (40, 7), (65, 1), (70, 64)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_queries_and_keys_of_different_length(backend, T_q, T_k, causal):
     check_case(AttentionCase(B=2, T_q=T_q, T_k=T_k, causal=causal), backend)
 
 
-@backends
+@forward_backends
 @pytest.mark.parametrize("causal", [True, False])
 def test_every_offset_between_queries_and_keys_modulo_a_tile(backend, causal):
     for T_k in range(3, 37):
         check_case(AttentionCase(T_q=3, T_k=T_k, causal=causal), backend)
 
 
-@backends
+@forward_backends
 @pytest.mark.parametrize(("n_kv_head", "group"), [(1, 4), (2, 3), (3, 2)])
 def test_grouped_heads(backend, n_kv_head, group):
     check_case(AttentionCase(B=2, T_q=19, T_k=19, H_kv=n_kv_head, group=group), backend)
 
 
-@backends
+@forward_backends
 @pytest.mark.parametrize(("T_q", "T_k"), [(40, 7), (70, 3), (17, 16), (5, 0)])
 def test_rows_without_keys_give_zero_and_minus_infinity(backend, T_q, T_k):
     q, k, v = AttentionCase(B=2, T_q=T_q, T_k=T_k).tensors()
@@ -80,7 +80,7 @@ def test_rows_without_keys_give_zero_and_minus_infinity(backend, T_q, T_k):
     assert lse[..., blind:].isfinite().all()
 
 
-@backends
+@forward_backends
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("causal", [True, False])
 def test_no_keys_gives_zero_whatever_the_query(backend, value, causal):
@@ -91,7 +91,7 @@ def test_no_keys_gives_zero_whatever_the_query(backend, value, causal):
     assert lse.isneginf().all()
 
 
-@backends
+@forward_backends
 @pytest.mark.parametrize(
     ("B", "T_q", "T_k"), [(0, 5, 5), (2, 0, 0), (2, 0, 5), (0, 0, 0), (0, 5, 7)]
 )
@@ -137,7 +137,7 @@ def test_error_is_within_the_promise_of_eager_pytorch(backend, dtype, causal, se
     assert_within_promise(out, q, k, v, causal=causal)
 
 
-@backends
+@forward_backends
 def test_lse_is_returned_only_when_asked_for(backend):
     q, k, v = AttentionCase(T_q=9, T_k=9, group=2).tensors()
     out, lse = ra_triton.packed_attention(q, k, v, return_lse=True, backend=backend)
@@ -171,7 +171,7 @@ def test_sdpa_dropout_drops_or_scales_by_its_inverse_and_follows_the_seed():
     assert_bitwise(first_rows(), rows)
 
 
-@backends
+@forward_backends
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "fused", "expanded"])
 def test_the_output_is_contiguous_and_new(backend, layout):
     q, k, v = (lay_out(t, layout) for t in AttentionCase(B=2, T_q=9, T_k=9).tensors())
@@ -182,7 +182,7 @@ def test_the_output_is_contiguous_and_new(backend, layout):
     }
 
 
-@backends
+@forward_backends
 @pytest.mark.parametrize("weight_layout", ["split", "packed"])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_ra_attention_is_attention_over_the_projection(backend, weight_layout, with_bias):
@@ -197,7 +197,7 @@ def test_ra_attention_is_attention_over_the_projection(backend, weight_layout, w
         assert_bitwise(out, expected.flatten(2))
 
 
-@backends
+@forward_backends
 def test_heads_of_64_are_the_default(backend):
     x, W = normal(1, 5, 8), normal(8, 3 * 2 * 64, seed=1)
     assert_bitwise(
@@ -206,7 +206,7 @@ def test_heads_of_64_are_the_default(backend):
     )
 
 
-@backends
+@forward_backends
 def test_large_fp16_activations_overflow_only_where_they_must(backend):
     x, W = normal(2, 20, 32, dtype=torch.float16), normal(32, 48, dtype=torch.float16, seed=1)
     x[0] *= 300

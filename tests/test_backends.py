@@ -1,6 +1,8 @@
 """Backends: which one runs, that it trains, autocast."""
 
+import ast
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,7 +68,7 @@ def test_which_backend_gives_its_reason_and_takes_all_options():
 
 def test_which_backend_raises_what_the_call_would():
     q, k, v = AttentionCase(T_q=5, T_k=5).tensors()
-    with pytest.raises(NotImplementedError, match=r"no backend can run this.*softcap"):
+    with pytest.raises(NotImplementedError, match=r"softcap; use backend='flex'"):
         ra_triton.which_backend(q, k, v, softcap=1.0)
 
 
@@ -147,3 +149,17 @@ def test_disabled_autocast_changes_nothing():
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=False):
         out = ra_triton.packed_attention(q, k, v)
     assert_bitwise(out, ra_triton.packed_attention(q, k, v))
+
+
+def test_every_backend_has_every_function_that_is_asked_of_one():
+    package = Path(registry.__file__).parents[1]
+    asked = set()
+    for file in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                asked |= {node.attr} if node.value.id == "module" else set()
+    asked = {name for name in asked if not name.startswith("__")}
+    assert {"layer", "project", "packed_attention"} <= asked
+    for module in registry.BACKENDS.values():
+        for name in asked:
+            assert callable(getattr(module, name, None)), f"{module.__name__} has no {name}"

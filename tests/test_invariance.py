@@ -17,9 +17,9 @@ from strategies import (
     AttentionCase,
     attention_cases,
     backend_dtypes,
-    backends,
     dtypes_for,
     few_examples,
+    forward_backends,
     lay_out,
     normal,
     projection_cases,
@@ -51,7 +51,7 @@ def drawn(data, backend, **fixed):
 # Neighbours
 
 
-@backends
+@forward_backends
 @few_examples
 @given(data=st.data())
 def test_each_batch_element_is_computed_as_if_alone(backend, data):
@@ -62,7 +62,7 @@ def test_each_batch_element_is_computed_as_if_alone(backend, data):
         assert_unchanged(backend, got, out[b : b + 1], *alone, **case.options)
 
 
-@backends
+@forward_backends
 @few_examples
 @given(data=st.data())
 def test_permuted_batch_and_heads_give_a_permuted_result(backend, data):
@@ -73,7 +73,7 @@ def test_permuted_batch_and_heads_give_a_permuted_result(backend, data):
     assert_unchanged(backend, got, out.flip(0)[:, :, order], *permuted, **case.options)
 
 
-@backends
+@forward_backends
 @few_examples
 @given(data=st.data())
 def test_a_prefix_of_the_tokens_gives_a_prefix_of_the_result(backend, data):
@@ -84,7 +84,7 @@ def test_a_prefix_of_the_tokens_gives_a_prefix_of_the_result(backend, data):
     assert_unchanged(backend, got, out[:, :T], *prefix, **case.options)
 
 
-@backends
+@forward_backends
 @few_examples
 @given(data=st.data())
 def test_the_last_query_alone_gives_the_last_row(backend, data):
@@ -96,7 +96,7 @@ def test_the_last_query_alone_gives_the_last_row(backend, data):
     assert_agree(got, out[:, -1:], sigma, sigma)
 
 
-@backends
+@forward_backends
 @few_examples
 @given(data=st.data())
 def test_later_tokens_do_not_reach_earlier_rows(backend, data):
@@ -120,7 +120,7 @@ def test_a_bad_batch_element_leaves_the_others_alone(backend, dtype, value, whic
     assert not got[1].isfinite().all()
 
 
-@backends
+@forward_backends
 @pytest.mark.parametrize("token", [0, 5, 16, 39])
 def test_a_nan_token_gives_nan_from_its_row_on(backend, token):
     q, k, v = AttentionCase(B=1, T_q=40, T_k=40, H_kv=2).tensors()
@@ -132,7 +132,7 @@ def test_a_nan_token_gives_nan_from_its_row_on(backend, token):
     assert_bitwise(out[:, :, 1], clean[:, :, 1], "the other head")
 
 
-@backends
+@forward_backends
 def test_a_nan_input_token_of_ra_attention_stays_in_its_batch_element(backend):
     x, W = normal(2, 20, 12), normal(12, 96, seed=1)
     clean = ra_triton.ra_attention(x, W, n_head=2, backend=backend)
@@ -145,7 +145,7 @@ def test_a_nan_input_token_of_ra_attention_stays_in_its_batch_element(backend):
 # Addresses
 
 
-@backends
+@forward_backends
 @few_examples
 @given(data=st.data())
 def test_every_layout_gives_the_result_of_its_contiguous_copy(backend, data):
@@ -155,7 +155,7 @@ def test_every_layout_gives_the_result_of_its_contiguous_copy(backend, data):
     assert_unchanged(backend, got, out, *tensors, **case.options)
 
 
-@backends
+@forward_backends
 @pytest.mark.parametrize("layout", HEAD_LAYOUTS)
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_one_operand_in_another_layout_than_the_others(backend, layout, which):
@@ -191,7 +191,7 @@ def test_x_and_weight_in_any_two_layouts(x_layout, W_layout):
     )
 
 
-@backends
+@forward_backends
 @pytest.mark.parametrize("D", [20, 32])
 def test_memory_around_the_operands_does_not_matter(backend, D):
     tensors = AttentionCase(B=2, T_q=19, T_k=19, D=D).tensors()
@@ -200,7 +200,7 @@ def test_memory_around_the_operands_does_not_matter(backend, D):
     assert_bitwise(outs[2], outs[0])
 
 
-@backends
+@forward_backends
 def test_memory_around_x_and_the_weight_does_not_matter(backend):
     x, W = normal(2, 19, 25), normal(25, 3 * 20, seed=1)
     options = {"n_head": 1, "weight_layout": "packed", "backend": backend}
@@ -212,7 +212,7 @@ def test_memory_around_x_and_the_weight_does_not_matter(backend):
     assert_bitwise(outs[2], outs[0])
 
 
-@backends
+@forward_backends
 @few_examples
 @given(data=st.data())
 def test_inputs_are_never_written(backend, data):
@@ -225,7 +225,7 @@ def test_inputs_are_never_written(backend, data):
         assert_bitwise(t, copy)
 
 
-@backends
+@forward_backends
 @pytest.mark.parametrize("weight_layout", ["split", "packed"])
 def test_ra_attention_never_writes_its_inputs(backend, weight_layout):
     inputs = normal(2, 9, 12), normal(12, 96, seed=1), normal(96, seed=2)

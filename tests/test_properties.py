@@ -18,9 +18,9 @@ from strategies import (
     AttentionCase,
     attention_cases,
     backend_dtypes,
-    backends,
     dtypes_for,
     few_examples,
+    forward_backends,
     normal,
 )
 
@@ -49,7 +49,7 @@ def zero_low(t, R):
 # Lanes
 
 
-@backends
+@forward_backends
 @few_examples
 @given(data=st.data())
 def test_zero_low_lanes_are_plain_attention_on_the_others_at_the_packed_scale(backend, data):
@@ -62,7 +62,7 @@ def test_zero_low_lanes_are_plain_attention_on_the_others_at_the_packed_scale(ba
     )
 
 
-@backends
+@forward_backends
 @few_examples
 @given(data=st.data())
 def test_low_lanes_meet_low_lanes_only(backend, data):
@@ -74,7 +74,7 @@ def test_low_lanes_meet_low_lanes_only(backend, data):
         assert_bitwise(attend(backend, *pair, v, **case.options), neither)
 
 
-@backends
+@forward_backends
 @pytest.mark.parametrize("R", [0, 4, 16])
 def test_rank_zero_and_full_rank_are_plain_attention_of_what_is_there(backend, R):
     x, W = normal(2, 20, 12), normal(12, 3 * 2 * 16, seed=1)
@@ -87,7 +87,7 @@ def test_rank_zero_and_full_rank_are_plain_attention_of_what_is_there(backend, R
         assert_bitwise(*packed, "columns of R = 0 in both orders")
 
 
-@backends
+@forward_backends
 @few_examples
 @given(data=st.data())
 def test_permuting_the_lanes_of_both_operands_changes_nothing(backend, data):
@@ -98,7 +98,7 @@ def test_permuting_the_lanes_of_both_operands_changes_nothing(backend, data):
     assert_agree(permuted, out, sigma, sigma)
 
 
-@backends
+@forward_backends
 @few_examples
 @given(data=st.data())
 def test_a_rotation_of_both_operands_changes_nothing(backend, data):
@@ -117,7 +117,7 @@ def test_a_rotation_of_both_operands_changes_nothing(backend, data):
     assert_agree(rotated, out, sigma, sigma)
 
 
-@backends
+@forward_backends
 @few_examples
 @given(data=st.data())
 def test_swapping_query_and_key_roles_transposes_the_scores(backend, data):
@@ -137,7 +137,7 @@ def test_swapping_query_and_key_roles_transposes_the_scores(backend, data):
 # Scaling and linearity
 
 
-@backends
+@forward_backends
 @few_examples
 @given(data=st.data(), power=st.sampled_from([1, -1, 3, -4]))
 def test_powers_of_two_move_between_the_operands_bitwise(backend, data, power):
@@ -148,7 +148,7 @@ def test_powers_of_two_move_between_the_operands_bitwise(backend, data, power):
         assert_bitwise(attend(backend, q * factor, k / factor, v, **case.options), out)
 
 
-@backends
+@forward_backends
 @few_examples
 @given(data=st.data(), power=st.sampled_from([1, -1, 3, -4]))
 def test_a_power_of_two_of_v_scales_the_output_bitwise(backend, data, power):
@@ -156,7 +156,7 @@ def test_a_power_of_two_of_v_scales_the_output_bitwise(backend, data, power):
     assert_bitwise(attend(backend, q, k, v * 2.0**power, **case.options), out * 2.0**power)
 
 
-@backends
+@forward_backends
 @pytest.mark.parametrize("power", [1, -1, 4])
 def test_a_power_of_two_moves_between_x_and_the_weight_bitwise(backend, power):
     x, W, scale = normal(2, 20, 12), normal(12, 48, seed=1), 2.0**power
@@ -167,7 +167,7 @@ def test_a_power_of_two_moves_between_x_and_the_weight_bitwise(backend, power):
     )
 
 
-@backends
+@forward_backends
 @few_examples
 @given(data=st.data())
 def test_the_output_is_linear_in_v(backend, data):
@@ -181,7 +181,7 @@ def test_the_output_is_linear_in_v(backend, data):
     assert_agree(total.double(), parts[0].double() + parts[1].double(), *sigmas)
 
 
-@backends
+@forward_backends
 @few_examples
 @given(data=st.data(), shift=st.sampled_from([1.0, -4.0]))
 def test_adding_a_constant_to_v_adds_it_to_the_output(backend, data, shift):
@@ -193,7 +193,7 @@ def test_adding_a_constant_to_v_adds_it_to_the_output(backend, data, shift):
     assert_agree(shifted.double(), out.double() + shift, *sigmas)
 
 
-@backends
+@forward_backends
 @few_examples
 @given(data=st.data())
 def test_one_vector_added_to_every_key_changes_nothing(backend, data):
@@ -208,7 +208,7 @@ def test_one_vector_added_to_every_key_changes_nothing(backend, data):
 # Weights of the softmax
 
 
-@backends
+@forward_backends
 @few_examples
 @given(data=st.data())
 def test_the_first_token_returns_its_own_value(backend, data):
@@ -221,7 +221,7 @@ def test_the_first_token_returns_its_own_value(backend, data):
         assert ((out[:, 0].double() - value.double()).abs() <= slack).all()
 
 
-@backends
+@forward_backends
 @few_examples
 @example(case=AttentionCase(T_q=65, T_k=65, dtype=torch.float16, values="small"))
 @given(case=attention_cases([torch.float32, torch.float16], self_attention=True, causal=True))
@@ -236,7 +236,7 @@ def test_outputs_stay_between_the_smallest_and_largest_value_seen(backend, case)
     assert (out <= highest + slack).all()
 
 
-@backends
+@forward_backends
 @few_examples
 @given(data=st.data(), copies=st.sampled_from([2, 3]))
 def test_copies_of_all_keys_share_their_weight(backend, data, copies):
@@ -251,7 +251,7 @@ def test_copies_of_all_keys_share_their_weight(backend, data, copies):
     assert (lse_again > lse).all()
 
 
-@backends
+@forward_backends
 @pytest.mark.parametrize("T", [1, 16, 64])
 def test_equal_scores_average_the_values_and_count_in_lse(backend, T):
     q, k, v = torch.zeros(3, 1, T, 1, 16, device=DEVICE)
@@ -261,7 +261,7 @@ def test_equal_scores_average_the_values_and_count_in_lse(backend, T):
     assert_bitwise(out, torch.full_like(out, (T - 1) / 2))  # T is a power of two: exact
 
 
-@backends
+@forward_backends
 @few_examples
 @given(data=st.data())
 def test_lse_does_not_depend_on_v(backend, data):
@@ -272,7 +272,7 @@ def test_lse_does_not_depend_on_v(backend, data):
     assert_bitwise(other, lse)
 
 
-@backends
+@forward_backends
 @few_examples
 @given(data=st.data())
 def test_splitting_the_keys_and_merging_by_lse_is_the_whole(backend, data):

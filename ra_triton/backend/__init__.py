@@ -12,11 +12,11 @@ from types import ModuleType
 
 from torch import Tensor
 
-from ra_triton.backend import sdpa, triton
+from ra_triton.backend import flex, sdpa, triton
 from ra_triton.checks import check_choice
 from ra_triton.options import AttentionOptions
 
-BACKENDS: dict[str, ModuleType] = {"triton": triton, "sdpa": sdpa}
+BACKENDS: dict[str, ModuleType] = {"triton": triton, "sdpa": sdpa, "flex": flex}
 CHOICES = ("auto", *BACKENDS)
 
 
@@ -29,7 +29,8 @@ def choose(
     """The backend that runs a call, and why.
 
     An explicit backend runs or raises. ``"auto"`` takes Triton where it can and SDPA elsewhere; on
-    a GPU it warns once per reason when it cannot use Triton.
+    a GPU it warns once per reason when it cannot use Triton. It never takes FlexAttention, which
+    compiles on its first call, but names it where it is what can run the call.
 
     Args:
         backend: one of ``CHOICES``.
@@ -61,7 +62,11 @@ def choose(
         return triton, "supported GPU, shapes and options"
     no_sdpa = sdpa.unsupported(tensors, options, head_dim)
     if no_sdpa is not None:
-        raise NotImplementedError(f"no backend can run this: triton: {no_triton}; sdpa: {no_sdpa}")
+        reasons = f"triton: {no_triton}; sdpa: {no_sdpa}"
+        no_flex = flex.unsupported(tensors, options, head_dim)
+        if no_flex is None:
+            raise NotImplementedError(f"backend='auto': {reasons}; use backend='flex'")
+        raise NotImplementedError(f"no backend can run this: {reasons}; flex: {no_flex}")
     if on_gpu:
         _warn_once(f"ra_triton runs on SDPA, not on its Triton kernels: {no_triton}")
     return sdpa, no_triton

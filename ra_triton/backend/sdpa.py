@@ -71,7 +71,7 @@ def packed_attention(
     if mask is not None:
         no_key = ~mask.any(dim=-1, keepdim=True)  # such a row gives 0
         out = out.masked_fill(no_key, 0.0)
-    lse = _logsumexp(q, k, mask, options) if options.return_lse else None
+    lse = logsumexp(q, k, options) if options.return_lse else None
     return out.transpose(1, 2), lse
 
 
@@ -178,11 +178,17 @@ def _mask(T_q: int, T_k: int, options: AttentionOptions, device: torch.device) -
     return mask
 
 
-def _logsumexp(q: Tensor, k: Tensor, mask: Tensor | None, options: AttentionOptions) -> Tensor:
-    """Natural logsumexp of the scaled scores, ``[B, H, T_q]`` float32; SDPA does not return it."""
+def logsumexp(q: Tensor, k: Tensor, options: AttentionOptions) -> Tensor:
+    """Natural logsumexp of the scores, ``[B, H, T_q]`` float32; ``q, k`` are ``[B, H, T, D]``.
+
+    A second pass over the scores, for kernels of PyTorch's that do not return it.
+    """
+    mask = _mask(q.shape[2], k.shape[2], options, q.device)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scale = 1 / math.sqrt(q.shape[-1]) if options.softmax_scale is None else options.softmax_scale
     scores = scale * (q.float() @ k.float().mT)
+    if options.softcap:  # flex_attention has it
+        scores = options.softcap * torch.tanh(scores / options.softcap)
     if mask is None and options.causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:

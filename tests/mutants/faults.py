@@ -2289,6 +2289,209 @@ MODERN_FAULTS = [
     ),
 ]
 
+FLEX, SPARSITY = "ra_triton/backend/flex.py", "ra_triton/sparsity.py"
+_F, _Z = (f"tests/test_{name}.py::test_" for name in ("flex", "sparsity"))
+BLOCKS = f"{_F}blocks_hold_what_the_mask_allows"
+FLEX_WINDOWS = f"{_F}windows_include_both_ends"
+FLEX_CAPS = f"{_F}softcap_is_the_references"
+FLEX_BLIND = f"{_F}rows_without_keys_in_a_window_give_zero_and_minus_infinity"
+CONFIGURATIONS = f"{_F}each_configuration_has_compiled_code_of_its_own"
+FLEX_DEVICES = f"{_F}devices_and_head_dims_are_checked_first"
+PRUNED = f"{_Z}exactly_two_of_four_stay_by_magnitude_and_the_first_of_equal_ones"
+SPARSE_RESULTS = f"{_Z}results_are_those_of_the_pruned_dense_weight"
+SPARSE_CALLS = f"{_Z}wrong_calls_are_refused"
+SPARSE_LIMITS = f"{_Z}what_the_kernels_do_not_take_is_refused_with_the_reason"
+SPARSE_KERNELS = f"{_Z}kernels_are_chosen_by_device_and_library"
+
+FLEX_FAULTS = [
+    Fault(
+        "flex: queries and keys aligned at the top",
+        FLEX,
+        "offset = index(T_k - T_q)",
+        "offset = index(0)",
+        FLEX_WINDOWS,
+    ),
+    Fault(
+        "flex: a window without its left end", FLEX, "offset - left,", "offset - left + 1,", BLOCKS
+    ),
+    Fault(
+        "flex: blocks that are cut off count as whole",
+        FLEX,
+        "whole = (q_last < T_q)[:, None] & (k_last < T_k)",
+        "whole = some.clone()",
+        BLOCKS,
+    ),
+    Fault(
+        "flex: a block at the diagonal left out",
+        FLEX,
+        "some & (least <= highest)",
+        "some & (least < highest)",
+        BLOCKS,
+    ),
+    Fault(
+        "flex: whole blocks masked too little",
+        FLEX,
+        "(most <= highest)",
+        "(least <= highest)",
+        BLOCKS,
+    ),
+    Fault("flex: cap without its scale", FLEX, "cap * torch.tanh", "torch.tanh", FLEX_CAPS),
+    Fault(
+        "flex: logsumexp of scores that are not capped",
+        SDPA,
+        "    if options.softcap:  # flex_attention has it",
+        "    if False:",
+        FLEX_CAPS,
+    ),
+    Fault(
+        "flex: one row too many without keys",
+        FLEX,
+        "max(0, T_q - T_k - right)",
+        "max(0, T_q - T_k - right + 1)",
+        FLEX_BLIND,
+    ),
+    Fault(
+        "flex: rows without keys have a logsumexp of 0",
+        FLEX,
+        "F.pad(lse, (blind, 0), value=-math.inf)",
+        "F.pad(lse, (blind, 0))",
+        FLEX_BLIND,
+    ),
+    Fault(
+        "flex: masks made in inference mode are kept",
+        FLEX,
+        "torch.inference_mode(False)",
+        "torch.no_grad()",
+        f"{_F}what_is_kept_serves_inference_and_training",
+    ),
+    Fault(
+        "flex: configurations share their count of compilations",
+        FLEX,
+        "    attend.__code__ = attend.__code__.replace()\n",
+        "",
+        CONFIGURATIONS,
+    ),
+    Fault(
+        "flex: scales share one compiled code",
+        FLEX,
+        "            options.softmax_scale,\n            (left",
+        "            None,\n            (left",
+        CONFIGURATIONS,
+    ),
+    Fault(
+        "flex: numbers of a mask in its code",
+        FLEX,
+        "    return torch.full((), value, dtype=dtype, device=device)",
+        "    return value",
+        f"{_F}one_compilation_serves_all_lengths_caps_and_windows "
+        f"{_F}what_is_kept_serves_inference_and_training",
+    ),
+    Fault(
+        "flex: training on a CPU is not refused",
+        FLEX,
+        "if needs_grad(*tensors) else None",
+        "if False else None",
+        f"{_F}training_on_a_cpu_is_refused_with_a_backend_that_has_it "
+        f"{_F}softcap_under_auto_names_flex_and_where_it_cannot_train_says_why",
+    ),
+    Fault(
+        "flex: head dims of any size on a GPU",
+        FLEX,
+        "head_dim < MIN_HEAD_DIM",
+        "False",
+        FLEX_DEVICES,
+    ),
+    Fault(
+        "flex: leaves keep asking for a gradient",
+        FLEX,
+        "if not torch.is_grad_enabled():",
+        "if False:",
+        f"{_F}leaves_that_ask_for_a_gradient_run_without_one",
+    ),
+]
+
+SPARSITY_FAULTS = [
+    Fault("sparse: the smaller two stay", SPARSITY, "descending=True", "descending=False", PRUNED),
+    Fault("sparse: signs count", SPARSITY, "groups.abs().argsort", "groups.argsort", PRUNED),
+    Fault(
+        "sparse: any of equal ones stay",
+        SPARSITY,
+        "groups.abs().argsort(",
+        "groups.flip(-1).abs().argsort(",
+        PRUNED,
+    ),
+    Fault(
+        "sparse: three of four stay", SPARSITY, "GROUP, KEPT = 4, 2", "GROUP, KEPT = 4, 3", PRUNED
+    ),
+    Fault(
+        "sparse: pruned along the columns",
+        SPARSITY,
+        "data = prune(rows.contiguous())",
+        "data = prune(rows.mT.contiguous()).mT.contiguous()",
+        PRUNED,
+    ),
+    Fault(
+        "sparse: the other lanes of the heads are pruned",
+        SPARSITY,
+        "heads[..., layout.d_std :] = True",
+        "heads[..., : layout.R] = True",
+        PRUNED,
+    ),
+    Fault(
+        "sparse: columns where they were not",
+        SPARSITY,
+        "return torch.cat(_low_and_other(layout, device)).argsort()",
+        "return torch.cat(_low_and_other(layout, device))",
+        PRUNED,
+    ),
+    Fault(
+        "sparse: a bias in split order as it comes",
+        SPARSITY,
+        'if bias is not None and weight_layout == "split":',
+        "if False:",
+        SPARSE_RESULTS,
+    ),
+    Fault(
+        "sparse: no bias beside two products",
+        SPARSITY,
+        "return y if bias is None else y + bias",
+        "return y",
+        SPARSE_RESULTS,
+    ),
+    Fault(
+        "sparse: gradients vanish in silence",
+        SPARSITY,
+        "if needs_grad(t):",
+        "if False:",
+        SPARSE_CALLS,
+    ),
+    Fault("sparse: another R is taken", SPARSITY, "or value != expected", "or False", SPARSE_CALLS),
+    Fault(
+        "sparse: channels that do not fit",
+        SPARSITY,
+        "if channels % channel_step:",
+        "if False:",
+        SPARSE_LIMITS,
+    ),
+    Fault(
+        "sparse: columns that do not fit", SPARSITY, "if rows % row_step or", "if", SPARSE_LIMITS
+    ),
+    Fault(
+        "sparse: CUTLASS's kernels on Hopper",
+        SPARSITY,
+        "    if capability >= (9, 0):\n        raise",
+        "    if False:\n        raise",
+        SPARSE_KERNELS,
+    ),
+    Fault(
+        "sparse: a weight that is not finite",
+        SPARSITY,
+        "if not W_fused.isfinite().all():",
+        "if False:",
+        f"{_Z}weights_that_cannot_be_pruned_are_refused",
+    ),
+]
+
 FAULTS = [
     *INT8_FAULTS,
     *TILE_FAULTS,
@@ -2303,6 +2506,8 @@ FAULTS = [
     *HOPPER_FAULTS,
     *LONG_ROW_FAULTS,
     *MODERN_FAULTS,
+    *FLEX_FAULTS,
+    *SPARSITY_FAULTS,
 ]
 
 # Faults that no test can see here, and why; killing one is an error too.

@@ -1,0 +1,283 @@
+"""2:4 sparse weights for inference: all columns of a fused projection, or the reciprocal ones.
+
+Of four neighbours along the input dimension C the two of larger magnitude stay and the others are
+zero, so that sparse tensor cores multiply half as much. On a GPU the product is PyTorch's
+(``torch.sparse.to_sparse_semi_structured``: cuSPARSELt or CUTLASS), on a CPU it is that of the
+pruned dense weight. W_recip alone cannot be sparse: its R columns are fewer than a sparse operand
+has rows, and ``W_q W_recip`` is dense again (measured in ``bench/results/sparsity-cpu.md``).
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ra_triton.checks import (
+    check_choice,
+    check_dims,
+    check_float_tensor,
+    check_rows,
+    check_same,
+    check_shape,
+    needs_grad,
+)
+from ra_triton.layout import RALayout
+from ra_triton.weights import WEIGHT_LAYOUTS
+
+WHICH = ("reciprocal", "all")
+GROUP, KEPT = 4, 2  # along C
+SPARSE_DTYPES = (torch.float16, torch.bfloat16)
+MIN_CAPABILITY = (8, 0)
+# What the rows (columns of W_fused) and the columns (C) of a sparse operand are multiples of.
+LIMITS = {"cusparselt": (16, 16), "cutlass": (32, 64)}
+CUSPARSELT_OF_HOPPER = 602  # version 0.6.2; CUTLASS's kernels are for compute capability 8 alone
+
+
+@dataclass(frozen=True, eq=False)
+class SparseWeight:
+    """A fused projection with 2:4 sparse columns, made by :func:`sparsify_weight`; never written.
+
+    Both matrices hold a column of W_fused per row, as ``nn.Linear`` does.
+
+    Attributes:
+        data: ``[N_s, C]``: all N columns in packed order, or the reciprocal ones in that order. On
+            a GPU compressed, a ``torch.sparse.SparseSemiStructuredTensor``.
+        others: ``[N - N_s, C]``: the other columns in packed order; None where all are sparse.
+        layout: heads, head dim and R.
+    """
+
+    data: Tensor
+    others: Tensor | None
+    layout: RALayout
+
+    @property
+    def which(self) -> str:
+        """``"all"`` or ``"reciprocal"``: the columns that are sparse."""
+        return "all" if self.others is None else "reciprocal"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(C, N)``, that of W_fused."""
+        return self.data.shape[1], self.layout.columns
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all its numbers; x has to have it."""
+        return self.data.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lives."""
+        return self.data.device
+
+    def dense(self) -> Tensor:
+        """``W_fused [C, N]`` in packed order with its zeros; what one saves.
+
+        :func:`sparsify_weight` of it, in the same dtype and with ``weight_layout="packed"``, is
+        this weight again.
+        """
+        data = self.data.to_dense()  # itself where it is not compressed
+        if self.others is not None:
+            data = torch.cat((data, self.others))[_places(self.layout, self.device)]
+        return data.mT
+
+    def __repr__(self) -> str:
+        """Sizes, not numbers."""
+        return (
+            f"SparseWeight({self.which!r}, shape={self.shape}, {self.layout}, "
+            f"dtype={self.dtype}, device={self.device})"
+        )
+
+
+@torch.no_grad()
+def sparsify_weight(
+    W_fused: Tensor,
+    R: int,
+    *,
+    which: str = "reciprocal",
+    n_head: int | None = None,
+    n_kv_head: int | None = None,
+    weight_layout: str = "split",
+) -> SparseWeight:
+    """Prune the columns of a fused projection to 2 of 4 by magnitude; for inference.
+
+    Of equal magnitudes the first ones stay. Nothing is trained after it: what that costs is for you
+    to measure, and ``bench/sparsity.py`` shows how.
+
+    Args:
+        W_fused: ``[C, N]``, ``N = (n_head + 2 * n_kv_head) * D``, C a multiple of 4. On a GPU
+            float16 or bfloat16, with sizes that its sparse kernels take; on a CPU float32 too.
+        R: reciprocal rank, ``0 <= R <= D``.
+        which: ``"reciprocal"`` for the columns Q_low and K_low, ``(n_head + n_kv_head) * R`` of
+            them, or ``"all"``.
+        n_head: query heads; ``None`` means heads of 64.
+        n_kv_head: key/value heads (GQA); ``None`` means ``n_head``.
+        weight_layout: column order of ``W_fused``, ``"split"`` or ``"packed"``.
+
+    Returns:
+        What :func:`ra_attention` and :func:`project` take for ``W_fused``, on the same device.
+
+    Raises:
+        TypeError: not a tensor, a dtype that is not supported, counts that are no ints.
+        ValueError: shapes that do not fit, or that the GPU's sparse kernels do not take; unknown
+            choices; ``which="reciprocal"`` without reciprocal columns; a weight that is not finite.
+        NotImplementedError: a device without sparse kernels.
+
+    Source: 2:4 sparsity, arXiv:2104.08378.
+    """
+    check_choice("which", which, WHICH)
+    check_choice("weight_layout", weight_layout, WEIGHT_LAYOUTS)
+    check_float_tensor("W_fused", W_fused)
+    if W_fused.dim() != 2 or W_fused.shape[0] < GROUP or W_fused.shape[0] % GROUP:
+        raise ValueError(
+            f"W_fused must be [C, N] with C a multiple of {GROUP}, got {tuple(W_fused.shape)}"
+        )
+    layout = RALayout.from_columns(W_fused.shape[1], R, n_head, n_kv_head)
+    if which == "reciprocal" and R == 0:
+        raise ValueError("which='reciprocal' needs R >= 1, got R=0: there is no such column")
+    sparse_rows = layout.columns if which == "all" else (layout.n_head + layout.n_kv_head) * R
+    kernels = None
+    if W_fused.device.type != "cpu":
+        kernels = kernels_on(W_fused.device)
+        check_limits(kernels, which, sparse_rows, W_fused.shape[0], W_fused.dtype)
+    if not W_fused.isfinite().all():
+        raise ValueError("W_fused must be finite, got NaN or infinity")
+    rows = (layout.pack(W_fused) if weight_layout == "split" else W_fused).mT
+    others = None
+    if which == "reciprocal":
+        low, other = _low_and_other(layout, W_fused.device)
+        rows, others = rows[low], rows[other].contiguous()
+    data = prune(rows.contiguous())
+    if kernels == "cusparselt":
+        data = torch.sparse.to_sparse_semi_structured(data)
+    elif kernels == "cutlass":
+        data = torch.sparse.SparseSemiStructuredTensorCUTLASS.from_dense(data)
+    return SparseWeight(data, others, layout)
+
+
+def prune(rows: Tensor) -> Tensor:
+    """The two of larger magnitude of each four along the last dim; the first ones of equal ones."""
+    groups = rows.unflatten(-1, (-1, GROUP))
+    order = groups.abs().argsort(dim=-1, descending=True, stable=True)
+    dropped = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., KEPT:], True)
+    return groups.masked_fill(dropped, 0.0).flatten(-2)
+
+
+def project(x: Tensor, W: SparseWeight, bias: Tensor | None, weight_layout: str) -> Tensor:
+    """``x [B, T, C] @ W + bias`` ``[B, T, N]`` in packed order; the bias in ``weight_layout``."""
+    if bias is not None and weight_layout == "split":
+        bias = W.layout.pack(bias)
+    with torch.autocast(x.device.type, enabled=False):
+        if W.others is None:
+            return F.linear(x, W.data, bias)
+        parts = F.linear(x, W.data), F.linear(x, W.others)
+        y = torch.cat(parts, dim=-1)[..., _places(W.layout, x.device)]
+        return y if bias is None else y + bias
+
+
+def check_sparse_inputs(
+    x: Tensor,
+    W: SparseWeight,
+    bias: Tensor | None,
+    R: int,
+    n_head: int | None,
+    n_kv_head: int | None,
+    weight_layout: str,
+    **buffers: object,
+) -> None:
+    """Shapes, dtypes and devices; sizes that differ from the weight's; gradients; buffers."""
+    check_choice("weight_layout", weight_layout, WEIGHT_LAYOUTS)
+    check_float_tensor("x", x)
+    check_dims("x", x, "[B, T, C]")
+    check_rows("x", x.shape[:2])
+    if W.device != x.device:
+        raise ValueError(f"W_fused must be on {x.device} like x, got {W.device}")
+    if W.dtype != x.dtype:
+        raise TypeError(f"W_fused must be {x.dtype} like x, got {W.dtype}")
+    if W.shape[0] != x.shape[-1]:
+        raise ValueError(f"W_fused must be [C, N] with C = {x.shape[-1]} like x, got {W.shape}")
+    for name, value in {"R": R, "n_head": n_head, "n_kv_head": n_kv_head}.items():
+        expected = getattr(W.layout, name)
+        if value is not None and (type(value) is not int or value != expected):
+            kind = ValueError if type(value) is int else TypeError
+            raise kind(f"{name} must be {expected} like the sparse weight's, got {value!r}")
+    if bias is not None:
+        check_float_tensor("bias", bias)
+        check_same("x", x, bias=bias)
+        check_shape("bias", bias, (W.shape[1],), "one value per column of W_fused")
+    for name, t in (("x", x), ("bias", bias)):
+        if needs_grad(t):
+            raise ValueError(
+                f"{name} needs a gradient, and a sparse weight is for inference: use "
+                "torch.no_grad(), or the weight that it was made of"
+            )
+    for name, buffer in buffers.items():
+        if buffer is not None:
+            raise ValueError(f"{name} cannot be used with a sparse weight, whose product is new")
+
+
+# What a GPU's sparse kernels take
+
+
+def kernels_on(device: torch.device) -> str:
+    """``"cusparselt"`` or ``"cutlass"``: what multiplies on a CUDA device, else an error."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        raise NotImplementedError(
+            f"2:4 sparse products need an NVIDIA GPU, or a CPU to try them, got {device}"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        raise NotImplementedError(
+            "2:4 sparse products need compute capability 8.0 (Ampere) or newer, got {}.{}; use "
+            "the dense weight".format(*capability)
+        )
+    library = torch.backends.cusparselt
+    version = (library.version() or 0) if library.is_available() else 0
+    if version >= (CUSPARSELT_OF_HOPPER if capability >= (9, 0) else 1):
+        return "cusparselt"
+    if capability >= (9, 0):
+        raise NotImplementedError(
+            f"2:4 sparse products on compute capability {capability[0]}.{capability[1]} need "
+            f"cuSPARSELt 0.6.2 or newer, got {version or 'none'}; use the dense weight"
+        )
+    return "cutlass"
+
+
+def check_limits(kernels: str, which: str, rows: int, channels: int, dtype: torch.dtype) -> None:
+    """TypeError or ValueError if a sparse operand ``[rows, C]`` is none that the kernels take."""
+    if dtype not in SPARSE_DTYPES:
+        raise TypeError(
+            f"W_fused must be float16 or bfloat16 for 2:4 sparse products on a GPU, got {dtype}"
+        )
+    row_step, channel_step = LIMITS[kernels]
+    if channels % channel_step:
+        raise ValueError(
+            f"W_fused must have a multiple of {channel_step} channels for {kernels}, got {channels}"
+        )
+    if rows % row_step or rows < row_step:
+        columns = "columns" if which == "all" else "reciprocal columns, (n_head + n_kv_head) * R,"
+        remedy = "" if which == "all" else "; which='all' may fit"
+        raise ValueError(
+            f"W_fused must have a multiple of {row_step} {columns} for {kernels}, "
+            f"got {rows}{remedy}"
+        )
+
+
+# Which packed columns are reciprocal
+
+
+@lru_cache(maxsize=64)
+def _low_and_other(layout: RALayout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Indices of the packed columns that are reciprocal, and of the others, ascending."""
+    low = torch.zeros(layout.columns, dtype=torch.bool)
+    for heads in layout.views(low)[:2]:  # q_pack's and k_pack's
+        heads[..., layout.d_std :] = True
+    return low.nonzero().flatten().to(device), (~low).nonzero().flatten().to(device)
+
+
+@lru_cache(maxsize=64)
+def _places(layout: RALayout, device: torch.device) -> Tensor:
+    """Where each packed column is in ``[reciprocal | others]``."""
+    return torch.cat(_low_and_other(layout, device)).argsort()
