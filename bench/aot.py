@@ -225,6 +225,15 @@ def _launches() -> Iterator[_Launch]:
                     yield _BACKWARD, label, _attention_grad(dtype, D, offset=1)
             for in_place in (True, False):
                 yield "pack", f"{name} D={D} in_place={in_place}", _packing(dtype, D, in_place)
+            for offset in (0, 1) if dtype == torch.bfloat16 and D > 32 else ():
+                for capped, dropped in ((False, False), (True, False), (True, True)):
+                    label = f"{name} D={D} window" + " softcap" * capped + " dropout" * dropped
+                    mask = {"window_size": (256, 0), "softcap": 30.0 * capped}
+                    wrap = _with_dropout if dropped else partial
+                    forward = partial(_attention(dtype, D, offset=offset), **mask)
+                    backward = partial(_attention_grad(dtype, D, offset=offset), **mask)
+                    yield _FORWARD, label + " misaligned" * offset, wrap(forward)
+                    yield _BACKWARD, label + " misaligned" * offset, wrap(backward)
         for D in (16, 20, 72, 80, 96) if special else ():
             label = f"{name} D={D}" + " misaligned" * (D == 20)
             yield _FORWARD, label, _attention(dtype, D)

@@ -92,6 +92,8 @@ def attend(
             v,
             causal=options.causal,
             softmax_scale=options.softmax_scale,
+            window_size=options.reach,
+            softcap=options.softcap,
             dropout_p=options.dropout_p,
             seed=seed,
             o=out,
@@ -130,6 +132,8 @@ def attend_backward(
             dlse=dlse,
             causal=options.causal,
             softmax_scale=options.softmax_scale,
+            window_size=options.reach,
+            softcap=options.softcap,
             dropout_p=options.dropout_p,
             seed=seed,
         )

@@ -23,8 +23,22 @@ def _layout(W_packed: Tensor, n_head: int, n_kv_head: int) -> RALayout:
     return RALayout(n_head, n_kv_head, W_packed.shape[1] // (n_head + 2 * n_kv_head), 0)
 
 
-def _options(causal: bool, softmax_scale: float | None, dropout_p: float) -> AttentionOptions:
-    return AttentionOptions(causal=causal, softmax_scale=softmax_scale, dropout_p=dropout_p)
+def numbers(options: AttentionOptions) -> tuple[Any, ...]:
+    """The options as operators take them, in their order."""
+    scores = (options.causal, options.softmax_scale, options.dropout_p)
+    return (*scores, *options.window_size, options.softcap)
+
+
+def _options(
+    causal: bool,
+    softmax_scale: float | None,
+    dropout_p: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+) -> AttentionOptions:
+    window_size = (window_left, window_right)
+    return AttentionOptions(causal, softmax_scale, window_size, softcap, dropout_p)
 
 
 def _present(grads: Grads, like: Tensor) -> Three:
@@ -98,9 +112,13 @@ def attention(
     causal: bool,
     softmax_scale: float | None,
     dropout_p: float,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """``(out [B, T_q, H, D], lse [B, H, T_q])``."""
-    return launches.attend(q_pack, k_pack, v, _options(causal, softmax_scale, dropout_p), seed)
+    options = _options(causal, softmax_scale, dropout_p, window_left, window_right, softcap)
+    return launches.attend(q_pack, k_pack, v, options, seed)
 
 
 @attention.register_fake
@@ -122,10 +140,13 @@ def attention_backward(
     causal: bool,
     softmax_scale: float | None,
     dropout_p: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
     needed: Sequence[bool],
 ) -> Three:
     """``(dq, dk, dv)``."""
-    options = _options(causal, softmax_scale, dropout_p)
+    options = _options(causal, softmax_scale, dropout_p, window_left, window_right, softcap)
     grads = launches.attention_gradients(
         q_pack, k_pack, v, out, lse, do, dlse, seed, options, needed
     )
@@ -152,22 +173,20 @@ def attention_gradients(
     """``launches.attention_gradients`` through its operator."""
     do = torch.zeros_like(out) if do is None else do
     dlse = torch.zeros_like(lse) if dlse is None else dlse
-    numbers = (options.causal, options.softmax_scale, options.dropout_p)
     saved = (q_pack, k_pack, v, out, lse, do, dlse, seed)
-    return _wanted(attention_backward(*saved, *numbers, list(needed)), needed)
+    return _wanted(attention_backward(*saved, *numbers(options), list(needed)), needed)
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q_pack, k_pack, v, seed, *numbers = inputs
-    ctx.options = _options(*numbers)
+    q_pack, k_pack, v, seed, *ctx.numbers = inputs  # as they are: a tracer's are symbols
     ctx.save_for_backward(q_pack, k_pack, v, *output, seed)
 
 
 def _attention_grads(ctx: Any, do: Tensor, dlse: Tensor) -> Grads:
     q_pack, k_pack, v, out, lse, seed = ctx.saved_tensors
-    saved = (q_pack, k_pack, v, out, lse, do, dlse, seed)
-    grads = attention_gradients(*saved, ctx.options, ctx.needs_input_grad[:3])
-    return (*grads, None, None, None, None)
+    saved, needed = (q_pack, k_pack, v, out, lse, do, dlse, seed), ctx.needs_input_grad[:3]
+    grads = _wanted(attention_backward(*saved, *ctx.numbers, list(needed)), needed)
+    return (*grads, *[None] * (len(ctx.needs_input_grad) - 3))
 
 
 attention.register_autograd(_attention_grads, setup_context=_save_attention)
@@ -187,12 +206,14 @@ def layer(
     causal: bool,
     softmax_scale: float | None,
     dropout_p: float,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
 ) -> Three:
     """``(out [B, T, H, D], lse [B, H, T], packed [B, T, N])``; only out is differentiable."""
     layout = _layout(W_packed, n_head, n_kv_head)
-    return launches.layer(
-        x, W_packed, bias, layout, _options(causal, softmax_scale, dropout_p), seed
-    )
+    options = _options(causal, softmax_scale, dropout_p, window_left, window_right, softcap)
+    return launches.layer(x, W_packed, bias, layout, options, seed)
 
 
 @layer.register_fake
@@ -225,11 +246,14 @@ def layer_backward(
     causal: bool,
     softmax_scale: float | None,
     dropout_p: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
     needed: Sequence[bool],
 ) -> Three:
     """``(dx, dW, dbias)``."""
     layout = _layout(W_packed, n_head, n_kv_head)
-    options = _options(causal, softmax_scale, dropout_p)
+    options = _options(causal, softmax_scale, dropout_p, window_left, window_right, softcap)
     grads = launches.layer_gradients(
         x, W_packed, packed, out, lse, do, layout, options, seed, needed
     )
@@ -256,14 +280,12 @@ def layer_gradients(
     """``launches.layer_gradients`` through its operator."""
     saved = (x, W_packed, packed, out, lse, do, seed)
     heads = (layout.n_head, layout.n_kv_head)
-    numbers = (options.causal, options.softmax_scale, options.dropout_p)
-    return _wanted(layer_backward(*saved, *heads, *numbers, list(needed)), needed)
+    return _wanted(layer_backward(*saved, *heads, *numbers(options), list(needed)), needed)
 
 
 def _save_layer(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
-    x, W_packed, _, seed, n_head, n_kv_head, *numbers = inputs
+    x, W_packed, _, seed, *ctx.numbers = inputs
     out, lse, packed = output
-    ctx.layout, ctx.options = _layout(W_packed, n_head, n_kv_head), _options(*numbers)
     ctx.mark_non_differentiable(lse, packed)
     ctx.set_materialize_grads(False)  # else backward gets zeros as large as packed
     ctx.save_for_backward(x, W_packed, packed, out, lse, seed)
@@ -272,9 +294,9 @@ def _save_layer(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
 def _layer_grads(ctx: Any, do: Tensor | None, *_: Any) -> Grads:
     x, W_packed, packed, out, lse, seed = ctx.saved_tensors
     do = torch.zeros_like(out) if do is None else do
-    saved = (x, W_packed, packed, out, lse, do)
-    grads = layer_gradients(*saved, ctx.layout, ctx.options, seed, ctx.needs_input_grad[:3])
-    return (*grads, *[None] * 6)
+    saved, needed = (x, W_packed, packed, out, lse, do, seed), ctx.needs_input_grad[:3]
+    grads = _wanted(layer_backward(*saved, *ctx.numbers, list(needed)), needed)
+    return (*grads, *[None] * (len(ctx.needs_input_grad) - 3))
 
 
 layer.register_autograd(_layer_grads, setup_context=_save_layer)

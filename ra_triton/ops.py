@@ -45,8 +45,7 @@ def attention(
     seed = launches.new_seed(v, options)
     recorded = needs_grad(q_pack, k_pack, v)
     if _traced(q_pack, k_pack, v) or (_transformed() and not recorded):
-        numbers = (options.causal, options.softmax_scale, options.dropout_p)
-        return library.attention(q_pack, k_pack, v, seed, *numbers)
+        return library.attention(q_pack, k_pack, v, seed, *library.numbers(options))
     if recorded:
         return _function(_Attention).apply(q_pack, k_pack, v, options, seed)
     return launches.attend(q_pack, k_pack, v, options, seed)
@@ -66,8 +65,7 @@ def layer(
     recorded = needs_grad(x, W_packed, bias)
     if _traced(x, W_packed) or (_transformed() and not recorded):
         heads = (layout.n_head, layout.n_kv_head)
-        numbers = (options.causal, options.softmax_scale, options.dropout_p)
-        return library.layer(x, W_packed, bias, seed, *heads, *numbers)[0]
+        return library.layer(x, W_packed, bias, seed, *heads, *library.numbers(options))[0]
     if recorded:
         return _function(_Layer).apply(x, W_packed, bias, layout, options, seed)[0]
     return launches.layer(x, W_packed, bias, layout, options, seed, workspace)[0]

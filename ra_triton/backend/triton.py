@@ -28,11 +28,6 @@ def unsupported(
         return None
     if head_dim is None or not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         return f"head dim {head_dim} is outside {MIN_HEAD_DIM}..{MAX_HEAD_DIM}"
-    if options.softcap:
-        return "the kernels have no softcap yet"
-    left, right = options.reach
-    if left >= 0 or (right >= 0 and not options.causal):
-        return "the kernels have no window_size yet"
     return None
 
 

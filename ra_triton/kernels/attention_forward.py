@@ -3,15 +3,15 @@
     o[b, t, h] = Σ_j p_j v[b, j, h'] / Σ_j p_j    p_j = exp(softmax_scale * q[b, t, h]·k[b, j, h'])
     lse[b, h, t] = log Σ_j p_j                    h' = h // (H // H_kv)
 
-over all keys j, or those with j <= t + T_k - T_q if causal.
+over all keys j, or those with -left <= j - (t + T_k - T_q) <= right; causal means right = 0. Key
+tiles outside that range are not visited. With a softcap the exponent is
+softcap * tanh(softmax_scale * q·k / softcap).
 
 q ``[B, T_q, H, D]``, k and v ``[B, T_k, H_kv, D]`` → o ``[B, T_q, H, D]``, lse ``[B, H, T_q]``.
 Grid ``(B * H * cdiv(T_q, BLOCK_M),)``: heads fastest, in sections that fit L2, and the query tiles
 with most keys first, so that the short ones fill the last wave. Overwrites nothing. After
 arXiv:2307.08691.
 """
-
-import math
 
 import torch
 import triton
@@ -22,8 +22,8 @@ from ra_triton.kernels.configs import LaunchConfig, launch_config
 from ra_triton.kernels.plans import Layout, Plan, layout_of, on_16_bytes, planned
 from ra_triton.kernels.tiles import (
     LN2,
-    LOG2E,
     block_d_of,
+    capped,
     dot,
     dot_precision,
     follow,
@@ -35,7 +35,9 @@ from ra_triton.kernels.tiles import (
     kept,
     key_range,
     load_rows,
+    mask_arguments,
     rows_in_bulk,
+    score_arguments,
     store_rows,
     strides_by_name,
     target_of,
@@ -57,16 +59,21 @@ def _attend(
     m,
     begin,
     end,
-    unmasked,  # keys before this one are seen by every query of the tile
+    whole,  # keys from this one to unmasked are seen by every query of the tile
+    unmasked,
+    first_key,  # [BLOCK_M], with WINDOW
     key_limit,  # [BLOCK_M]
     stride_kt,
     stride_vt,
     T_k,
     scale_log2,
+    cap_scale,
     dropout_p,
     D: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
     USE_TMA: tl.constexpr,
     WIDE: tl.constexpr,
@@ -82,9 +89,13 @@ def _attend(
             D, MASKED, USE_TMA, WIDE, ALIGNMENT, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         s = dot(q, k.T, None, PRECISION)  # [BLOCK_M, BLOCK_N]
+        if SOFTCAP:
+            s = capped(s, cap_scale)
         offs_n = n + tl.arange(0, BLOCK_N)
-        if MASKED and (not USE_TMA or n >= unmasked):
+        if MASKED and (not USE_TMA or n >= unmasked or (WINDOW and n < whole)):
             s = tl.where(offs_n[None, :] < key_limit[:, None], s, float("-inf"))
+            if WINDOW:
+                s = tl.where(offs_n[None, :] >= first_key[:, None], s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
         m_scaled = m_new * scale_log2
         if MASKED:
@@ -106,7 +117,7 @@ def _attend(
     return acc, l_i, m_i
 
 
-@triton.jit(do_not_specialize=["section"])
+@triton.jit(do_not_specialize=["section", "left", "right"])
 def _attention_forward_kernel(
     q_source,  # pointers, or descriptors of [B, H, T, D] with USE_TMA
     k_source,
@@ -129,11 +140,16 @@ def _attention_forward_kernel(
     T_q,
     T_k,
     section,  # heads at a time
-    scale_log2,  # softmax_scale * log2(e)
+    left,  # keys seen before a query's own, and after, with WINDOW
+    right,
+    scale_log2,  # softmax_scale * log2(e); with SOFTCAP softcap * log2(e)
+    cap_scale,  # softmax_scale / softcap
     dropout_p,
     D: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
     USE_TMA: tl.constexpr,
     WIDE: tl.constexpr,
@@ -143,7 +159,7 @@ def _attention_forward_kernel(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One query tile of one head: full key tiles, then those that the mask cuts."""
+    """One query tile of one head: full key tiles, and those that the mask cuts."""
     n_m = tl.cdiv(T_q, BLOCK_M)
     head, tile = head_and_tile(tl.program_id(0), B * H, n_m, section, USE_TMA)
     m = (n_m - 1 - tile) * BLOCK_M
@@ -157,7 +173,9 @@ def _attention_forward_kernel(
 
     follow(PDL)
     offs_m = m + tl.arange(0, BLOCK_M)
-    key_limit, unmasked, end = key_range(m, T_q, T_k, CAUSAL, BLOCK_M, BLOCK_N)
+    first_key, key_limit, begin, whole, unmasked, end = key_range(
+        m, T_q, T_k, left, right, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
+    )
     q = load_rows(
         q_source, b, h, m, stride_qt, T_q,
         D, True, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_D,
@@ -166,18 +184,30 @@ def _attention_forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    begin = 0
-    if not USE_TMA:  # bounds cost instructions, so full tiles have a loop of their own
+    # Bounds cost instructions, so without bulk copies full tiles have a loop of their own.
+    if WINDOW and not USE_TMA:
         acc, l_i, m_i = _attend(
             acc, l_i, m_i, q, k_source, v_source, seed, b, head, h_kv, m,
-            0, unmasked, unmasked, key_limit, stride_kt, stride_vt, T_k, scale_log2, dropout_p,
-            D, PRECISION, False, DROPOUT, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
+            begin, tl.minimum(whole, end), whole, unmasked, first_key, key_limit,
+            stride_kt, stride_vt, T_k, scale_log2, cap_scale, dropout_p,
+            D, PRECISION, True, WINDOW, SOFTCAP, DROPOUT,
+            USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    if not USE_TMA:
+        acc, l_i, m_i = _attend(
+            acc, l_i, m_i, q, k_source, v_source, seed, b, head, h_kv, m,
+            whole, unmasked, whole, unmasked, first_key, key_limit,
+            stride_kt, stride_vt, T_k, scale_log2, cap_scale, dropout_p,
+            D, PRECISION, False, WINDOW, SOFTCAP, DROPOUT,
+            USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         begin = unmasked
     acc, l_i, m_i = _attend(
         acc, l_i, m_i, q, k_source, v_source, seed, b, head, h_kv, m,
-        begin, end, unmasked, key_limit, stride_kt, stride_vt, T_k, scale_log2, dropout_p,
-        D, PRECISION, True, DROPOUT, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
+        begin, end, whole, unmasked, first_key, key_limit,
+        stride_kt, stride_vt, T_k, scale_log2, cap_scale, dropout_p,
+        D, PRECISION, True, WINDOW, SOFTCAP, DROPOUT,
+        USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
     l_i = tl.where(l_i == 0.0, 1.0, l_i)  # a row without keys: o = 0, lse = -inf
@@ -195,6 +225,8 @@ def attention_forward(
     *,
     causal: bool,
     softmax_scale: float | None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     o: Tensor | None = None,
@@ -221,7 +253,9 @@ def attention_forward(
         layout_of(v),
         on_16_bytes(seed, o, lse),
         causal,
+        window_size,
         softmax_scale,
+        float(softcap),
         float(dropout_p),
         dot_precision(q.dtype),
         target_of(q.device),
@@ -240,7 +274,9 @@ def _plan(
     v: Layout,
     others: tuple[bool | None, ...],
     causal: bool,
+    window_size: tuple[int, int],
     softmax_scale: float | None,
+    softcap: float,
     dropout_p: float,
     precision: str,
     target: str,
@@ -257,8 +293,6 @@ def _plan(
     blocks = (config.block_m, config.block_n, config.block_n)
     rows = zip((q, k, v), blocks, strict=True)
     bulk = {i: rows_in_bulk(t, n) for i, (t, n) in enumerate(rows)}
-    if softmax_scale is None:
-        softmax_scale = 1 / math.sqrt(D)
     arguments = {
         **strides_by_name(alignment, q=q, k=k, v=v),
         "B": B,
@@ -267,10 +301,10 @@ def _plan(
         "T_q": T_q,
         "T_k": T_k,
         "section": heads_per_section(B * H, 2 * T_k * D * dtype.itemsize * H_kv // H),
-        "scale_log2": softmax_scale * LOG2E.value,
+        **mask_arguments(T_q, T_k, causal, window_size),
+        **score_arguments(D, softmax_scale, softcap),
         "dropout_p": dropout_p,
         "D": D,
-        "CAUSAL": causal,
         "PRECISION": precision,
         "DROPOUT": dropout_p > 0,
         "USE_TMA": config.use_tma,
