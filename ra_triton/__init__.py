@@ -8,6 +8,7 @@ from ra_triton.api import (
     ra_attention,
     which_backend,
 )
+from ra_triton.varlen import packed_attention_varlen
 from ra_triton.weights import compose_weights, pack_weight, unpack_weight
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __all__ = [
     "pack_qk_",
     "pack_weight",
     "packed_attention",
+    "packed_attention_varlen",
     "project",
     "ra_attention",
     "unpack_weight",

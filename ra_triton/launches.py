@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ra_triton.layout import RALayout
+from ra_triton.offsets import Offsets
 from ra_triton.options import AttentionOptions
 from ra_triton.workspace import Workspace
 
@@ -81,8 +82,9 @@ def attend(
     seed: Tensor | None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    offsets: Offsets | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(out [B, T_q, H, D], lse [B, H, T_q])``, new unless given."""
+    """``(out [B, T_q, H, D], lse [B, H, T_q])``, new unless given; with ``offsets`` B is 1."""
     from ra_triton.kernels.attention_forward import attention_forward
 
     with _device_of(q_pack):
@@ -98,6 +100,7 @@ def attend(
             seed=seed,
             o=out,
             lse=lse,
+            offsets=offsets,
         )
 
 
@@ -114,6 +117,7 @@ def attend_backward(
     dv: Tensor | None,
     options: AttentionOptions,
     seed: Tensor | None,
+    offsets: Offsets | None = None,
 ) -> None:
     """Write the gradients into those of dq, dk and dv that are not None."""
     from ra_triton.kernels.attention_backward import attention_backward
@@ -136,6 +140,7 @@ def attend_backward(
             softcap=options.softcap,
             dropout_p=options.dropout_p,
             seed=seed,
+            offsets=offsets,
         )
 
 
@@ -149,6 +154,7 @@ def attention_gradients(
     dlse: Tensor | None,
     seed: Tensor | None,
     options: AttentionOptions,
+    offsets: Offsets | None,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``(dq, dk, dv)``, each only if needed; a ``do`` of None is zero, and so is a ``dlse``."""
@@ -157,7 +163,8 @@ def attention_gradients(
         for t, need in zip((q_pack, k_pack, v), needed, strict=True)
     )
     do = torch.zeros_like(out) if do is None else do
-    attend_backward(q_pack, k_pack, v, out, lse, do, dlse, dq, dk, dv, options, seed)
+    grads = (dq, dk, dv)
+    attend_backward(q_pack, k_pack, v, out, lse, do, dlse, *grads, options, seed, offsets)
     return dq, dk, dv
 
 
@@ -169,6 +176,7 @@ def layer(
     options: AttentionOptions,
     seed: Tensor | None,
     workspace: Workspace | None = None,
+    offsets: Offsets | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Projection and attention: ``(out [B, T, H, D], lse [B, H, T], packed [B, T, N])``.
 
@@ -185,7 +193,7 @@ def layer(
         buffers.append(workspace.buffer("lse", (B, layout.n_head, T), torch.float32, x.device))
     packed = project(x, W_packed, bias, buffers[0])
     q_pack, k_pack, v = layout.views(packed)
-    out, lse = attend(q_pack, k_pack, v, options, seed, *buffers[1:])
+    out, lse = attend(q_pack, k_pack, v, options, seed, buffers[1], buffers[2], offsets)
     return out, lse, packed
 
 
@@ -199,11 +207,12 @@ def layer_gradients(
     layout: RALayout,
     options: AttentionOptions,
     seed: Tensor | None,
+    offsets: Offsets | None,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``(dx, dW, dbias)``, each only if needed; dq, dk and dv share one buffer ``[B, T, N]``."""
     dpacked = torch.empty_like(packed)
     q_pack, k_pack, v = layout.views(packed)
-    dq, dk, dv = layout.views(dpacked)
-    attend_backward(q_pack, k_pack, v, out, lse, do, None, dq, dk, dv, options, seed)
+    grads = layout.views(dpacked)
+    attend_backward(q_pack, k_pack, v, out, lse, do, None, *grads, options, seed, offsets)
     return project_gradients(x, W_packed, dpacked, needed)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ra_triton import launches
 from ra_triton.layout import RALayout
+from ra_triton.offsets import Offsets, flat, unflat
 from ra_triton.options import AttentionOptions
 
 Grads = tuple[Tensor | None, ...]
@@ -115,10 +116,15 @@ def attention(
     window_left: int = -1,
     window_right: int = -1,
     softcap: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """``(out [B, T_q, H, D], lse [B, H, T_q])``."""
     options = _options(causal, softmax_scale, dropout_p, window_left, window_right, softcap)
-    return launches.attend(q_pack, k_pack, v, options, seed)
+    offsets = unflat(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return launches.attend(q_pack, k_pack, v, options, seed, offsets=offsets)
 
 
 @attention.register_fake
@@ -143,12 +149,17 @@ def attention_backward(
     window_left: int,
     window_right: int,
     softcap: float,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     needed: Sequence[bool],
 ) -> Three:
     """``(dq, dk, dv)``."""
     options = _options(causal, softmax_scale, dropout_p, window_left, window_right, softcap)
+    offsets = unflat(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     grads = launches.attention_gradients(
-        q_pack, k_pack, v, out, lse, do, dlse, seed, options, needed
+        q_pack, k_pack, v, out, lse, do, dlse, seed, options, offsets, needed
     )
     return _present(grads, v)
 
@@ -168,24 +179,28 @@ def attention_gradients(
     dlse: Tensor | None,
     seed: Tensor | None,
     options: AttentionOptions,
+    offsets: Offsets | None,
     needed: Sequence[bool],
 ) -> Grads:
     """``launches.attention_gradients`` through its operator."""
     do = torch.zeros_like(out) if do is None else do
     dlse = torch.zeros_like(lse) if dlse is None else dlse
     saved = (q_pack, k_pack, v, out, lse, do, dlse, seed)
-    return _wanted(attention_backward(*saved, *numbers(options), list(needed)), needed)
+    rest = (*numbers(options), *flat(offsets), list(needed))
+    return _wanted(attention_backward(*saved, *rest), needed)
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q_pack, k_pack, v, seed, *ctx.numbers = inputs  # as they are: a tracer's are symbols
-    ctx.save_for_backward(q_pack, k_pack, v, *output, seed)
+    q_pack, k_pack, v, seed, *numbers, most_q, most_k = inputs
+    ctx.numbers, ctx.longest = numbers[:-2], (most_q, most_k)  # a tracer's are symbols
+    ctx.save_for_backward(q_pack, k_pack, v, *output, seed, *numbers[-2:])
 
 
 def _attention_grads(ctx: Any, do: Tensor, dlse: Tensor) -> Grads:
-    q_pack, k_pack, v, out, lse, seed = ctx.saved_tensors
+    q_pack, k_pack, v, out, lse, seed, *begins = ctx.saved_tensors
     saved, needed = (q_pack, k_pack, v, out, lse, do, dlse, seed), ctx.needs_input_grad[:3]
-    grads = _wanted(attention_backward(*saved, *ctx.numbers, list(needed)), needed)
+    rest = (*ctx.numbers, *begins, *ctx.longest, list(needed))
+    grads = _wanted(attention_backward(*saved, *rest), needed)
     return (*grads, *[None] * (len(ctx.needs_input_grad) - 3))
 
 
@@ -209,11 +224,16 @@ def layer(
     window_left: int = -1,
     window_right: int = -1,
     softcap: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
 ) -> Three:
     """``(out [B, T, H, D], lse [B, H, T], packed [B, T, N])``; only out is differentiable."""
     layout = _layout(W_packed, n_head, n_kv_head)
     options = _options(causal, softmax_scale, dropout_p, window_left, window_right, softcap)
-    return launches.layer(x, W_packed, bias, layout, options, seed)
+    offsets = unflat(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return launches.layer(x, W_packed, bias, layout, options, seed, offsets=offsets)
 
 
 @layer.register_fake
@@ -249,13 +269,18 @@ def layer_backward(
     window_left: int,
     window_right: int,
     softcap: float,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     needed: Sequence[bool],
 ) -> Three:
     """``(dx, dW, dbias)``."""
     layout = _layout(W_packed, n_head, n_kv_head)
     options = _options(causal, softmax_scale, dropout_p, window_left, window_right, softcap)
+    offsets = unflat(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     grads = launches.layer_gradients(
-        x, W_packed, packed, out, lse, do, layout, options, seed, needed
+        x, W_packed, packed, out, lse, do, layout, options, seed, offsets, needed
     )
     return _present(grads, x)
 
@@ -275,27 +300,31 @@ def layer_gradients(
     layout: RALayout,
     options: AttentionOptions,
     seed: Tensor | None,
+    offsets: Offsets | None,
     needed: Sequence[bool],
 ) -> Grads:
     """``launches.layer_gradients`` through its operator."""
     saved = (x, W_packed, packed, out, lse, do, seed)
     heads = (layout.n_head, layout.n_kv_head)
-    return _wanted(layer_backward(*saved, *heads, *numbers(options), list(needed)), needed)
+    rest = (*heads, *numbers(options), *flat(offsets), list(needed))
+    return _wanted(layer_backward(*saved, *rest), needed)
 
 
 def _save_layer(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
-    x, W_packed, _, seed, *ctx.numbers = inputs
+    x, W_packed, _, seed, *numbers, most_q, most_k = inputs
+    ctx.numbers, ctx.longest = numbers[:-2], (most_q, most_k)
     out, lse, packed = output
     ctx.mark_non_differentiable(lse, packed)
     ctx.set_materialize_grads(False)  # else backward gets zeros as large as packed
-    ctx.save_for_backward(x, W_packed, packed, out, lse, seed)
+    ctx.save_for_backward(x, W_packed, packed, out, lse, seed, *numbers[-2:])
 
 
 def _layer_grads(ctx: Any, do: Tensor | None, *_: Any) -> Grads:
-    x, W_packed, packed, out, lse, seed = ctx.saved_tensors
+    x, W_packed, packed, out, lse, seed, *begins = ctx.saved_tensors
     do = torch.zeros_like(out) if do is None else do
     saved, needed = (x, W_packed, packed, out, lse, do, seed), ctx.needs_input_grad[:3]
-    grads = _wanted(layer_backward(*saved, *ctx.numbers, list(needed)), needed)
+    rest = (*ctx.numbers, *begins, *ctx.longest, list(needed))
+    grads = _wanted(layer_backward(*saved, *rest), needed)
     return (*grads, *[None] * (len(ctx.needs_input_grad) - 3))
 
 

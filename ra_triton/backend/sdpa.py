@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ra_triton.layout import RALayout
+from ra_triton.offsets import Offsets
 from ra_triton.options import AttentionOptions
 from ra_triton.workspace import Workspace
 
@@ -38,12 +39,24 @@ def project(x: Tensor, W_packed: Tensor, bias: Tensor | None, out: Tensor | None
 
 
 def packed_attention(
-    q_pack: Tensor, k_pack: Tensor, v: Tensor, options: AttentionOptions
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    options: AttentionOptions,
+    offsets: Offsets | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over ``[B, T, H, D]`` operands: ``(out, lse [B, H, Tq] or None)``.
 
     ``return_lse`` costs a second pass over the scores, ``B * H * Tq * Tk`` of them in float32.
+    With ``offsets`` it is a loop over the sequences, whose bounds are read back from the device.
     """
+    if offsets is not None:
+        parts = [
+            packed_attention(q_pack[:, queries], k_pack[:, keys], v[:, keys], options)
+            for queries, keys in offsets.sequences() or [(slice(None), slice(None))]
+        ]
+        outs, lses = zip(*parts, strict=True)
+        return torch.cat(outs, 1), torch.cat(lses, -1) if options.return_lse else None
     T_q, T_k = q_pack.shape[1], k_pack.shape[1]
     q, k, v = (t.transpose(1, 2) for t in (q_pack, k_pack, v))  # [B, H, T, D]
     mask = _mask(T_q, T_k, options, q.device)
@@ -75,6 +88,7 @@ def layer(
     layout: RALayout,
     options: AttentionOptions,
     workspace: Workspace | None,
+    offsets: Offsets | None = None,
 ) -> Tensor:
     """Projection and attention: ``[B, T, C] -> [B, T, H, D]``.
 
@@ -83,7 +97,8 @@ def layer(
     out = None
     if workspace is not None:
         out = workspace.buffer("packed", (*x.shape[:2], layout.columns), x.dtype, x.device)
-    return packed_attention(*layout.views(project(x, W_packed, bias, out)), options)[0]
+    packed = layout.views(project(x, W_packed, bias, out))
+    return packed_attention(*packed, options, offsets)[0]
 
 
 def pack_qk(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from ra_triton import ops
 from ra_triton.backend import sdpa
 from ra_triton.checks import needs_grad
 from ra_triton.layout import RALayout
+from ra_triton.offsets import Offsets
 from ra_triton.options import AttentionOptions
 from ra_triton.workspace import Workspace
 
@@ -37,10 +38,14 @@ def project(x: Tensor, W_packed: Tensor, bias: Tensor | None, out: Tensor | None
 
 
 def packed_attention(
-    q_pack: Tensor, k_pack: Tensor, v: Tensor, options: AttentionOptions
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    options: AttentionOptions,
+    offsets: Offsets | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over ``[B, T, H, D]`` operands: ``(out, lse [B, H, Tq])``."""
-    return ops.attention(q_pack, k_pack, v, options)
+    return ops.attention(q_pack, k_pack, v, options, offsets)
 
 
 def layer(
@@ -50,9 +55,10 @@ def layer(
     layout: RALayout,
     options: AttentionOptions,
     workspace: Workspace | None,
+    offsets: Offsets | None = None,
 ) -> Tensor:
     """Projection and attention: ``[B, T, C] -> [B, T, H, D]``."""
-    return ops.layer(x, W_packed, bias, layout, options, workspace)
+    return ops.layer(x, W_packed, bias, layout, options, workspace, offsets)
 
 
 def pack_qk(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from ra_triton.kernels.plans import Bulk, Layout, Plan, layout_of, on_16_bytes, 
 from ra_triton.kernels.tiles import (
     LN2,
     LOG2E,
+    as_tokens,
     block_d_of,
     capped,
     dot,
@@ -44,10 +45,12 @@ from ra_triton.kernels.tiles import (
     query_range,
     rows_in_bulk,
     score_arguments,
+    sequence,
     store_rows,
     strides_by_name,
     target_of,
 )
+from ra_triton.offsets import Offsets, flat, lengths
 
 Operands = tuple[Layout, Layout, Layout, Layout]  # q, k, v, do
 
@@ -168,7 +171,7 @@ def _sum_over_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["section", "left", "right"])
+@triton.jit(do_not_specialize=["section", "left", "right", "total_q", "total_k"])
 def _key_value_gradient_kernel(
     q_source,  # pointers, or descriptors of [B, H, T, D] with USE_TMA
     k_source,
@@ -177,6 +180,8 @@ def _key_value_gradient_kernel(
     lse_ptr,
     delta_ptr,
     seed_ptr,  # one int64, with DROPOUT
+    cu_q_ptr,  # B + 1 offsets, with VARLEN
+    cu_k_ptr,
     dk_ptr,
     dv_ptr,
     stride_qb,  # strides of inputs in units of ALIGNMENT elements
@@ -200,8 +205,10 @@ def _key_value_gradient_kernel(
     B,
     H_kv,
     group,  # H // H_kv
-    T_q,
+    T_q,  # with VARLEN of the longest sequence
     T_k,
+    total_q,  # tokens of all sequences, with VARLEN
+    total_k,
     section,  # heads at a time
     left,  # keys seen before a query's own, and after, with WINDOW
     right,
@@ -214,6 +221,7 @@ def _key_value_gradient_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
+    VARLEN: tl.constexpr,
     NEED_DK: tl.constexpr,
     NEED_DV: tl.constexpr,
     USE_TMA: tl.constexpr,
@@ -231,6 +239,19 @@ def _key_value_gradient_kernel(
     h_kv = head_kv % H_kv
     n = tile * BLOCK_N  # the first key tiles have most queries
     follow(PDL)
+    if VARLEN:
+        first_q, T_q = sequence(cu_q_ptr, b, total_q)
+        first_k, T_k = sequence(cu_k_ptr, b, total_k)
+        if n >= T_k:
+            return
+        q_source += tl.cast(first_q, tl.int64) * stride_qt * ALIGNMENT
+        do_source += tl.cast(first_q, tl.int64) * stride_gt * ALIGNMENT
+        k_source += tl.cast(first_k, tl.int64) * stride_kt * ALIGNMENT
+        v_source += tl.cast(first_k, tl.int64) * stride_vt * ALIGNMENT
+        if NEED_DK:
+            dk_ptr += tl.cast(first_k, tl.int64) * stride_dkt
+        if NEED_DV:
+            dv_ptr += tl.cast(first_k, tl.int64) * stride_dvt
     if not USE_TMA:
         k_source += head_offset(b, h_kv, stride_kb, stride_kh, ALIGNMENT)
         v_source += head_offset(b, h_kv, stride_vb, stride_vh, ALIGNMENT)
@@ -256,6 +277,8 @@ def _key_value_gradient_kernel(
             do_head += head_offset(b, h, stride_gb, stride_gh, ALIGNMENT)
         head = b * H_kv * group + h
         rows = tl.cast(head, tl.int64) * T_q
+        if VARLEN:
+            rows = tl.cast(h, tl.int64) * total_q + first_q
         first, last = begin, end
         if (CAUSAL or WINDOW) and not USE_TMA:
             # Masks cost registers, so without bulk copies full tiles have a loop of their own.
@@ -367,7 +390,7 @@ def _sum_over_keys(
     return dq
 
 
-@triton.jit(do_not_specialize=["section", "left", "right"])
+@triton.jit(do_not_specialize=["section", "left", "right", "total_q", "total_k"])
 def _query_gradient_kernel(
     q_source,  # pointers, or descriptors of [B, H, T, D] with USE_TMA
     k_source,
@@ -376,6 +399,8 @@ def _query_gradient_kernel(
     lse_ptr,
     delta_ptr,
     seed_ptr,  # one int64, with DROPOUT
+    cu_q_ptr,  # B + 1 offsets, with VARLEN
+    cu_k_ptr,
     dq_ptr,
     stride_qb,  # strides of inputs in units of ALIGNMENT elements
     stride_qt,
@@ -395,8 +420,10 @@ def _query_gradient_kernel(
     B,
     H,
     group,  # H // H_kv
-    T_q,
+    T_q,  # with VARLEN of the longest sequence
     T_k,
+    total_q,  # tokens of all sequences, with VARLEN
+    total_k,
     section,  # heads at a time
     left,  # keys seen before a query's own, and after, with WINDOW
     right,
@@ -409,6 +436,7 @@ def _query_gradient_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
+    VARLEN: tl.constexpr,
     USE_TMA: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -425,6 +453,18 @@ def _query_gradient_kernel(
     h = head % H
     h_kv = h // group
     follow(PDL)
+    rows = tl.cast(head, tl.int64) * T_q
+    if VARLEN:
+        first_q, T_q = sequence(cu_q_ptr, b, total_q)
+        first_k, T_k = sequence(cu_k_ptr, b, total_k)
+        if m >= T_q:
+            return
+        rows = tl.cast(h, tl.int64) * total_q + first_q
+        q_source += tl.cast(first_q, tl.int64) * stride_qt * ALIGNMENT
+        do_source += tl.cast(first_q, tl.int64) * stride_gt * ALIGNMENT
+        k_source += tl.cast(first_k, tl.int64) * stride_kt * ALIGNMENT
+        v_source += tl.cast(first_k, tl.int64) * stride_vt * ALIGNMENT
+        dq_ptr += tl.cast(first_q, tl.int64) * stride_dqt
     if not USE_TMA:
         q_source += head_offset(b, h, stride_qb, stride_qh, ALIGNMENT)
         do_source += head_offset(b, h, stride_gb, stride_gh, ALIGNMENT)
@@ -439,7 +479,6 @@ def _query_gradient_kernel(
         D, True, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_D,
     )  # fmt: skip
     offs_m = m + tl.arange(0, BLOCK_M)
-    rows = tl.cast(head, tl.int64) * T_q
     lse_log2 = tl.load(lse_ptr + rows + offs_m, mask=offs_m < T_q, other=float("inf")) * LOG2E
     delta = tl.load(delta_ptr + rows + offs_m, mask=offs_m < T_q, other=0.0)
 
@@ -496,13 +535,14 @@ def attention_backward(
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    offsets: Offsets | None = None,
     config: LaunchConfig | None = None,
 ) -> None:
     """Write the gradients of ``Σ o do + Σ lse dlse`` into those of dq, dk, dv that are not None.
 
     ``q [B, T_q, H, D]``, ``k, v [B, T_k, H_kv, D]``; ``o``, contiguous, and ``lse [B, H, T_q]``
     from the forward; ``do`` like o and ``dlse`` like lse in any layout. dq, dk and dv have the
-    shapes of q, k and v and unit last stride. The options and ``seed`` are the forward's.
+    shapes of q, k and v and unit last stride. Options, seed and offsets are the forward's.
     ``config`` replaces the table's for both gradient kernels.
     """
     if q.numel() == 0 or k.numel() == 0:
@@ -519,10 +559,11 @@ def attention_backward(
         others = on_16_bytes(o, dlse, delta)
         _delta_plan(device, dtype, layout_of(do), others, target)(o, do, dlse, delta)
     operands = (layout_of(q), layout_of(k), layout_of(v), layout_of(do))
-    options = (causal, window_size, softmax_scale, float(softcap), float(dropout_p))
-    options += (dot_precision(dtype), target, config)
-    others = on_16_bytes(lse, delta, seed)
-    inputs = (q, k, v, do, lse, delta, seed)
+    sequences = None if offsets is None else lengths(offsets)
+    scores = (softmax_scale, float(softcap), float(dropout_p), dot_precision(dtype))
+    options = (sequences, causal, window_size, *scores, target, config)
+    inputs = (q, k, v, do, lse, delta, seed, *flat(offsets)[:2])
+    others = on_16_bytes(*inputs[4:])
     if dk is not None or dv is not None:
         dk_layout, dv_layout = (None if t is None else layout_of(t) for t in (dk, dv))
         layouts = (operands, dk_layout, dv_layout)
@@ -568,10 +609,12 @@ def _key_value_plan(
 ) -> Plan:
     """The launch of dk and dv; see :func:`_shared` for ``options``."""
     config, arguments, bulk = _shared("key_value_gradient", dtype, operands, *options)
-    B, T_q, H, D = operands[0].shape
-    T_k, H_kv = operands[1].shape[1:3]
+    (H, D), H_kv = operands[0].shape[2:], operands[1].shape[2]
+    B, T_q, T_k = (arguments[name] for name in ("B", "T_q", "T_k"))
     group_bytes = 2 * T_q * D * dtype.itemsize * H // H_kv  # q and do
     arguments["section"] = heads_per_section(B * H_kv, group_bytes)
+    if arguments["VARLEN"]:
+        dk, dv = (None if t is None else as_tokens(t) for t in (dk, dv))
     arguments |= strides_by_name(dk=dk, dv=dv)
     arguments |= {"H_kv": H_kv, "NEED_DK": dk is not None, "NEED_DV": dv is not None}
     grid = (B * H_kv * triton.cdiv(T_k, config.block_n),)
@@ -589,10 +632,11 @@ def _query_plan(
 ) -> Plan:
     """The launch of dq; see :func:`_shared` for ``options``."""
     config, arguments, bulk = _shared("query_gradient", dtype, operands, *options)
-    B, T_q, H, D = operands[0].shape
-    T_k, H_kv = operands[1].shape[1:3]
+    (H, D), H_kv = operands[0].shape[2:], operands[1].shape[2]
+    B, T_q, T_k = (arguments[name] for name in ("B", "T_q", "T_k"))
     head_bytes = 2 * T_k * D * dtype.itemsize * H_kv // H  # k and v
     arguments["section"] = heads_per_section(B * H, head_bytes)
+    dq = as_tokens(dq) if arguments["VARLEN"] else dq
     arguments |= {**strides_by_name(dq=dq), "H": H}
     grid = (B * H * triton.cdiv(T_q, config.block_m),)
     return Plan(_query_gradient_kernel, grid, arguments, bulk)
@@ -602,6 +646,7 @@ def _shared(
     stage: str,
     dtype: torch.dtype,
     operands: Operands,
+    sequences: tuple[int, int, int] | None,
     causal: bool,
     window_size: tuple[int, int],
     softmax_scale: float | None,
@@ -611,29 +656,38 @@ def _shared(
     target: str,
     config: LaunchConfig | None,
 ) -> tuple[LaunchConfig, dict[str, Any], dict[int, Bulk] | None]:
-    """The config of a gradient kernel, and the arguments and descriptors that both share."""
+    """The config of a gradient kernel, and the arguments and descriptors that both share.
+
+    ``sequences``: how many there are, and the most queries and keys of one.
+    """
     q, k, _, _ = operands
-    H, D = q.shape[2:]
+    B, total_q, H, D = q.shape
+    total_k, varlen = k.shape[1], sequences is not None
+    sizes = (B, total_q, total_k) if sequences is None else sequences
+    mask = mask_arguments(*sizes[1:], causal, window_size)
     aligned = all(is_aligned(t, dtype) for t in operands)
     if config is None:
-        config = launch_config(stage, D, dtype, target, aligned, dropout_p > 0)
+        flags = (dropout_p > 0, mask["WINDOW"], varlen)
+        config = launch_config(stage, D, dtype, target, aligned, *flags)
     # Strides that are whole 16-byte units go to the kernel as such, so that it can rely on it.
     alignment = 16 // dtype.itemsize if aligned else 1
     by_query, by_key = config.block_m, config.block_n
     blocks = (by_query, by_key, by_key, by_query)
     widest = max(t.strides[1] for t in operands) * max(by_query, by_key)
+    placed = [as_tokens(t) for t in operands] if varlen else operands
     arguments = {
-        **strides_by_name(alignment, **dict(zip("qkvg", operands, strict=True))),
-        "B": q.shape[0],
+        **strides_by_name(alignment, **dict(zip("qkvg", placed, strict=True))),
+        **dict(zip(("B", "T_q", "T_k"), sizes, strict=True)),
         "group": H // k.shape[2],
-        "T_q": q.shape[1],
-        "T_k": k.shape[1],
-        **mask_arguments(q.shape[1], k.shape[1], causal, window_size),
+        "total_q": total_q,
+        "total_k": total_k,
+        **mask,
         **score_arguments(D, softmax_scale, softcap),
         "dropout_p": dropout_p,
         "D": D,
         "PRECISION": precision,
         "DROPOUT": dropout_p > 0,
+        "VARLEN": varlen,
         "USE_TMA": config.use_tma,
         "WIDE": is_wide(widest),
         "ALIGNMENT": alignment,

@@ -8,6 +8,8 @@ tiles outside that range are not visited. With a softcap the exponent is
 softcap * tanh(softmax_scale * q·k / softcap).
 
 q ``[B, T_q, H, D]``, k and v ``[B, T_k, H_kv, D]`` → o ``[B, T_q, H, D]``, lse ``[B, H, T_q]``.
+With VARLEN sequences of different lengths lie one after the other, as in FlashAttention: ``B`` of
+them in q ``[1, total_q, H, D]``, k and v ``[1, total_k, H_kv, D]``, lse ``[1, H, total_q]``.
 Grid ``(B * H * cdiv(T_q, BLOCK_M),)``: heads fastest, in sections that fit L2, and the query tiles
 with most keys first, so that the short ones fill the last wave. Overwrites nothing. After
 arXiv:2307.08691.
@@ -22,6 +24,7 @@ from ra_triton.kernels.configs import LaunchConfig, launch_config
 from ra_triton.kernels.plans import Layout, Plan, layout_of, on_16_bytes, planned
 from ra_triton.kernels.tiles import (
     LN2,
+    as_tokens,
     block_d_of,
     capped,
     dot,
@@ -38,10 +41,12 @@ from ra_triton.kernels.tiles import (
     mask_arguments,
     rows_in_bulk,
     score_arguments,
+    sequence,
     store_rows,
     strides_by_name,
     target_of,
 )
+from ra_triton.offsets import Offsets, flat, lengths
 
 
 @triton.jit
@@ -117,12 +122,14 @@ def _attend(
     return acc, l_i, m_i
 
 
-@triton.jit(do_not_specialize=["section", "left", "right"])
+@triton.jit(do_not_specialize=["section", "left", "right", "total_q", "total_k"])
 def _attention_forward_kernel(
     q_source,  # pointers, or descriptors of [B, H, T, D] with USE_TMA
     k_source,
     v_source,
     seed_ptr,  # one int64, with DROPOUT
+    cu_q_ptr,  # B + 1 offsets, with VARLEN
+    cu_k_ptr,
     o_ptr,
     lse_ptr,
     stride_qb,  # strides in units of ALIGNMENT elements
@@ -137,8 +144,10 @@ def _attention_forward_kernel(
     B,
     H,
     group,  # H // H_kv
-    T_q,
+    T_q,  # with VARLEN of the longest sequence
     T_k,
+    total_q,  # tokens of all sequences, with VARLEN
+    total_k,
     section,  # heads at a time
     left,  # keys seen before a query's own, and after, with WINDOW
     right,
@@ -151,6 +160,7 @@ def _attention_forward_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
+    VARLEN: tl.constexpr,
     USE_TMA: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -172,6 +182,18 @@ def _attention_forward_kernel(
         v_source += head_offset(b, h_kv, stride_vb, stride_vh, ALIGNMENT)
 
     follow(PDL)
+    row = tl.cast(b, tl.int64) * T_q  # of o
+    lse_row = tl.cast(head, tl.int64) * T_q
+    if VARLEN:
+        first_q, T_q = sequence(cu_q_ptr, b, total_q)
+        first_k, T_k = sequence(cu_k_ptr, b, total_k)
+        if m >= T_q:
+            return
+        row = tl.cast(first_q, tl.int64)
+        lse_row = tl.cast(h, tl.int64) * total_q + first_q
+        q_source += row * stride_qt * ALIGNMENT
+        k_source += tl.cast(first_k, tl.int64) * stride_kt * ALIGNMENT
+        v_source += tl.cast(first_k, tl.int64) * stride_vt * ALIGNMENT
     offs_m = m + tl.arange(0, BLOCK_M)
     first_key, key_limit, begin, whole, unmasked, end = key_range(
         m, T_q, T_k, left, right, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
@@ -213,9 +235,9 @@ def _attention_forward_kernel(
     l_i = tl.where(l_i == 0.0, 1.0, l_i)  # a row without keys: o = 0, lse = -inf
     o = acc / (l_i * (1 - dropout_p))[:, None] if DROPOUT else acc / l_i[:, None]
     lse = (m_i * scale_log2 + tl.log2(l_i)) * LN2
-    o_head = o_ptr + (tl.cast(b, tl.int64) * T_q * H + h) * D
+    o_head = o_ptr + (row * H + h) * D
     store_rows(o_head, o, m, H * D, T_q, D, BLOCK_M, BLOCK_D)
-    tl.store(lse_ptr + tl.cast(head, tl.int64) * T_q + offs_m, lse, mask=offs_m < T_q)
+    tl.store(lse_ptr + lse_row + offs_m, lse, mask=offs_m < T_q)
 
 
 def attention_forward(
@@ -231,12 +253,14 @@ def attention_forward(
     seed: Tensor | None = None,
     o: Tensor | None = None,
     lse: Tensor | None = None,
+    offsets: Offsets | None = None,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``q [B, T_q, H, D]``, ``k, v [B, T_k, H_kv, D]`` → ``o [B, T_q, H, D]``, ``lse [B, H, T_q]``.
 
     Operands may have any strides but the last, which is 1; o and lse (float32) are contiguous, and
-    new unless given. ``seed`` is one int64 on the device; the same seed drops the same scores.
+    new unless given. ``seed`` is one int64 on the device; the same seed drops the same scores. With
+    ``offsets`` B is 1, and T counts the tokens of all sequences.
     """
     B, T_q, H, _ = q.shape
     if o is None:
@@ -251,7 +275,8 @@ def attention_forward(
         layout_of(q),
         layout_of(k),
         layout_of(v),
-        on_16_bytes(seed, o, lse),
+        on_16_bytes(seed, *flat(offsets)[:2], o, lse),
+        None if offsets is None else lengths(offsets),
         causal,
         window_size,
         softmax_scale,
@@ -261,7 +286,7 @@ def attention_forward(
         target_of(q.device),
         config,
     )
-    plan(q, k, v, seed, o, lse)
+    plan(q, k, v, seed, *flat(offsets)[:2], o, lse)
     return o, lse
 
 
@@ -273,6 +298,7 @@ def _plan(
     k: Layout,
     v: Layout,
     others: tuple[bool | None, ...],
+    sequences: tuple[int, int, int] | None,
     causal: bool,
     window_size: tuple[int, int],
     softmax_scale: float | None,
@@ -282,14 +308,20 @@ def _plan(
     target: str,
     config: LaunchConfig | None,
 ) -> Plan:
-    """The launch for operands of these layouts."""
+    """The launch for operands of these layouts; ``sequences``: how many, most queries and keys."""
     B, T_q, H, D = q.shape
     T_k, H_kv = k.shape[1:3]
     aligned = all(is_aligned(t, dtype) for t in (q, k, v))
+    varlen, totals = sequences is not None, {"total_q": T_q, "total_k": T_k}
+    if sequences is not None:
+        B, T_q, T_k = sequences
+        q, k, v = (as_tokens(t) for t in (q, k, v))
+    mask = mask_arguments(T_q, T_k, causal, window_size)
     # Strides that are whole 16-byte units go to the kernel as such, so that it can rely on it.
     alignment = 16 // dtype.itemsize if aligned else 1
     if config is None:
-        config = launch_config("attention_forward", D, dtype, target, aligned, dropout_p > 0)
+        flags = (dropout_p > 0, mask["WINDOW"], varlen)
+        config = launch_config("attention_forward", D, dtype, target, aligned, *flags)
     blocks = (config.block_m, config.block_n, config.block_n)
     rows = zip((q, k, v), blocks, strict=True)
     bulk = {i: rows_in_bulk(t, n) for i, (t, n) in enumerate(rows)}
@@ -300,13 +332,15 @@ def _plan(
         "group": H // H_kv,
         "T_q": T_q,
         "T_k": T_k,
+        **totals,
         "section": heads_per_section(B * H, 2 * T_k * D * dtype.itemsize * H_kv // H),
-        **mask_arguments(T_q, T_k, causal, window_size),
+        **mask,
         **score_arguments(D, softmax_scale, softcap),
         "dropout_p": dropout_p,
         "D": D,
         "PRECISION": precision,
         "DROPOUT": dropout_p > 0,
+        "VARLEN": varlen,
         "USE_TMA": config.use_tma,
         "WIDE": any(is_wide(t.strides[1] * max(blocks)) for t in (q, k, v)),
         "ALIGNMENT": alignment,

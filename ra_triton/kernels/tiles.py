@@ -2,6 +2,7 @@
 
 import math
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -88,6 +89,14 @@ def load_rows(
         else:
             tile = tl.load(pointers)
     return tile
+
+
+@triton.jit
+def sequence(offsets_ptr, b, total):
+    """First token of sequence ``b`` and its length, inside ``total`` tokens whatever is there."""
+    begin = tl.minimum(tl.maximum(tl.load(offsets_ptr + b), 0), total)
+    end = tl.minimum(tl.maximum(tl.load(offsets_ptr + b + 1), begin), total)
+    return begin, end - begin
 
 
 @triton.jit
@@ -242,7 +251,7 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
-def score_arguments(D: int, softmax_scale: float | None, softcap: float) -> dict[str, float | bool]:
+def score_arguments(D: int, softmax_scale: float | None, softcap: float) -> dict[str, Any]:
     """How scores become exponents of 2, for the kernels of attention."""
     scale = 1 / math.sqrt(D) if softmax_scale is None else softmax_scale
     return {
@@ -254,7 +263,7 @@ def score_arguments(D: int, softmax_scale: float | None, softcap: float) -> dict
 
 def mask_arguments(
     T_q: int, T_k: int, causal: bool, window_size: tuple[int, int]
-) -> dict[str, int | bool]:
+) -> dict[str, Any]:
     """Which keys a query sees, for the kernels of attention; causal alone is not a window."""
     left, right = window_size
     right = 0 if causal else right
@@ -288,6 +297,11 @@ def is_aligned(t: Layout, dtype: torch.dtype) -> bool:
 def block_d_of(D: int) -> int:
     """Lanes of a tile: the head dim rounded up to a power of two that a dot accepts."""
     return max(16, triton.next_power_of_2(D))
+
+
+def as_tokens(t: Layout) -> Layout:
+    """``[1, total, H, D]`` with a batch stride of 0: every sequence begins at an offset."""
+    return t._replace(strides=(0, *t.strides[1:]))
 
 
 def as_one_batch(x: Layout) -> Layout:
