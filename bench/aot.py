@@ -40,6 +40,7 @@ from ra_triton.kernels import (
 from ra_triton.kernels.configs import LaunchConfig
 from ra_triton.layout import Columns, RALayout
 from ra_triton.norm_rope import NormRope
+from ra_triton.offsets import Offsets
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90")
 STAGES = (
@@ -313,6 +314,7 @@ def _launches() -> Iterator[_Launch]:
                 partial(projection_backward.weight_gradient, *_rows(dtype, offset)),
             )
         yield _BIAS, name, partial(projection_backward.bias_gradient, _rows(dtype, 0)[1])
+    yield from _windowed()
     for D in (32, 64, 128):
         yield _FORWARD, f"tf32 D={D}", _with_tf32(_attention(torch.float32, D))
         yield _BACKWARD, f"tf32 D={D}", _with_tf32(_attention_grad(torch.float32, D))
@@ -320,6 +322,26 @@ def _launches() -> Iterator[_Launch]:
     weight_gradient = partial(projection_backward.weight_gradient, *_rows(torch.float32, 0))
     yield _WEIGHT, "tf32", _with_tf32(weight_gradient)
     yield from _int8_launches()
+
+
+def _windowed() -> Iterator[_Launch]:
+    """Windows, softcaps and variable lengths, alone where that is usual, together at the widest."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    window, both = {"window_size": (255, 0)}, {"window_size": (255, 0), "softcap": 30.0}
+    offsets = Offsets(_tensor(torch.int32, 3), _tensor(torch.int32, 3), 1024, 1024)
+    for label, dtype, D, dropout, options in (
+        ("bfloat16 D=64 window", bf16, 64, False, window),
+        ("bfloat16 D=128 window softcap", bf16, 128, False, both),
+        ("bfloat16 D=128 window softcap dropout", bf16, 128, True, both),
+        ("bfloat16 D=64 varlen", bf16, 64, False, {"offsets": offsets}),
+        ("bfloat16 D=128 varlen window softcap", bf16, 128, False, {"offsets": offsets, **both}),
+        ("float32 D=128 window softcap", fp32, 128, False, both),
+    ):
+        for names, launch in (
+            (_FORWARD, partial(_attention(dtype, D), **options)),
+            (_BACKWARD, partial(_attention_grad(dtype, D), **options)),
+        ):
+            yield names, label, _with_dropout(launch) if dropout else launch
 
 
 def _with_dropout(launch: Callable[..., Any]) -> Callable[[], Any]:

@@ -10,6 +10,7 @@ from ra_triton.api import (
 )
 from ra_triton.quantization import QuantizedWeight, quantize_weight
 from ra_triton.sparsity import SparseWeight, sparsify_weight
+from ra_triton.varlen import packed_attention_varlen
 from ra_triton.weights import compose_weights, pack_weight, unpack_weight
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "pack_qk_",
     "pack_weight",
     "packed_attention",
+    "packed_attention_varlen",
     "project",
     "quantize_weight",
     "ra_attention",

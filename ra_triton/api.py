@@ -19,6 +19,7 @@ from ra_triton.checks import (
 )
 from ra_triton.layout import RALayout
 from ra_triton.norm_rope import NormRope, QKNorm, Rope, check_norm_rope
+from ra_triton.offsets import Offsets, checked, longest_of
 from ra_triton.options import AttentionOptions
 from ra_triton.quantization import QuantizedWeight, check_quantized_inputs
 from ra_triton.sparsity import SparseWeight, check_sparse_inputs
@@ -41,6 +42,9 @@ def ra_attention(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     dropout_p: float = 0.0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    check: bool = True,
     workspace: Workspace | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -50,7 +54,8 @@ def ra_attention(
     ``x @ W_fused``. ``R=0`` is plain attention.
 
     Args:
-        x: ``[B, T, C]`` in float16, bfloat16 or float32, last stride 1.
+        x: ``[B, T, C]`` in float16, bfloat16 or float32, last stride 1. With ``cu_seqlens`` the
+            tokens of all sequences, ``[total, C]`` or ``[1, total, C]``.
         W_fused: ``[C, N]``, ``N = (n_head + 2 * n_kv_head) * D``, same dtype and device as ``x``.
             A weight in split order is reordered on each call; a model keeps it packed
             (:func:`pack_weight`) and passes ``weight_layout="packed"``. Or what
@@ -67,6 +72,11 @@ def ra_attention(
         window_size: ``(left, right)`` keys seen around the diagonal, both ends included; -1: all.
         softcap: scores become ``softcap * tanh(scores / softcap)``; 0 is off.
         dropout_p: probability of dropping an attention weight; 0 is off.
+        cu_seqlens: ``[B + 1]`` int32: sequence b is tokens ``cu_seqlens[b] ... cu_seqlens[b + 1]``
+            and sees no other; see :func:`packed_attention_varlen`.
+        max_seqlen: tokens of the longest sequence; ``None`` reads it from ``cu_seqlens``, which
+            waits for the device.
+        check: see :func:`packed_attention_varlen`; without it ``max_seqlen`` has to be given.
         workspace: buffers for a call without gradients, so that a steady state allocates nothing on
             the Triton backend; the result is then valid until the next call with the workspace.
             Compilers plan memory themselves and ignore it.
@@ -74,7 +84,8 @@ def ra_attention(
             SDPA elsewhere.
 
     Returns:
-        ``[B, T, n_head * D]`` in ``x``'s dtype (under autocast, in the autocast dtype).
+        ``[B, T, n_head * D]`` in ``x``'s dtype (under autocast, in the autocast dtype); with
+        ``cu_seqlens`` ``[total, n_head * D]`` or ``[1, total, n_head * D]``, like ``x``.
 
     Raises:
         TypeError: not a tensor, dtypes that differ or are not supported, counts that are no ints.
@@ -85,7 +96,7 @@ def ra_attention(
     Source: github.com/mcgrof/knlp; flash attention: arXiv:2205.14135, arXiv:2307.08691.
     """
     key = None
-    if workspace is None and weight_layout == "packed":
+    if workspace is None and cu_seqlens is None and weight_layout == "packed":
         heads, numbers = (R, n_head, n_kv_head), (softmax_scale, softcap, dropout_p)
         given = (*heads, causal, *numbers, repr(window_size), backend)
         key = prepared.key_of((x, W_fused, bias), given)
@@ -94,23 +105,28 @@ def ra_attention(
             return call(x, W_fused, bias)
     options = AttentionOptions(causal, softmax_scale, window_size, softcap, dropout_p)
     x, W_fused, bias = _autocast(x, W_fused, bias)
+    flattened = cu_seqlens is not None and isinstance(x, Tensor) and x.dim() == 2
+    x = x.unsqueeze(0) if flattened else x
     if isinstance(W_fused, SparseWeight):
         sizes = (R, n_head, n_kv_head, weight_layout)
         check_sparse_inputs(x, W_fused, bias, *sizes, workspace=workspace)
+        offsets = _layer_offsets(x, cu_seqlens, max_seqlen, check)
         module, _ = choose(backend, (x,), options, W_fused.layout.head_dim)
         packed = W_fused.layout.views(sparse_project(x, W_fused, bias, weight_layout))
-        return module.packed_attention(*packed, options)[0].flatten(2)
+        out = module.packed_attention(*packed, options, offsets)[0].flatten(2)
+        return out.squeeze(0) if flattened else out
     layout = _projection_layout(x, W_fused, R, n_head, n_kv_head, bias, weight_layout)
+    offsets = _layer_offsets(x, cu_seqlens, max_seqlen, check)
     if workspace is not None:
         if not isinstance(workspace, Workspace):
             raise TypeError(f"workspace must be a Workspace or None, got {workspace!r}")
         workspace.refuse_gradients(x, *_tensors(W_fused), bias)
     module, _ = choose(backend, (x, *_tensors(W_fused), bias), options, layout.head_dim)
     W_packed, bias = _packed(layout, W_fused, bias, weight_layout)
-    out = module.layer(x, W_packed, bias, layout, options, workspace).flatten(2)
+    out = module.layer(x, W_packed, bias, layout, options, workspace, offsets).flatten(2)
     if key is not None:
         prepared.keep(key, module.prepare_layer(x, W_packed, bias, layout, options))
-    return out
+    return out.squeeze(0) if flattened else out
 
 
 def project(
@@ -362,6 +378,25 @@ def _projection_layout(
         return W_fused.layout
     check_project_inputs(x, W_fused, bias)
     return RALayout.from_columns(W_fused.shape[1], R, n_head, n_kv_head)
+
+
+def _layer_offsets(
+    x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, check: bool
+) -> Offsets | None:
+    """The offsets of self-attention over ``x [1, total, C]``, checked; None for ``[B, T, C]``."""
+    if cu_seqlens is None:
+        if max_seqlen is not None:
+            raise ValueError(f"max_seqlen needs cu_seqlens, got {max_seqlen} alone")
+        return None
+    if len(x) != 1:
+        raise ValueError(
+            f"x must be [total, C] or [1, total, C] with cu_seqlens, got {tuple(x.shape)}"
+        )
+    total, twice = x.shape[1], (cu_seqlens, cu_seqlens)
+    if max_seqlen is None:
+        max_seqlen = longest_of(cu_seqlens, total, x.device, check=check)
+    pairs = (twice, (max_seqlen, max_seqlen), (total, total))
+    return checked(*pairs, x.device, check=check, names=("", ""))
 
 
 def _packed(

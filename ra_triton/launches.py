@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ra_triton.layout import Columns, RALayout
 from ra_triton.norm_rope import NormRope
+from ra_triton.offsets import Offsets
 from ra_triton.options import AttentionOptions
 from ra_triton.quantization import QuantizedWeight
 from ra_triton.workspace import Workspace
@@ -145,8 +146,9 @@ def attend(
     seed: Tensor | None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    offsets: Offsets | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(out [B, T_q, H, D], lse [B, H, T_q])``, new unless given."""
+    """``(out [B, T_q, H, D], lse [B, H, T_q])``, new unless given; with ``offsets`` B is 1."""
     from ra_triton.kernels.attention_forward import attention_forward
 
     with _device_of(q_pack):
@@ -156,10 +158,13 @@ def attend(
             v,
             causal=options.causal,
             softmax_scale=options.softmax_scale,
+            window_size=options.reach,
+            softcap=options.softcap,
             dropout_p=options.dropout_p,
             seed=seed,
             o=out,
             lse=lse,
+            offsets=offsets,
         )
 
 
@@ -176,6 +181,7 @@ def attend_backward(
     dv: Tensor | None,
     options: AttentionOptions,
     seed: Tensor | None,
+    offsets: Offsets | None = None,
 ) -> None:
     """Write the gradients into those of dq, dk and dv that are not None."""
     from ra_triton.kernels.attention_backward import attention_backward
@@ -194,8 +200,11 @@ def attend_backward(
             dlse=dlse,
             causal=options.causal,
             softmax_scale=options.softmax_scale,
+            window_size=options.reach,
+            softcap=options.softcap,
             dropout_p=options.dropout_p,
             seed=seed,
+            offsets=offsets,
         )
 
 
@@ -209,6 +218,7 @@ def attention_gradients(
     dlse: Tensor | None,
     seed: Tensor | None,
     options: AttentionOptions,
+    offsets: Offsets | None,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``(dq, dk, dv)``, each only if needed; a ``do`` of None is zero, and so is a ``dlse``."""
@@ -217,7 +227,8 @@ def attention_gradients(
         for t, need in zip((q_pack, k_pack, v), needed, strict=True)
     )
     do = torch.zeros_like(out) if do is None else do
-    attend_backward(q_pack, k_pack, v, out, lse, do, dlse, dq, dk, dv, options, seed)
+    grads = (dq, dk, dv)
+    attend_backward(q_pack, k_pack, v, out, lse, do, dlse, *grads, options, seed, offsets)
     return dq, dk, dv
 
 
@@ -229,6 +240,7 @@ def layer(
     options: AttentionOptions,
     seed: Tensor | None,
     workspace: Workspace | None = None,
+    offsets: Offsets | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Projection and attention: ``(out [B, T, H, D], lse [B, H, T], packed [B, T, N])``.
 
@@ -245,7 +257,7 @@ def layer(
         buffers.append(workspace.buffer("lse", (B, layout.n_head, T), torch.float32, x.device))
     packed = project(x, W_packed, bias, buffers[0], workspace)
     q_pack, k_pack, v = layout.views(packed)
-    out, lse = attend(q_pack, k_pack, v, options, seed, *buffers[1:])
+    out, lse = attend(q_pack, k_pack, v, options, seed, buffers[1], buffers[2], offsets)
     return out, lse, packed
 
 
@@ -259,13 +271,14 @@ def layer_gradients(
     layout: RALayout,
     options: AttentionOptions,
     seed: Tensor | None,
+    offsets: Offsets | None,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``(dx, dW, dbias)``, each only if needed; dq, dk and dv share one buffer ``[B, T, N]``."""
     dpacked = torch.empty_like(packed)
     q_pack, k_pack, v = layout.views(packed)
-    dq, dk, dv = layout.views(dpacked)
-    attend_backward(q_pack, k_pack, v, out, lse, do, None, dq, dk, dv, options, seed)
+    grads = layout.views(dpacked)
+    attend_backward(q_pack, k_pack, v, out, lse, do, None, *grads, options, seed, offsets)
     return project_gradients(x, W_packed, dpacked, needed)
 
 
@@ -315,7 +328,7 @@ class PreparedLayer:
         lse = torch.empty((B, H, T), dtype=torch.float32, device=x.device)
         out = x.new_empty(B, T, H, D)
         self.project = projection_plan(x, W_packed, bias, packed)
-        numbers = (options.causal, options.softmax_scale)
+        numbers = (options.causal, options.softmax_scale, options.reach, options.softcap)
         self.attend = forward_plan(q_pack, k_pack, v, None, out, lse, *numbers)
         self.shape = (B, T, H * D)
         # Where things lie from the start of the scratch memory, in bytes; launches rely on 16.
@@ -330,7 +343,7 @@ class PreparedLayer:
         packed = Address(start)
         self.project(x, W_packed, bias, packed)
         k_pack, v, lse = (Address(start + to) for to in (self.key, self.value, self.lse))
-        self.attend(packed, k_pack, v, None, out, lse)
+        self.attend(packed, k_pack, v, None, None, None, out, lse)
         return out
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ra_triton import launches
 from ra_triton.layout import RALayout
 from ra_triton.norm_rope import NormRope
+from ra_triton.offsets import Offsets, flat, unflat
 from ra_triton.options import AttentionOptions
 from ra_triton.quantization import QuantizedWeight
 
@@ -26,8 +27,22 @@ def _layout(W_packed: Tensor, n_head: int, n_kv_head: int) -> RALayout:
     return RALayout(n_head, n_kv_head, W_packed.shape[1] // (n_head + 2 * n_kv_head), 0)
 
 
-def _options(causal: bool, softmax_scale: float | None, dropout_p: float) -> AttentionOptions:
-    return AttentionOptions(causal=causal, softmax_scale=softmax_scale, dropout_p=dropout_p)
+def numbers(options: AttentionOptions) -> tuple[Any, ...]:
+    """The options as operators take them, in their order."""
+    scores = (options.causal, options.softmax_scale, options.dropout_p)
+    return (*scores, *options.window_size, options.softcap)
+
+
+def _options(
+    causal: bool,
+    softmax_scale: float | None,
+    dropout_p: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+) -> AttentionOptions:
+    window_size = (window_left, window_right)
+    return AttentionOptions(causal, softmax_scale, window_size, softcap, dropout_p)
 
 
 def _present(grads: Grads, like: Tensor) -> Three:
@@ -101,9 +116,18 @@ def attention(
     causal: bool,
     softmax_scale: float | None,
     dropout_p: float,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """``(out [B, T_q, H, D], lse [B, H, T_q])``."""
-    return launches.attend(q_pack, k_pack, v, _options(causal, softmax_scale, dropout_p), seed)
+    options = _options(causal, softmax_scale, dropout_p, window_left, window_right, softcap)
+    offsets = unflat(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return launches.attend(q_pack, k_pack, v, options, seed, offsets=offsets)
 
 
 @attention.register_fake
@@ -125,12 +149,20 @@ def attention_backward(
     causal: bool,
     softmax_scale: float | None,
     dropout_p: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     needed: Sequence[bool],
 ) -> Three:
     """``(dq, dk, dv)``."""
-    options = _options(causal, softmax_scale, dropout_p)
+    options = _options(causal, softmax_scale, dropout_p, window_left, window_right, softcap)
+    offsets = unflat(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     grads = launches.attention_gradients(
-        q_pack, k_pack, v, out, lse, do, dlse, seed, options, needed
+        q_pack, k_pack, v, out, lse, do, dlse, seed, options, offsets, needed
     )
     return _present(grads, v)
 
@@ -150,27 +182,29 @@ def attention_gradients(
     dlse: Tensor | None,
     seed: Tensor | None,
     options: AttentionOptions,
+    offsets: Offsets | None,
     needed: Sequence[bool],
 ) -> Grads:
     """``launches.attention_gradients`` through its operator."""
     do = torch.zeros_like(out) if do is None else do
     dlse = torch.zeros_like(lse) if dlse is None else dlse
-    numbers = (options.causal, options.softmax_scale, options.dropout_p)
     saved = (q_pack, k_pack, v, out, lse, do, dlse, seed)
-    return _wanted(attention_backward(*saved, *numbers, list(needed)), needed)
+    rest = (*numbers(options), *flat(offsets), list(needed))
+    return _wanted(attention_backward(*saved, *rest), needed)
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q_pack, k_pack, v, seed, *numbers = inputs
-    ctx.options = _options(*numbers)
-    ctx.save_for_backward(q_pack, k_pack, v, *output, seed)
+    q_pack, k_pack, v, seed, *numbers, most_q, most_k = inputs
+    ctx.numbers, ctx.longest = numbers[:-2], (most_q, most_k)  # a tracer's are symbols
+    ctx.save_for_backward(q_pack, k_pack, v, *output, seed, *numbers[-2:])
 
 
 def _attention_grads(ctx: Any, do: Tensor, dlse: Tensor) -> Grads:
-    q_pack, k_pack, v, out, lse, seed = ctx.saved_tensors
-    saved = (q_pack, k_pack, v, out, lse, do, dlse, seed)
-    grads = attention_gradients(*saved, ctx.options, ctx.needs_input_grad[:3])
-    return (*grads, None, None, None, None)
+    q_pack, k_pack, v, out, lse, seed, *begins = ctx.saved_tensors
+    saved, needed = (q_pack, k_pack, v, out, lse, do, dlse, seed), ctx.needs_input_grad[:3]
+    rest = (*ctx.numbers, *begins, *ctx.longest, list(needed))
+    grads = _wanted(attention_backward(*saved, *rest), needed)
+    return (*grads, *[None] * (len(ctx.needs_input_grad) - 3))
 
 
 attention.register_autograd(_attention_grads, setup_context=_save_attention)
@@ -190,12 +224,19 @@ def layer(
     causal: bool,
     softmax_scale: float | None,
     dropout_p: float,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
 ) -> Three:
     """``(out [B, T, H, D], lse [B, H, T], packed [B, T, N])``; only out is differentiable."""
     layout = _layout(W_packed, n_head, n_kv_head)
-    return launches.layer(
-        x, W_packed, bias, layout, _options(causal, softmax_scale, dropout_p), seed
-    )
+    options = _options(causal, softmax_scale, dropout_p, window_left, window_right, softcap)
+    offsets = unflat(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return launches.layer(x, W_packed, bias, layout, options, seed, offsets=offsets)
 
 
 @layer.register_fake
@@ -228,13 +269,21 @@ def layer_backward(
     causal: bool,
     softmax_scale: float | None,
     dropout_p: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     needed: Sequence[bool],
 ) -> Three:
     """``(dx, dW, dbias)``."""
     layout = _layout(W_packed, n_head, n_kv_head)
-    options = _options(causal, softmax_scale, dropout_p)
+    options = _options(causal, softmax_scale, dropout_p, window_left, window_right, softcap)
+    offsets = unflat(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     grads = launches.layer_gradients(
-        x, W_packed, packed, out, lse, do, layout, options, seed, needed
+        x, W_packed, packed, out, lse, do, layout, options, seed, offsets, needed
     )
     return _present(grads, x)
 
@@ -254,30 +303,32 @@ def layer_gradients(
     layout: RALayout,
     options: AttentionOptions,
     seed: Tensor | None,
+    offsets: Offsets | None,
     needed: Sequence[bool],
 ) -> Grads:
     """``launches.layer_gradients`` through its operator."""
     saved = (x, W_packed, packed, out, lse, do, seed)
     heads = (layout.n_head, layout.n_kv_head)
-    numbers = (options.causal, options.softmax_scale, options.dropout_p)
-    return _wanted(layer_backward(*saved, *heads, *numbers, list(needed)), needed)
+    rest = (*heads, *numbers(options), *flat(offsets), list(needed))
+    return _wanted(layer_backward(*saved, *rest), needed)
 
 
 def _save_layer(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
-    x, W_packed, _, seed, n_head, n_kv_head, *numbers = inputs
+    x, W_packed, _, seed, *numbers, most_q, most_k = inputs
+    ctx.numbers, ctx.longest = numbers[:-2], (most_q, most_k)
     out, lse, packed = output
-    ctx.layout, ctx.options = _layout(W_packed, n_head, n_kv_head), _options(*numbers)
     ctx.mark_non_differentiable(lse, packed)
     ctx.set_materialize_grads(False)  # else backward gets zeros as large as packed
-    ctx.save_for_backward(x, W_packed, packed, out, lse, seed)
+    ctx.save_for_backward(x, W_packed, packed, out, lse, seed, *numbers[-2:])
 
 
 def _layer_grads(ctx: Any, do: Tensor | None, *_: Any) -> Grads:
-    x, W_packed, packed, out, lse, seed = ctx.saved_tensors
+    x, W_packed, packed, out, lse, seed, *begins = ctx.saved_tensors
     do = torch.zeros_like(out) if do is None else do
-    saved = (x, W_packed, packed, out, lse, do)
-    grads = layer_gradients(*saved, ctx.layout, ctx.options, seed, ctx.needs_input_grad[:3])
-    return (*grads, *[None] * 6)
+    saved, needed = (x, W_packed, packed, out, lse, do, seed), ctx.needs_input_grad[:3]
+    rest = (*ctx.numbers, *begins, *ctx.longest, list(needed))
+    grads = _wanted(layer_backward(*saved, *rest), needed)
+    return (*grads, *[None] * (len(ctx.needs_input_grad) - 3))
 
 
 layer.register_autograd(_layer_grads, setup_context=_save_layer)

@@ -22,6 +22,7 @@ from ra_triton import launches, library
 from ra_triton.checks import needs_grad
 from ra_triton.layout import RALayout
 from ra_triton.norm_rope import NormRope
+from ra_triton.offsets import Offsets, flat, unflat
 from ra_triton.options import AttentionOptions
 from ra_triton.quantization import QuantizedWeight
 from ra_triton.workspace import Workspace
@@ -41,18 +42,22 @@ def project(x: Tensor, W_packed: Tensor, bias: Tensor | None, out: Tensor | None
 
 
 def attention(
-    q_pack: Tensor, k_pack: Tensor, v: Tensor, options: AttentionOptions
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    options: AttentionOptions,
+    offsets: Offsets | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(out [B, T_q, H, D], lse [B, H, T_q])``; lse is differentiable too."""
     _refuse_tangents(q_pack, k_pack, v)
     seed = launches.new_seed(v, options)
     recorded = needs_grad(q_pack, k_pack, v)
     if _traced(q_pack, k_pack, v) or (_transformed() and not recorded):
-        numbers = (options.causal, options.softmax_scale, options.dropout_p)
-        return library.attention(q_pack, k_pack, v, seed, *numbers)
+        numbers = library.numbers(options)
+        return library.attention(q_pack, k_pack, v, seed, *numbers, *flat(offsets))
     if recorded:
-        return _function(_Attention).apply(q_pack, k_pack, v, options, seed)
-    return launches.attend(q_pack, k_pack, v, options, seed)
+        return _function(_Attention).apply(q_pack, k_pack, v, options, seed, *flat(offsets))
+    return launches.attend(q_pack, k_pack, v, options, seed, offsets=offsets)
 
 
 def layer(
@@ -62,6 +67,7 @@ def layer(
     layout: RALayout,
     options: AttentionOptions,
     workspace: Workspace | None,
+    offsets: Offsets | None = None,
 ) -> Tensor:
     """Projection and attention: ``[B, T, C] -> [B, T, H, D]``; a workspace needs no gradient."""
     _refuse_tangents(x, W_packed, bias)
@@ -69,11 +75,12 @@ def layer(
     recorded = needs_grad(x, W_packed, bias)
     if _traced(x, W_packed) or (_transformed() and not recorded):
         heads = (layout.n_head, layout.n_kv_head)
-        numbers = (options.causal, options.softmax_scale, options.dropout_p)
-        return library.layer(x, W_packed, bias, seed, *heads, *numbers)[0]
+        numbers = (*heads, *library.numbers(options), *flat(offsets))
+        return library.layer(x, W_packed, bias, seed, *numbers)[0]
     if recorded:
-        return _function(_Layer).apply(x, W_packed, bias, layout, options, seed)[0]
-    return launches.layer(x, W_packed, bias, layout, options, seed, workspace)[0]
+        args = (x, W_packed, bias, layout, options, seed, *flat(offsets))
+        return _function(_Layer).apply(*args)[0]
+    return launches.layer(x, W_packed, bias, layout, options, seed, workspace, offsets)[0]
 
 
 def prepare_layer(
@@ -103,13 +110,14 @@ def layer_quantized(
     layout: RALayout,
     options: AttentionOptions,
     workspace: Workspace | None,
+    offsets: Offsets | None,
 ) -> Tensor:
     """Projection from an int8 weight, and attention; no gradient is needed."""
     if _traced(x, *W.tensors) or _transformed():
         packed = library.project_quantized_of(x, W, bias)
-        return attention(*layout.views(packed), options)[0]
+        return attention(*layout.views(packed), options, offsets)[0]
     seed = launches.new_seed(x, options)
-    return launches.layer(x, W, bias, layout, options, seed, workspace)[0]
+    return launches.layer(x, W, bias, layout, options, seed, workspace, offsets)[0]
 
 
 def pack(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,22 +235,24 @@ class _Attention(Function):
         v: Tensor,
         options: AttentionOptions,
         seed: Tensor | None,
+        *offsets: Any,
     ) -> tuple[Tensor, Tensor]:
-        return launches.attend(q_pack, k_pack, v, options, seed)
+        return launches.attend(q_pack, k_pack, v, options, seed, offsets=unflat(*offsets))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q_pack, k_pack, v, ctx.options, seed = inputs
-        ctx.save_for_backward(q_pack, k_pack, v, *output, seed)
+        q_pack, k_pack, v, ctx.options, seed, *begins, most_q, most_k = inputs
+        ctx.longest = most_q, most_k
+        ctx.save_for_backward(q_pack, k_pack, v, *output, seed, *begins)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Grads:
-        q_pack, k_pack, v, out, lse, seed = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:3]
-        args = (q_pack, k_pack, v, out, lse, do, dlse, seed, ctx.options, needed)
+        q_pack, k_pack, v, out, lse, seed, *begins = ctx.saved_tensors
+        offsets, needed = unflat(*begins, *ctx.longest), ctx.needs_input_grad[:3]
+        args = (q_pack, k_pack, v, out, lse, do, dlse, seed, ctx.options, offsets, needed)
         grads = _gradients(launches.attention_gradients, library.attention_gradients, *args)
-        return (*grads, None, None)
+        return (*grads, *[None] * 6)
 
 
 class _Layer(Function):
@@ -254,27 +264,30 @@ class _Layer(Function):
         layout: RALayout,
         options: AttentionOptions,
         seed: Tensor | None,
+        *offsets: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return launches.layer(x, W_packed, bias, layout, options, seed)
+        args = (x, W_packed, bias, layout, options, seed)
+        return launches.layer(*args, offsets=unflat(*offsets))
 
     @staticmethod
     def setup_context(
         ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
     ) -> None:
-        x, W_packed, _, ctx.layout, ctx.options, seed = inputs
+        x, W_packed, _, ctx.layout, ctx.options, seed, *begins, most_q, most_k = inputs
+        ctx.longest = most_q, most_k
         out, lse, packed = output
         ctx.mark_non_differentiable(lse, packed)
         ctx.set_materialize_grads(False)  # else backward gets zeros as large as packed
-        ctx.save_for_backward(x, W_packed, packed, out, lse, seed)
+        ctx.save_for_backward(x, W_packed, packed, out, lse, seed, *begins)
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, *_: Any) -> Grads:
-        x, W_packed, packed, out, lse, seed = ctx.saved_tensors
+        x, W_packed, packed, out, lse, seed, *begins = ctx.saved_tensors
         do = torch.zeros_like(out) if do is None else do
-        needed = ctx.needs_input_grad[:3]
-        args = (x, W_packed, packed, out, lse, do, ctx.layout, ctx.options, seed, needed)
+        offsets, needed = unflat(*begins, *ctx.longest), ctx.needs_input_grad[:3]
+        args = (x, W_packed, packed, out, lse, do, ctx.layout, ctx.options, seed, offsets, needed)
         grads = _gradients(launches.layer_gradients, library.layer_gradients, *args)
-        return (*grads, None, None, None)
+        return (*grads, *[None] * 7)
 
 
 class _NormRope(Function):

@@ -41,6 +41,7 @@ def attention_budget(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Budget
     k, v = (t.repeat_interleave(H // t.shape[2], dim=2) for t in (k, v))
     S = scale * torch.einsum("bihd,bjhd->bhij", q, k)
     softcap = options.get("softcap", 0.0)
+    slope = 1 - torch.tanh(S / softcap).square() if softcap else 1.0
     S = softcap * torch.tanh(S / softcap) if softcap else S
     allowed = ref.allowed_keys(
         *S.shape[-2:], options.get("causal", True), options.get("window_size", (-1, -1)), S.device
@@ -51,6 +52,9 @@ def attention_budget(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Budget
 
     w, tiny = _rounding(dtype), torch.finfo(dtype).tiny
     logit_error = 2.0**-23 * scale * torch.einsum("bihd,bjhd->bhij", q.abs(), k.abs())
+    if softcap:  # what tanh leaves of it, and the rounding of tanh
+        rounding = 2.0**-23 * S.masked_fill(~allowed, 0.0)
+        logit_error = ((slope * logit_error).square() + rounding.square()).sqrt()
     shift = (P * logit_error).square()  # of P's logit, squared
 
     def spread(weights: Tensor, values: Tensor) -> Tensor:

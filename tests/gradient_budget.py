@@ -10,7 +10,9 @@ rounded output. With z the dropout factor of each score (1 without), s the scale
     dS = P (z dP - delta)       error  dS (w + e) + P z g, each score on its own,
                                        and dS row_i + P d_i, the same sign along a row
 
-so the errors of one row add up linearly over its keys (dQ), those of several rows as variances
+With a softcap S = softcap tanh(x), x = s Q Kᵀ / softcap, and dS carries the slope 1 - tanh²(x), in
+error by 2⁻²² tanh² and by what x is; e is then what tanh leaves of A, and its rounding. So
+the errors of one row add up linearly over its keys (dQ), those of several rows as variances
 (dK, dV); f, w and tiny as in the forward. ``dS e`` and ``dS row`` are the logit term E of the
 forward, carried through: in float32 nothing else is as large.
 """
@@ -87,7 +89,7 @@ def attention_gradient_budgets(
     dropout_p: float = 0.0,
     **options,
 ) -> dict[str, Budget]:
-    """Budgets of ``dq``, ``dk`` and ``dv``; ``options`` are causal and softmax_scale.
+    """Budgets of ``dq``, ``dk`` and ``dv``; ``options`` are those of the mask and the scores.
 
     Those of ``delta`` and ``lse`` ``[B, H, T_q]`` come along: their errors are common to a row.
     """
@@ -114,11 +116,11 @@ def attention_gradient_budgets(
     def column(t: Tensor) -> Tensor:  # [B, H, T] beside [B, T, H, D]
         return t.transpose(1, 2).unsqueeze(-1)
 
-    causal = options.get("causal", True)
-    allowed = ref.allowed_keys(q.shape[1], k.shape[1], causal, (-1, -1), q.device)
+    allowed = _allowed(q, k, options)
     lse = lse_budget.expected
     lse = lse.masked_fill(torch.isneginf(lse), 0.0)
-    S = (s * scores(q, k)).masked_fill(~allowed, -math.inf)
+    S, slope, slope_error = _capped(s * scores(q, k), s * scores(q.abs(), k.abs()), options)
+    S = S.masked_fill(~allowed, -math.inf)
     P = torch.exp(S - lse.unsqueeze(-1))
     z = torch.ones_like(P) if keep is None else keep / (1 - dropout_p)
     dP = z * scores(do, v)
@@ -128,9 +130,10 @@ def attention_gradient_budgets(
         delta = delta - dlse
     dS = P * (dP - delta)
 
-    e = LOGIT * (s * scores(q.abs(), k.abs()) + S.masked_fill(~allowed, 0.0).abs())
+    e = LOGIT * (slope * s * scores(q.abs(), k.abs()) + S.masked_fill(~allowed, 0.0).abs())
     g = LOGIT * z * scores(do.abs(), v.abs())
-    own = dS.square() * (w**2 + e.square()) + (P * g).square()
+    own = (slope * dS).square() * (w**2 + e.square()) + (slope * P * g).square()
+    own = own + (dS * slope_error).square()
     row = lse_budget.sigma  # [B, H, T_q]
     out = over_keys(P * z, v)
     d = (
@@ -141,6 +144,7 @@ def attention_gradient_budgets(
     ).sqrt()
     if dlse is not None:  # delta is stored in float32
         d = (d.square() + (LOGIT * dlse.squeeze(-1)).square()).sqrt()
+    dS, P_slope = slope * dS, slope * P
 
     # A P or dS below the smallest normal float32 may be flushed to 0.
     lost = torch.finfo(torch.float32).tiny * allowed
@@ -151,10 +155,11 @@ def attention_gradient_budgets(
     variances = {
         "dq": s**2 * over_keys(own, k.square())
         + (column(row) * dq).square()
-        + (s * column(d) * over_keys(P, k)).square()
+        + (s * column(d) * over_keys(P_slope, k)).square()
         + (s * over_keys(f * dS.abs() + lost_dS, k.abs())).square()
         + (w * dq).square(),
-        "dk": s**2 * over_queries(own + (dS * row_ij).square() + (P * d_ij).square(), q.square())
+        "dk": s**2
+        * over_queries(own + (dS * row_ij).square() + (P_slope * d_ij).square(), q.square())
         + (s * over_queries(f * dS.abs() + lost_dS, q.abs())).square()
         + (w * dk).square(),
         "dv": over_queries((P * z).square() * (w**2 + e.square() + row_ij.square()), do.square())
@@ -168,6 +173,21 @@ def attention_gradient_budgets(
     return budgets | {"delta": Budget(delta.squeeze(-1), d), "lse": lse_budget}
 
 
+def _allowed(q: Tensor, k: Tensor, options: dict) -> Tensor:
+    mask = options.get("causal", True), options.get("window_size", (-1, -1))
+    return ref.allowed_keys(q.shape[1], k.shape[1], *mask, q.device)
+
+
+def _capped(S: Tensor, A: Tensor, options: dict) -> tuple[Tensor, Tensor | float, Tensor | float]:
+    """Scores after the softcap, the slope ``1 - tanh²`` and its error; ``A = s |Q||K|ᵀ``."""
+    softcap = options.get("softcap", 0.0)
+    if not softcap:
+        return S, 1.0, 0.0
+    t = torch.tanh(S / softcap)
+    slope = 1 - t.square()
+    return softcap * t, slope, 2 * LOGIT * (t.square() + t.abs() * slope * A / softcap)
+
+
 def dropout_budget(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor, dropout_p: float, **options
 ) -> Budget:
@@ -177,13 +197,13 @@ def dropout_budget(
     q, k, v = (t.double() for t in (q, k, v))
     k, v = (t.repeat_interleave(H // t.shape[2], dim=2) for t in (k, v))
     s = options.get("softmax_scale") or 1 / math.sqrt(D)
-    allowed = ref.allowed_keys(
-        q.shape[1], k.shape[1], options.get("causal", True), (-1, -1), q.device
-    )
-    S = (s * torch.einsum("bihd,bjhd->bhij", q, k)).masked_fill(~allowed, -math.inf)
+    S, A = (s * torch.einsum("bihd,bjhd->bhij", *qk) for qk in ((q, k), (q.abs(), k.abs())))
+    S, slope, _ = _capped(S, A, options)
+    e = LOGIT * (slope * A + (S.abs() if options.get("softcap") else 0.0))
+    S = S.masked_fill(~_allowed(q, k, options), -math.inf)
     P = torch.exp(S - lse.masked_fill(torch.isneginf(lse), 0.0).unsqueeze(-1))
     z = keep / (1 - dropout_p)
-    shift = (P * LOGIT * s * torch.einsum("bihd,bjhd->bhij", q.abs(), k.abs())).square()
+    shift = (P * e).square()
 
     def spread(weights: Tensor, values: Tensor) -> Tensor:
         return torch.einsum("bhij,bjhd->bihd", weights, values)

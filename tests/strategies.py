@@ -128,10 +128,15 @@ class AttentionCase:
     values: str = "normal"
     spikes: tuple[tuple[int, float], ...] = ()
     seed: int = 0
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
 
     @property
     def options(self) -> dict:
-        return {"causal": self.causal, "softmax_scale": self.scale}
+        options = {"causal": self.causal, "softmax_scale": self.scale}
+        if self.window != (-1, -1):
+            options["window_size"] = self.window
+        return options | {"softcap": self.softcap} if self.softcap else options
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """``q [B, T_q, H, D]``, ``k, v [B, T_k, H_kv, D]``."""

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from budget import assert_bitwise
-from strategies import BACKENDS, backends, normal
+from strategies import DEVICE, backends, normal
 
 import ra_triton
 from ra_triton.backend import BACKENDS as MODULES
@@ -306,30 +306,19 @@ def test_reordering_a_weight_refuses_what_is_none(function, error, match, weight
 
 
 @pytest.mark.usefixtures("no_launch")
-@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
-def test_softcap_is_refused_by_every_backend(backend):
-    with pytest.raises(NotImplementedError, match="softcap"):
-        ra_triton.packed_attention(**attention_arguments(), softcap=2.0, backend=backend)
-    with pytest.raises(NotImplementedError, match="softcap"):
-        ra_triton.ra_attention(**projection_arguments(), softcap=2.0, backend=backend)
-
-
-TRITON_LACKS = [
-    {"window_size": (3, 0)},
-    {"window_size": (0, 0)},
-    {"causal": False, "window_size": (-1, 2)},
-    {"causal": False, "window_size": (4, 4)},
-]
+def test_sdpa_refuses_softcap_and_names_the_backend_that_has_it():
+    match = "no softcap; use backend='triton'"
+    with pytest.raises(NotImplementedError, match=match):
+        ra_triton.packed_attention(**attention_arguments(), softcap=2.0, backend="sdpa")
+    with pytest.raises(NotImplementedError, match=match):
+        ra_triton.ra_attention(**projection_arguments(), softcap=2.0, backend="sdpa")
 
 
 @pytest.mark.usefixtures("no_launch")
-@pytest.mark.parametrize("options", TRITON_LACKS, ids=str)
-def test_triton_names_the_backend_that_has_an_option(options):
-    match = "window_size.*use backend='sdpa'"
-    with pytest.raises(NotImplementedError, match=match):
-        ra_triton.packed_attention(**attention_arguments(), **options, backend="triton")
-    with pytest.raises(NotImplementedError, match=match):
-        ra_triton.ra_attention(**projection_arguments(), **options, backend="triton")
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="there Triton runs it")
+def test_auto_says_why_no_backend_has_softcap_on_a_cpu():
+    with pytest.raises(NotImplementedError, match=r"no backend can run this: triton: .*softcap"):
+        ra_triton.packed_attention(**attention_arguments(), softcap=2.0)
 
 
 @pytest.mark.parametrize("window_size", [(-1, -1), (-1, 0), (-1, 7), [-1, -1]])

@@ -16,6 +16,7 @@ import ra_triton
 from ra_triton.kernels import plans, tiles
 from ra_triton.kernels.configs import LaunchConfig
 from ra_triton.layout import Columns
+from ra_triton.offsets import Offsets
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,13 +78,13 @@ def test_the_same_shapes_at_other_addresses(fresh_plans):
 # The key: whatever a launch depends on makes another plan
 
 
-def _attention(tensors, causal=True, softmax_scale=None, dropout_p=0.1, config=None):
+def _attention(tensors, causal=True, softmax_scale=None, dropout_p=0.1, **others):
     from ra_triton.kernels.attention_backward import attention_backward
     from ra_triton.kernels.attention_forward import attention_forward
 
     q, k, v, o, lse, do, dq, dk, dv, dlse, seed = tensors.values()
     options = {"causal": causal, "softmax_scale": softmax_scale, "dropout_p": dropout_p}
-    options |= {"seed": seed, "config": config}
+    options |= {"seed": seed, **others}
     attention_forward(q, k, v, o=o, lse=lse, **options)
     attention_backward(q, k, v, o, lse, do, dq, dk, dv, dlse=dlse, **options)
 
@@ -149,9 +150,14 @@ SHAPES = {
         **dict.fromkeys(("q_out", "k_out", "dq_out", "dk_out"), ROWS),
     },
 }
+CU = torch.zeros(4, dtype=torch.int32, device=DEVICE)
 ATTENTION_OPTIONS = [
     *({"causal": False}, {"softmax_scale": 0.5}, {"dropout_p": 0.2}, {"dropout_p": 0.0}),
     *({"config": LaunchConfig(rows, 4, block_n=16)} for rows in (16, 32)),
+    *({"window_size": window} for window in ((3, 0), (2, 0), (3, 1))),
+    *({"softcap": softcap} for softcap in (2.0, 3.0)),
+    *({"offsets": Offsets(CU[:-1], CU[:-1], *most)} for most in ((4, 4), (4, 3), (3, 4))),
+    *({"offsets": Offsets(*cu, 4, 4)} for cu in ((CU, CU), (CU[1:], CU[:-1]), (CU[:-1], CU[1:]))),
 ]
 GEMM_OPTIONS = [{"config": LaunchConfig(rows, 4, block_n=16, block_k=16)} for rows in (16, 32)]
 NORM_ROPE_OPTIONS = [{"rope_dims": 4}, {"eps": 1e-5}, {"eps": None}]
@@ -218,8 +224,8 @@ def test_what_a_launch_depends_on_makes_another_plan(monkeypatch, fresh_plans, k
         found[f"strides of {name}"] = plan(changed=name, spare=16)
     for name in (strided + " " + others).split():
         found[f"address of {name}"] = plan(changed=name, offset=1)
-    for option in options:
-        found[str(option)] = plan(**option)
+    for i, option in enumerate(options):
+        found[f"{i}: {option}"] = plan(**option)
     found["dtype"] = plan(torch.float16)
     if kernel not in NO_PRODUCTS:
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")

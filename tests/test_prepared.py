@@ -84,6 +84,11 @@ OTHERS = {
     "grouped": lambda x, W: run(x, W, n_head=4, n_kv_head=1),
     "full": lambda x, W: run(x, W, causal=False),
     "scale": lambda x, W: run(x, W, softmax_scale=0.5),
+    "window": lambda x, W: run(x, W, window_size=(2, 0)),
+    "softcap": lambda x, W: run(x, W, softcap=2.0),
+    "sequences": lambda x, W: run(
+        x[:1], W, cu_seqlens=torch.tensor([0, 2, 5], dtype=torch.int32, device=x.device)
+    ),
     "automatic": lambda x, W: run(x, W, backend="auto"),
 }
 
@@ -173,7 +178,7 @@ def test_a_prepared_layer_launches_on_the_places_of_the_views(monkeypatch, H, H_
 
     monkeypatch.setattr(projection, "projection_plan", plan("projection"))
     monkeypatch.setattr(forward, "forward_plan", plan("attention"))
-    options = AttentionOptions(causal=False, softmax_scale=0.5)
+    options = AttentionOptions(False, 0.5, window_size=(3, 1), softcap=2.0)
     layer = launches.PreparedLayer(x, W, None, layout, options)
     allocated = []
     new_empty = torch.Tensor.new_empty
@@ -185,10 +190,10 @@ def test_a_prepared_layer_launches_on_the_places_of_the_views(monkeypatch, H, H_
     monkeypatch.setattr(torch.Tensor, "new_empty", allocate)
     out = layer(x, W, None)
     assert out.shape == (2, T, H * D)
-    assert planned["attention"][6:] == (False, 0.5)
-    (first, (x_, W_, bias, packed)), (second, (q, k, v, seed, o, lse)) = launched
+    assert planned["attention"][6:] == (False, 0.5, (3, 1), 2.0)
+    (first, (x_, W_, bias, packed)), (second, (q, k, v, *none, o, lse)) = launched
     assert (first, second) == ("projection", "attention")
-    assert (x_ is x, W_ is W, bias, seed, o is out) == (True, True, None, None, True)
+    assert (x_ is x, W_ is W, bias, none, o is out) == (True, True, None, [None] * 3, True)
     assert any(t is out for t in allocated)
     (scratch,) = (t for t in allocated if t is not out)
     start = scratch.data_ptr()

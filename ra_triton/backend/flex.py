@@ -20,6 +20,7 @@ from torch import Tensor
 from ra_triton.backend import sdpa
 from ra_triton.checks import needs_grad
 from ra_triton.layout import RALayout
+from ra_triton.offsets import Offsets
 from ra_triton.options import AttentionOptions
 from ra_triton.workspace import Workspace
 
@@ -60,12 +61,19 @@ def unsupported(
 
 
 def packed_attention(
-    q_pack: Tensor, k_pack: Tensor, v: Tensor, options: AttentionOptions
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    options: AttentionOptions,
+    offsets: Offsets | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over ``[B, T, H, D]`` operands: ``(out, lse [B, H, Tq] or None)``.
 
-    On a CPU ``return_lse`` costs a second pass over the scores, as in the backend ``sdpa``.
+    On a CPU ``return_lse`` costs a second pass over the scores, as in the backend ``sdpa``; and as
+    there, with ``offsets`` it is a loop over the sequences.
     """
+    if offsets is not None:
+        return sdpa.by_sequence(packed_attention, q_pack, k_pack, v, options, offsets)
     T_q, T_k = q_pack.shape[1], k_pack.shape[1]
     if q_pack.numel() == 0 or T_k == 0:
         return sdpa.packed_attention(q_pack, k_pack, v, options)  # zeros: nothing to attend to
@@ -104,12 +112,14 @@ def layer(
     layout: RALayout,
     options: AttentionOptions,
     workspace: Workspace | None,
+    offsets: Offsets | None = None,
 ) -> Tensor:
     """Projection and attention: ``[B, T, C] -> [B, T, H, D]``; a workspace holds the projection."""
     out = None
     if workspace is not None:
         out = workspace.buffer("packed", (*x.shape[:2], layout.columns), x.dtype, x.device)
-    return packed_attention(*layout.views(project(x, W_packed, bias, out)), options)[0]
+    packed = layout.views(project(x, W_packed, bias, out))
+    return packed_attention(*packed, options, offsets)[0]
 
 
 def _numbers(

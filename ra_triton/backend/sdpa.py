@@ -4,6 +4,7 @@ Packed operands make reciprocal attention plain attention, so this is exact, not
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor
 from ra_triton import quantization
 from ra_triton.layout import RALayout
 from ra_triton.norm_rope import NormRope
+from ra_triton.offsets import Offsets
 from ra_triton.options import AttentionOptions
 from ra_triton.quantization import QuantizedWeight
 from ra_triton.workspace import Workspace
@@ -45,12 +47,19 @@ def project(
 
 
 def packed_attention(
-    q_pack: Tensor, k_pack: Tensor, v: Tensor, options: AttentionOptions
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    options: AttentionOptions,
+    offsets: Offsets | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over ``[B, T, H, D]`` operands: ``(out, lse [B, H, Tq] or None)``.
 
     ``return_lse`` costs a second pass over the scores, ``B * H * Tq * Tk`` of them in float32.
+    With ``offsets`` it is a loop over the sequences, whose bounds are read back from the device.
     """
+    if offsets is not None:
+        return by_sequence(packed_attention, q_pack, k_pack, v, options, offsets)
     T_q, T_k = q_pack.shape[1], k_pack.shape[1]
     q, k, v = (t.transpose(1, 2) for t in (q_pack, k_pack, v))  # [B, H, T, D]
     mask = _mask(T_q, T_k, options, q.device)
@@ -75,6 +84,23 @@ def packed_attention(
     return out.transpose(1, 2), lse
 
 
+def by_sequence(
+    attend: Callable[..., tuple[Tensor, Tensor | None]],
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    options: AttentionOptions,
+    offsets: Offsets,
+) -> tuple[Tensor, Tensor | None]:
+    """``attend`` on each sequence of ``[1, total, H, D]`` operands, and the results as one."""
+    parts = [
+        attend(q_pack[:, queries], k_pack[:, keys], v[:, keys], options)
+        for queries, keys in offsets.sequences() or [(slice(None), slice(None))]
+    ]
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, 1), torch.cat(lses, -1) if options.return_lse else None
+
+
 def layer(
     x: Tensor,
     W_packed: Tensor | QuantizedWeight,
@@ -82,6 +108,7 @@ def layer(
     layout: RALayout,
     options: AttentionOptions,
     workspace: Workspace | None,
+    offsets: Offsets | None = None,
 ) -> Tensor:
     """Projection and attention: ``[B, T, C] -> [B, T, H, D]``.
 
@@ -90,7 +117,8 @@ def layer(
     out = None
     if workspace is not None:
         out = workspace.buffer("packed", (*x.shape[:2], layout.columns), x.dtype, x.device)
-    return packed_attention(*layout.views(project(x, W_packed, bias, out)), options)[0]
+    packed = layout.views(project(x, W_packed, bias, out))
+    return packed_attention(*packed, options, offsets)[0]
 
 
 def prepare_layer(*_: object) -> None:

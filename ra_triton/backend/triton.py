@@ -12,6 +12,7 @@ from ra_triton.backend import sdpa
 from ra_triton.checks import needs_grad
 from ra_triton.layout import RALayout
 from ra_triton.norm_rope import NormRope
+from ra_triton.offsets import Offsets
 from ra_triton.options import AttentionOptions
 from ra_triton.quantization import QuantizedWeight
 from ra_triton.workspace import Workspace
@@ -31,11 +32,6 @@ def unsupported(
         return None
     if head_dim is None or not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         return f"head dim {head_dim} is outside {MIN_HEAD_DIM}..{MAX_HEAD_DIM}"
-    if options.softcap:
-        return "the kernels have no softcap yet"
-    left, right = options.reach
-    if left >= 0 or (right >= 0 and not options.causal):
-        return "the kernels have no window_size yet"
     return None
 
 
@@ -49,10 +45,14 @@ def project(
 
 
 def packed_attention(
-    q_pack: Tensor, k_pack: Tensor, v: Tensor, options: AttentionOptions
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    options: AttentionOptions,
+    offsets: Offsets | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over ``[B, T, H, D]`` operands: ``(out, lse [B, H, Tq])``."""
-    return ops.attention(q_pack, k_pack, v, options)
+    return ops.attention(q_pack, k_pack, v, options, offsets)
 
 
 def layer(
@@ -62,11 +62,12 @@ def layer(
     layout: RALayout,
     options: AttentionOptions,
     workspace: Workspace | None,
+    offsets: Offsets | None = None,
 ) -> Tensor:
     """Projection and attention: ``[B, T, C] -> [B, T, H, D]``."""
     if isinstance(W_packed, QuantizedWeight):
-        return ops.layer_quantized(x, W_packed, bias, layout, options, workspace)
-    return ops.layer(x, W_packed, bias, layout, options, workspace)
+        return ops.layer_quantized(x, W_packed, bias, layout, options, workspace, offsets)
+    return ops.layer(x, W_packed, bias, layout, options, workspace, offsets)
 
 
 def prepare_layer(

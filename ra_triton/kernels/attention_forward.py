@@ -3,15 +3,17 @@
     o[b, t, h] = Σ_j p_j v[b, j, h'] / Σ_j p_j    p_j = exp(softmax_scale * q[b, t, h]·k[b, j, h'])
     lse[b, h, t] = log Σ_j p_j                    h' = h // (H // H_kv)
 
-over all keys j, or those with j <= t + T_k - T_q if causal.
+over all keys j, or those with -left <= j - (t + T_k - T_q) <= right; causal means right = 0. Key
+tiles outside that range are not visited. With a softcap the exponent is
+softcap * tanh(softmax_scale * q·k / softcap).
 
 q ``[B, T_q, H, D]``, k and v ``[B, T_k, H_kv, D]`` → o ``[B, T_q, H, D]``, lse ``[B, H, T_q]``.
+With VARLEN sequences of different lengths lie one after the other, as in FlashAttention: ``B`` of
+them in q ``[1, total_q, H, D]``, k and v ``[1, total_k, H_kv, D]``, lse ``[1, H, total_q]``.
 Grid ``(B * H * cdiv(T_q, BLOCK_M),)``: heads fastest, in sections that fit L2, and the query tiles
 with most keys first, so that the short ones fill the last wave. Overwrites nothing. After
 arXiv:2307.08691.
 """
-
-import math
 
 import torch
 import triton
@@ -23,8 +25,9 @@ from ra_triton.kernels.configs import LaunchConfig, launch_config, warp_speciali
 from ra_triton.kernels.plans import Layout, Plan, layout_of, on_16_bytes, planned
 from ra_triton.kernels.tiles import (
     LN2,
-    LOG2E,
+    as_tokens,
     block_d_of,
+    capped,
     dot,
     dot_precision,
     follow,
@@ -36,11 +39,15 @@ from ra_triton.kernels.tiles import (
     kept,
     key_range,
     load_rows,
+    mask_arguments,
     rows_in_bulk,
+    score_arguments,
+    sequence,
     store_rows,
     strides_by_name,
     target_of,
 )
+from ra_triton.offsets import Offsets, flat, lengths
 
 
 @triton.jit
@@ -58,16 +65,21 @@ def _attend(
     m,
     begin,
     end,
-    unmasked,  # keys before this one are seen by every query of the tile
+    whole,  # keys from this one to unmasked are seen by every query of the tile
+    unmasked,
+    first_key,  # [BLOCK_M], with WINDOW
     key_limit,  # [BLOCK_M]
     stride_kt,
     stride_vt,
     T_k,
     scale_log2,
+    cap_scale,
     dropout_p,
     D: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
     USE_TMA: tl.constexpr,
     WIDE: tl.constexpr,
@@ -83,9 +95,13 @@ def _attend(
             D, MASKED, USE_TMA, WIDE, ALIGNMENT, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         s = dot(q, k.T, None, PRECISION)  # [BLOCK_M, BLOCK_N]
+        if SOFTCAP:
+            s = capped(s, cap_scale)
         offs_n = n + tl.arange(0, BLOCK_N)
-        if MASKED and (not USE_TMA or n >= unmasked):
+        if MASKED and (not USE_TMA or n >= unmasked or (WINDOW and n < whole)):
             s = tl.where(offs_n[None, :] < key_limit[:, None], s, float("-inf"))
+            if WINDOW:
+                s = tl.where(offs_n[None, :] >= first_key[:, None], s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
         m_scaled = m_new * scale_log2
         if MASKED:
@@ -107,12 +123,14 @@ def _attend(
     return acc, l_i, m_i
 
 
-@triton.jit(do_not_specialize=["section"])
+@triton.jit(do_not_specialize=["section", "left", "right", "total_q", "total_k"])
 def _attention_forward_kernel(
     q_source,  # pointers, or descriptors of [B, H, T, D] with USE_TMA
     k_source,
     v_source,
     seed_ptr,  # one int64, with DROPOUT
+    cu_q_ptr,  # B + 1 offsets, with VARLEN
+    cu_k_ptr,
     o_ptr,
     lse_ptr,
     stride_qb,  # strides in units of ALIGNMENT elements
@@ -127,15 +145,23 @@ def _attention_forward_kernel(
     B,
     H,
     group,  # H // H_kv
-    T_q,
+    T_q,  # with VARLEN of the longest sequence
     T_k,
+    total_q,  # tokens of all sequences, with VARLEN
+    total_k,
     section,  # heads at a time
-    scale_log2,  # softmax_scale * log2(e)
+    left,  # keys seen before a query's own, and after, with WINDOW
+    right,
+    scale_log2,  # softmax_scale * log2(e); with SOFTCAP softcap * log2(e)
+    cap_scale,  # softmax_scale / softcap
     dropout_p,
     D: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
+    VARLEN: tl.constexpr,
     USE_TMA: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -144,7 +170,7 @@ def _attention_forward_kernel(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One query tile of one head: full key tiles, then those that the mask cuts."""
+    """One query tile of one head: full key tiles, and those that the mask cuts."""
     n_m = tl.cdiv(T_q, BLOCK_M)
     head, tile = head_and_tile(tl.program_id(0), B * H, n_m, section, USE_TMA)
     m = (n_m - 1 - tile) * BLOCK_M
@@ -157,8 +183,22 @@ def _attention_forward_kernel(
         v_source += head_offset(b, h_kv, stride_vb, stride_vh, ALIGNMENT)
 
     follow(PDL)
+    row = tl.cast(b, tl.int64) * T_q  # of o
+    lse_row = tl.cast(head, tl.int64) * T_q
+    if VARLEN:
+        first_q, T_q = sequence(cu_q_ptr, b, total_q)
+        first_k, T_k = sequence(cu_k_ptr, b, total_k)
+        if m >= T_q:
+            return
+        row = tl.cast(first_q, tl.int64)
+        lse_row = tl.cast(h, tl.int64) * total_q + first_q
+        q_source += row * stride_qt * ALIGNMENT
+        k_source += tl.cast(first_k, tl.int64) * stride_kt * ALIGNMENT
+        v_source += tl.cast(first_k, tl.int64) * stride_vt * ALIGNMENT
     offs_m = m + tl.arange(0, BLOCK_M)
-    key_limit, unmasked, end = key_range(m, T_q, T_k, CAUSAL, BLOCK_M, BLOCK_N)
+    first_key, key_limit, begin, whole, unmasked, end = key_range(
+        m, T_q, T_k, left, right, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
+    )
     q = load_rows(
         q_source, b, h, m, stride_qt, T_q,
         D, True, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_D,
@@ -167,26 +207,38 @@ def _attention_forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    begin = 0
-    if not USE_TMA:  # bounds cost instructions, so full tiles have a loop of their own
+    # Bounds cost instructions, so without bulk copies full tiles have a loop of their own.
+    if WINDOW and not USE_TMA:
         acc, l_i, m_i = _attend(
             acc, l_i, m_i, q, k_source, v_source, seed, b, head, h_kv, m,
-            0, unmasked, unmasked, key_limit, stride_kt, stride_vt, T_k, scale_log2, dropout_p,
-            D, PRECISION, False, DROPOUT, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
+            begin, tl.minimum(whole, end), whole, unmasked, first_key, key_limit,
+            stride_kt, stride_vt, T_k, scale_log2, cap_scale, dropout_p,
+            D, PRECISION, True, WINDOW, SOFTCAP, DROPOUT,
+            USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    if not USE_TMA:
+        acc, l_i, m_i = _attend(
+            acc, l_i, m_i, q, k_source, v_source, seed, b, head, h_kv, m,
+            whole, unmasked, whole, unmasked, first_key, key_limit,
+            stride_kt, stride_vt, T_k, scale_log2, cap_scale, dropout_p,
+            D, PRECISION, False, WINDOW, SOFTCAP, DROPOUT,
+            USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         begin = unmasked
     acc, l_i, m_i = _attend(
         acc, l_i, m_i, q, k_source, v_source, seed, b, head, h_kv, m,
-        begin, end, unmasked, key_limit, stride_kt, stride_vt, T_k, scale_log2, dropout_p,
-        D, PRECISION, True, DROPOUT, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
+        begin, end, whole, unmasked, first_key, key_limit,
+        stride_kt, stride_vt, T_k, scale_log2, cap_scale, dropout_p,
+        D, PRECISION, True, WINDOW, SOFTCAP, DROPOUT,
+        USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
     l_i = tl.where(l_i == 0.0, 1.0, l_i)  # a row without keys: o = 0, lse = -inf
     o = acc / (l_i * (1 - dropout_p))[:, None] if DROPOUT else acc / l_i[:, None]
     lse = (m_i * scale_log2 + tl.log2(l_i)) * LN2
-    o_head = o_ptr + (tl.cast(b, tl.int64) * T_q * H + h) * D
+    o_head = o_ptr + (row * H + h) * D
     store_rows(o_head, o, m, H * D, T_q, D, BLOCK_M, BLOCK_D)
-    tl.store(lse_ptr + tl.cast(head, tl.int64) * T_q + offs_m, lse, mask=offs_m < T_q)
+    tl.store(lse_ptr + lse_row + offs_m, lse, mask=offs_m < T_q)
 
 
 def attention_forward(
@@ -196,16 +248,20 @@ def attention_forward(
     *,
     causal: bool,
     softmax_scale: float | None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     o: Tensor | None = None,
     lse: Tensor | None = None,
+    offsets: Offsets | None = None,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``q [B, T_q, H, D]``, ``k, v [B, T_k, H_kv, D]`` → ``o [B, T_q, H, D]``, ``lse [B, H, T_q]``.
 
     Operands may have any strides but the last, which is 1; o and lse (float32) are contiguous, and
-    new unless given. ``seed`` is one int64 on the device; the same seed drops the same scores.
+    new unless given. ``seed`` is one int64 on the device; the same seed drops the same scores. With
+    ``offsets`` B is 1, and T counts the tokens of all sequences.
     """
     B, T_q, H, _ = q.shape
     if o is None:
@@ -214,8 +270,9 @@ def attention_forward(
         lse = torch.empty((B, H, T_q), dtype=torch.float32, device=q.device)
     if o.numel() == 0:
         return o, lse
-    options = (causal, softmax_scale, dropout_p, config)
-    forward_plan(q, k, v, seed, o, lse, *options)(q, k, v, seed, o, lse)
+    options = (causal, softmax_scale, window_size, softcap, dropout_p, offsets, config)
+    plan = forward_plan(q, k, v, seed, o, lse, *options)
+    plan(q, k, v, seed, *flat(offsets)[:2], o, lse)
     return o, lse
 
 
@@ -228,19 +285,28 @@ def forward_plan(
     lse: Tensor,
     causal: bool,
     softmax_scale: float | None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
     dropout_p: float = 0.0,
+    offsets: Offsets | None = None,
     config: LaunchConfig | None = None,
 ) -> Plan:
-    """The launch of :func:`attention_forward`, of ``(q, k, v, seed, o, lse)``."""
+    """The launch of :func:`attention_forward`.
+
+    Of ``(q, k, v, seed, cu_seqlens_q, cu_seqlens_k, o, lse)``.
+    """
     return _plan(
         q.device,
         q.dtype,
         layout_of(q),
         layout_of(k),
         layout_of(v),
-        on_16_bytes(seed, o, lse),
+        on_16_bytes(seed, *flat(offsets)[:2], o, lse),
+        None if offsets is None else lengths(offsets),
         causal,
+        window_size,
         softmax_scale,
+        float(softcap),
         float(dropout_p),
         dot_precision(q.dtype),
         target_of(q.device),
@@ -256,30 +322,38 @@ def _plan(
     k: Layout,
     v: Layout,
     others: tuple[bool | None, ...],
+    sequences: tuple[int, int, int] | None,
     causal: bool,
+    window_size: tuple[int, int],
     softmax_scale: float | None,
+    softcap: float,
     dropout_p: float,
     precision: str,
     target: str,
     config: LaunchConfig | None,
 ) -> Plan:
-    """The launch for operands of these layouts."""
+    """The launch for operands of these layouts; ``sequences``: how many, most queries and keys."""
     B, T_q, H, D = q.shape
     T_k, H_kv = k.shape[1:3]
     aligned = all(is_aligned(t, dtype) for t in (q, k, v))
+    varlen, totals = sequences is not None, {"total_q": T_q, "total_k": T_k}
+    if sequences is not None:
+        B, T_q, T_k = sequences
+        q, k, v = (as_tokens(t) for t in (q, k, v))
+    mask = mask_arguments(T_q, T_k, causal, window_size)
     # Strides that are whole 16-byte units go to the kernel as such, so that it can rely on it.
     alignment = 16 // dtype.itemsize if aligned else 1
-    if config is None and aligned and others[1] and dropout_p == 0:
+    special = dropout_p > 0 or mask["WINDOW"] or softcap > 0 or varlen
+    if config is None and aligned and others[3] and not special:
         config = warp_specialised(D, dtype, target, min(T_q, T_k))
     if config is not None and config.groups > 1:
         return attention_forward_hopper.forward_plan(dtype, q, k, v, causal, softmax_scale, config)
     if config is None:
-        config = launch_config("attention_forward", D, dtype, target, aligned, dropout_p > 0)
+        flags = (dropout_p > 0, mask["WINDOW"], varlen)
+        config = launch_config("attention_forward", D, dtype, target, aligned, *flags)
     blocks = (config.block_m, config.block_n, config.block_n)
     rows = zip((q, k, v), blocks, strict=True)
     bulk = {i: rows_in_bulk(t, n) for i, (t, n) in enumerate(rows)}
-    if softmax_scale is None:
-        softmax_scale = 1 / math.sqrt(D)
     arguments = {
         **strides_by_name(alignment, q=q, k=k, v=v),
         "B": B,
@@ -287,13 +361,15 @@ def _plan(
         "group": H // H_kv,
         "T_q": T_q,
         "T_k": T_k,
+        **totals,
         "section": heads_per_section(B * H, 2 * T_k * D * dtype.itemsize * H_kv // H),
-        "scale_log2": softmax_scale * LOG2E.value,
+        **mask,
+        **score_arguments(D, softmax_scale, softcap),
         "dropout_p": dropout_p,
         "D": D,
-        "CAUSAL": causal,
         "PRECISION": precision,
         "DROPOUT": dropout_p > 0,
+        "VARLEN": varlen,
         "USE_TMA": config.use_tma,
         "WIDE": any(is_wide(t.strides[1] * max(blocks)) for t in (q, k, v)),
         "ALIGNMENT": alignment,

@@ -235,7 +235,9 @@ def _attention_forward_hopper_kernel(
     q_source,  # descriptors of [B, H, T, D]
     k_source,
     v_source,
-    seed_ptr,  # None: the arguments are those of the plain kernel
+    seed_ptr,  # None, like the next two: the tensors are those of the plain kernel
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
     o_source,
     lse_ptr,
     B,
@@ -325,7 +327,7 @@ def forward_plan(
         0: (q, config.block_m),
         1: (k, config.block_n),
         2: (v, config.block_n),
-        4: (o, config.block_m),
+        6: (o, config.block_m),
     }
     arguments = {
         "B": B,

@@ -65,6 +65,8 @@ def launch_config(
     target: str,
     aligned: bool,
     dropout: bool = False,
+    windowed: bool = False,
+    varlen: bool = False,
 ) -> LaunchConfig:
     """The configuration of one launch.
 
@@ -75,6 +77,8 @@ def launch_config(
         target: from :func:`target`, or ``"interpreter"``.
         aligned: whether the operands' addresses and strides suit 16-byte loads and bulk copies.
         dropout: whether attention draws random numbers, which takes registers.
+        windowed: whether attention has a window, whose second edge takes registers.
+        varlen: whether sequences begin anywhere among their tokens, where no descriptor points.
     """
     if target == "interpreter":  # small tiles, so that short inputs reach every loop
         return {
@@ -96,7 +100,11 @@ def launch_config(
             "w8a8": LaunchConfig(32, 4, block_n=32, block_k=32),
             "quantize_rows": LaunchConfig(4, 4, block_k=16),
         }[stage]
-    config = _config(stage, head_dim, dtype == torch.float32, target, aligned, dropout)
+    aligned = aligned and not (varlen and target == "sm_90")
+    full_precision = dtype == torch.float32
+    config = _config(stage, head_dim, full_precision, target, aligned, dropout)
+    if windowed and aligned and not dropout and not full_precision:
+        config = _windowed(stage, head_dim, target) or config
     return replace(config, pdl=target == "sm_90")
 
 
@@ -242,6 +250,15 @@ def _attention_backward(
     if not for_keys:
         return LaunchConfig(64, 4 if small else 8, 2, block_n=64)
     return LaunchConfig(32, 8, 2, block_n=64)
+
+
+def _windowed(stage: str, head_dim: int, target: str) -> LaunchConfig | None:
+    """Smaller tiles where those without a window would spill; static."""
+    if stage == "attention_forward" and target == "sm_90" and head_dim > 64:
+        return LaunchConfig(64, 4, 2, block_n=64, use_tma=True)
+    if stage == "query_gradient" and target != "sm_90" and head_dim <= 64:
+        return LaunchConfig(64, 4, 2, block_n=32)
+    return None
 
 
 def _weight_gradient(full_precision: bool, target: str, aligned: bool) -> LaunchConfig:

@@ -2,6 +2,7 @@
 
 import math
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -91,14 +92,43 @@ def load_rows(
 
 
 @triton.jit
-def key_range(m, T_q, T_k, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def sequence(offsets_ptr, b, total):
+    """First token of sequence ``b`` and its length, inside ``total`` tokens whatever is there."""
+    begin = tl.minimum(tl.maximum(tl.load(offsets_ptr + b), 0), total)
+    end = tl.minimum(tl.maximum(tl.load(offsets_ptr + b + 1), begin), total)
+    return begin, end - begin
+
+
+@triton.jit
+def key_range(
+    m,
+    T_q,
+    T_k,
+    left,
+    right,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Which keys the queries ``m ... m + BLOCK_M`` see.
 
-    Query i stands at key position i + T_k - T_q and sees the keys before ``key_limit[i - m]``; key
-    tiles before ``unmasked`` are seen whole by all of them, those from there to ``end`` in part.
+    Query i stands at key position i + T_k - T_q. It sees the keys before ``key_limit[i - m]``, with
+    WINDOW those from ``first_key[i - m]`` on. Key tiles in ``begin ... end`` are seen at all, those
+    in ``whole ... unmasked`` whole and by all of the queries.
     """
     offs_m = m + tl.arange(0, BLOCK_M)
-    if CAUSAL:
+    first_key, begin, whole = 0, 0, 0
+    if WINDOW:
+        first_key = offs_m + (T_k - T_q) - left
+        key_limit = tl.minimum(offs_m + 1 + (T_k - T_q) + right, T_k)
+        last = tl.minimum(m + BLOCK_M, T_q) - 1 + (T_k - T_q)  # position of the last query
+        begin = tl.maximum(m + (T_k - T_q) - left, 0) // BLOCK_N * BLOCK_N
+        whole = tl.cdiv(tl.maximum(last - left, 0), BLOCK_N) * BLOCK_N
+        unmasked = tl.minimum(tl.maximum(m + 1 + (T_k - T_q) + right, 0), T_k) // BLOCK_N * BLOCK_N
+        unmasked = tl.maximum(unmasked, whole)
+        end = tl.minimum(tl.maximum(last + 1 + right, 0), T_k)
+    elif CAUSAL:
         key_limit = tl.minimum(offs_m + 1 + (T_k - T_q), T_k)
         unmasked = tl.minimum(tl.maximum(m + 1 + (T_k - T_q), 0), T_k) // BLOCK_N * BLOCK_N
         end = tl.maximum(tl.minimum(m + BLOCK_M, T_q) + (T_k - T_q), 0)
@@ -106,7 +136,58 @@ def key_range(m, T_q, T_k, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N:
         key_limit = tl.full([BLOCK_M], 0, tl.int32) + T_k
         unmasked = T_k // BLOCK_N * BLOCK_N
         end = T_k
-    return key_limit, unmasked, end
+    return first_key, key_limit, begin, whole, unmasked, end
+
+
+@triton.jit
+def query_range(
+    n,
+    T_q,
+    T_k,
+    left,
+    right,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Which queries see the keys ``n ... n + BLOCK_N``: :func:`key_range` from the other side.
+
+    Key j is seen by the queries from ``first_query[j - n]`` on, with WINDOW by those before
+    ``query_limit[j - n]``. Query tiles in ``begin ... end`` see any of the keys, those in
+    ``whole ... unmasked`` all of them.
+    """
+    first_query = n + tl.arange(0, BLOCK_N) - (T_k - T_q)
+    query_limit, begin, whole, unmasked, end = 0, 0, 0, T_q, T_q
+    if WINDOW:
+        query_limit = first_query + left + 1
+        first_query -= right
+        last = tl.minimum(n + BLOCK_N, T_k) - 1 - (T_k - T_q)  # the query at the last key
+        begin = tl.maximum(n - (T_k - T_q) - right, 0) // BLOCK_M * BLOCK_M
+        whole = tl.cdiv(tl.maximum(last - right, 0), BLOCK_M) * BLOCK_M
+        unmasked = tl.maximum(n - (T_k - T_q) + left + 1, 0) // BLOCK_M * BLOCK_M
+        unmasked = tl.maximum(unmasked, whole)
+        end = tl.minimum(tl.maximum(last + left + 1, 0), T_q)
+    elif CAUSAL:
+        begin = tl.maximum(n - (T_k - T_q), 0) // BLOCK_M * BLOCK_M
+        last = tl.maximum(n + BLOCK_N - 1 - (T_k - T_q), 0)
+        whole = tl.minimum(tl.cdiv(last, BLOCK_M) * BLOCK_M, T_q)
+    return first_query, query_limit, begin, whole, unmasked, end
+
+
+@triton.jit
+def capped(s, cap_scale):
+    """``tanh(cap_scale * s)`` to a few units of the last place, also near 0 and far from it."""
+    x = s * cap_scale
+    # Near 0 the quotient cancels. The odd polynomial, minimax there, is within half a unit.
+    x2 = x * x
+    near = 0.016232982 * x2 - 0.052565154
+    near = near * x2 + 0.1331908
+    near = near * x2 - 0.33332875
+    near = x + x * (x2 * near)
+    e = tl.exp2(tl.abs(x) * (-2 * LOG2E))  # in 0 ... 1, however large x is
+    far = 1 - 2 * e / (1 + e)
+    return tl.where(x2 < 0.5625 * 0.5625, near, tl.where(x < 0, -far, far))
 
 
 @triton.jit
@@ -178,6 +259,30 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
+def score_arguments(D: int, softmax_scale: float | None, softcap: float) -> dict[str, Any]:
+    """How scores become exponents of 2, for the kernels of attention."""
+    scale = 1 / math.sqrt(D) if softmax_scale is None else softmax_scale
+    return {
+        "scale_log2": (softcap or scale) * LOG2E.value,
+        "cap_scale": scale / softcap if softcap else 1.0,
+        "SOFTCAP": softcap > 0,
+    }
+
+
+def mask_arguments(
+    T_q: int, T_k: int, causal: bool, window_size: tuple[int, int]
+) -> dict[str, Any]:
+    """Which keys a query sees, for the kernels of attention; causal alone is not a window."""
+    left, right = window_size
+    right = 0 if causal else right
+    return {
+        "left": left if 0 <= left < T_k else T_k,  # no query has more keys before it
+        "right": right if 0 <= right < T_q else T_q,
+        "CAUSAL": (left < 0) and right == 0,
+        "WINDOW": left >= 0 or right > 0,
+    }
+
+
 def is_wide(elements: int) -> bool:
     """Whether offsets inside one tile leave the 32-bit range."""
     return elements >= 2**31
@@ -200,6 +305,11 @@ def is_aligned(t: Layout, dtype: torch.dtype) -> bool:
 def block_d_of(D: int) -> int:
     """Lanes of a tile: the head dim rounded up to a power of two that a dot accepts."""
     return max(16, triton.next_power_of_2(D))
+
+
+def as_tokens(t: Layout) -> Layout:
+    """``[1, total, H, D]`` with a batch stride of 0: every sequence begins at an offset."""
+    return t._replace(strides=(0, *t.strides[1:]))
 
 
 def as_one_batch(x: Layout) -> Layout:

@@ -1,0 +1,87 @@
+"""Attention over sequences of different lengths that lie one after the other, without padding."""
+
+from torch import Tensor
+
+from ra_triton.api import _autocast
+from ra_triton.backend import choose
+from ra_triton.checks import check_attention_inputs, check_float_tensor, check_unit_stride
+from ra_triton.offsets import checked
+from ra_triton.options import AttentionOptions
+
+
+def packed_attention_varlen(
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    check: bool = True,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`packed_attention` of each of ``B`` sequences, with FlashAttention's arguments.
+
+    Queries ``cu_seqlens_q[b] ... cu_seqlens_q[b + 1]`` see keys ``cu_seqlens_k[b] ...
+    cu_seqlens_k[b + 1]`` and no others: not even a NaN passes from one sequence to the next. A
+    sequence may be empty, and have other numbers of queries and keys than the others. The kernels
+    load through pointers, on Hopper too: a descriptor would read on into the next sequence.
+
+    Args:
+        q_pack: ``[total_q, H, D]``, the queries of all sequences, last stride 1.
+        k_pack: ``[total_k, H_kv, D]``; ``H_kv`` divides ``H`` (GQA).
+        v: ``[total_k, H_kv, D]``.
+        cu_seqlens_q: ``[B + 1]`` int32 on the same device: 0, then where each sequence ends.
+        cu_seqlens_k: likewise for the keys.
+        max_seqlen_q: queries of the longest sequence, or more.
+        max_seqlen_k: keys of the longest sequence, or more.
+        causal: bottom-right aligned in each sequence.
+        softmax_scale: see :func:`ra_attention`.
+        window_size: see :func:`ra_attention`.
+        softcap: see :func:`ra_attention`.
+        dropout_p: see :func:`ra_attention`.
+        return_lse: also return the logsumexp of the scaled scores.
+        check: look at the values of the offsets, which waits for the device. Without it (and where
+            a compiler traces the call) nothing waits on the Triton backend; wrong offsets then give
+            wrong numbers, but lead to no address outside of the operands.
+        backend: ``"triton"``, ``"sdpa"`` (a loop over the sequences) or ``"auto"``.
+
+    Returns:
+        ``[total_q, H, D]`` in the operands' dtype; with ``return_lse`` also ``[H, total_q]``
+        float32, natural logarithm. A query with no allowed key gives 0 and ``-inf``.
+
+    Raises:
+        TypeError: wrong types or dtypes.
+        ValueError: shapes that do not fit, values out of range; offsets that do not begin with 0,
+            decrease, or do not end with the number of tokens; a sequence longer than said.
+        NotImplementedError: the backend lacks an option; the message names one that has it.
+
+    Source: ``flash_attn_varlen_func`` of github.com/Dao-AILab/flash-attention.
+    """
+    q_pack, k_pack, v = _autocast(q_pack, k_pack, v)
+    tensors = {"q_pack": q_pack, "k_pack": k_pack, "v": v}
+    for name, t in tensors.items():
+        check_float_tensor(name, t)
+        if t.dim() != 3:
+            raise ValueError(f"{name} must be [total, H, D], got {tuple(t.shape)}")
+        check_unit_stride(name, t)
+    q_pack, k_pack, v = (t.unsqueeze(0) for t in tensors.values())
+    check_attention_inputs(q_pack, k_pack, v)
+    options = AttentionOptions(causal, softmax_scale, window_size, softcap, dropout_p, return_lse)
+    offsets = checked(
+        (cu_seqlens_q, cu_seqlens_k),
+        (max_seqlen_q, max_seqlen_k),
+        (q_pack.shape[1], k_pack.shape[1]),
+        q_pack.device,
+        check=check,
+    )
+    module, _ = choose(backend, (q_pack, k_pack, v), options, q_pack.shape[-1])
+    out, lse = module.packed_attention(q_pack, k_pack, v, options, offsets)
+    return (out.squeeze(0), lse.squeeze(0)) if return_lse else out.squeeze(0)
