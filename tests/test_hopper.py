@@ -53,15 +53,27 @@ def test_its_rows_fit_the_registers_of_an_sm():
         assert plain.groups == 1  # what says that the kernel is another
 
 
-def kernel_of(D, *, T=4096, dtype=torch.bfloat16, target="sm_90", offset=0, dropout_p=0.0, o=True):
+def kernel_of(
+    D,
+    *,
+    T=4096,
+    dtype=torch.bfloat16,
+    target="sm_90",
+    offset=0,
+    dropout_p=0.0,
+    window_size=(-1, 0),
+    softcap=0.0,
+    sequences=None,
+    o=True,
+):
     """Which kernel a call would launch on a target; ``offset`` and ``o`` say what is unaligned."""
     rows = torch.empty(2 * T * 3 * 2 * D + offset, dtype=dtype, device="meta")[offset:]
     q, k, v = (layout_of(t) for t in rows.view(2, T, 3, 2, D).unbind(2))
     if offset:
         q = q._replace(on_16_bytes=False)
     plan = attention_forward._plan.__wrapped__(
-        *(torch.device("cuda"), dtype, q, k, v, (None, o, True), True, None),
-        *(dropout_p, "ieee", target, None),
+        *(torch.device("cuda"), dtype, q, k, v, (None, None, None, o, True), sequences),
+        *(True, window_size, None, softcap, dropout_p, "ieee", target, None),
     )
     return plan.kernel.__name__
 
@@ -73,6 +85,7 @@ def test_what_suits_it_is_launched_with_it_and_nothing_else_is(D):
     others = [
         *({"T": 1024}, {"dtype": torch.float32}, {"target": "sm_89"}),
         *({"offset": 1}, {"dropout_p": 0.1}, {"o": False}),
+        *({"window_size": (5, 0)}, {"softcap": 2.0}, {"sequences": (3, 4096, 4096)}),
     ]
     assert {kernel_of(D, **other) for other in others} == {plain}
 
@@ -82,8 +95,8 @@ def test_programs_of_a_plan_cover_the_queries():
     q, k = (layout_of(t[:, :, 0]) for t in rows)
     plan = forward_plan(torch.bfloat16, q, k, k, True, 0.5, ROWS[64])
     assert plan.grid == (2 * 6 * 22, 1, 1)  # 21 tiles of 192 are 4032
-    assert plan.bulk[4].strides == (4097 * 6 * 64, 64, 6 * 64, 1)  # o is contiguous
-    assert [plan.bulk[i].block for i in (0, 1, 2, 4)] == [
+    assert plan.bulk[6].strides == (4097 * 6 * 64, 64, 6 * 64, 1)  # o is contiguous
+    assert [plan.bulk[i].block for i in (0, 1, 2, 6)] == [
         (1, 1, rows, 64) for rows in (64, 128, 128, 64)
     ]
 
