@@ -103,8 +103,8 @@ def launch_config(
     aligned = aligned and not (varlen and target == "sm_90")
     full_precision = dtype == torch.float32
     config = _config(stage, head_dim, full_precision, target, aligned, dropout)
-    if windowed and aligned and not dropout and not full_precision:
-        config = _windowed(stage, head_dim, target) or config
+    if (windowed or varlen) and aligned:
+        config = _cut(stage, head_dim, full_precision, target, dropout) or config
     return replace(config, pdl=target == "sm_90")
 
 
@@ -252,13 +252,19 @@ def _attention_backward(
     return LaunchConfig(32, 8, 2, block_n=64)
 
 
-def _windowed(stage: str, head_dim: int, target: str) -> LaunchConfig | None:
-    """Smaller tiles where those without a window would spill; static."""
-    if stage == "attention_forward" and target == "sm_90" and head_dim > 64:
-        return LaunchConfig(64, 4, 2, block_n=64, use_tma=True)
-    if stage == "query_gradient" and target != "sm_90" and head_dim <= 64:
-        return LaunchConfig(64, 4, 2, block_n=32)
-    return None
+def _cut(
+    stage: str, head_dim: int, full_precision: bool, target: str, dropout: bool
+) -> LaunchConfig | None:
+    """Instead, for a window's second edge and for variable lengths: static, no spill."""
+    small, for_keys = head_dim <= 64, stage == "key_value_gradient"
+    if target == "sm_90":
+        wide = stage == "attention_forward" and not (small or dropout or full_precision)
+        return LaunchConfig(64, 4, 2, block_n=64, use_tma=True) if wide else None
+    if full_precision:
+        return LaunchConfig(16, 16, 2, block_n=32) if for_keys and head_dim > 32 else None
+    if for_keys:
+        return LaunchConfig(32, 4, 2, block_n=64) if small else LaunchConfig(32, 8, 2, block_n=32)
+    return LaunchConfig(64, 4, 2, block_n=32) if small else LaunchConfig(64, 8, 2, block_n=64)
 
 
 def _weight_gradient(full_precision: bool, target: str, aligned: bool) -> LaunchConfig:
