@@ -27,8 +27,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from ra_triton.kernels import (
+    append,
     attention_backward,
     attention_forward,
+    decode,
     packing,
     plans,
     projection,
@@ -42,9 +44,11 @@ TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90")
 STAGES = (
     *(attention_forward, attention_backward, packing),
     *(projection, projection_backward, projection_int8),
+    *(append, decode),
 )
 _HOPPER = "attention_forward_hopper"  # elsewhere these launches are those of _FORWARD
 _FORWARD, _BACKWARD = "attention_forward", "delta key_value_gradient query_gradient"
+_DECODE = "decode decode_combine"
 _WEIGHT, _BIAS = "weight_gradient add_splits", "column_sum add_splits"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -85,8 +89,8 @@ class Compiled:
 
     @property
     def warps(self) -> int:
-        """Warps of a CTA, those of all partitions of a specialised kernel included."""
-        return _number(r"\.reqntid (\d+)", self.kernel.asm["ptx"]) // 32
+        """Warps of a CTA."""
+        return self.kernel.metadata.num_warps
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -279,6 +283,11 @@ def _launches() -> Iterator[_Launch]:
                     yield _BACKWARD, label, _attention_grad(dtype, D, offset=1)
             for in_place in (True, False):
                 yield "pack", f"{name} D={D} in_place={in_place}", _packing(dtype, D, in_place)
+        if special:
+            yield _DECODE, f"{name} D=64", _decode(dtype, 64)
+            yield _DECODE, f"{name} D=128 rows=32", _decode(dtype, 128, group=8, T_q=4)
+            yield _DECODE, f"{name} D=128 misaligned", _decode(dtype, 128, offset=1)
+            yield "append", f"{name} D=64", _append(dtype, 64)
         for D in (16, 20, 72, 80, 96) if special else ():
             label = f"{name} D={D}" + " misaligned" * (D == 20)
             yield _FORWARD, label, _attention(dtype, D)
@@ -295,8 +304,6 @@ def _launches() -> Iterator[_Launch]:
             label = f"{label} C=770 misaligned"
             yield "projection", label, _projection(dtype, 770, transposed)
         yield "projection", f"{name} input_gradient", _input_gradient(dtype)
-        if dtype != torch.float32:  # too few tiles for three groups of warps on Hopper
-            yield "projection", f"{name} N=1024", _projection(dtype, 768, False, N=1024)
         for offset in (0, 1):
             label = f"{name} misaligned" if offset else name
             yield (
@@ -308,6 +315,7 @@ def _launches() -> Iterator[_Launch]:
     for D in (32, 64, 128):
         yield _FORWARD, f"tf32 D={D}", _with_tf32(_attention(torch.float32, D))
         yield _BACKWARD, f"tf32 D={D}", _with_tf32(_attention_grad(torch.float32, D))
+    yield "decode", "tf32 D=128", _with_tf32(_decode(torch.float32, 128))
     yield "projection", "tf32", _with_tf32(_projection(torch.float32, 768, False))
     weight_gradient = partial(projection_backward.weight_gradient, *_rows(torch.float32, 0))
     yield _WEIGHT, "tf32", _with_tf32(weight_gradient)
@@ -360,6 +368,19 @@ def _attention_grad(
     )
 
 
+def _decode(
+    dtype: torch.dtype, D: int, group: int = 1, T_q: int = 1, offset: int = 0
+) -> Callable[[], Any]:
+    q = _tensor(dtype, 2, T_q, 8 * group, D)
+    k, v = (_tensor(dtype, 2, 4096, 8, D, offset=offset) for _ in range(2))
+    return partial(decode.decode, q, k, v, _tensor(torch.int32, 2), max_length=4096)
+
+
+def _append(dtype: torch.dtype, D: int) -> Callable[[], Any]:
+    new, cache = _tensor(dtype, 2, 1, 8, D), _tensor(dtype, 2, 4096, 8, D)
+    return partial(append.append_, cache, cache, _tensor(torch.int32, 2), new, new)
+
+
 def _rows(dtype: torch.dtype, offset: int) -> tuple[Tensor, Tensor]:
     return _tensor(dtype, 8, 1024, 768, offset=offset), _tensor(dtype, 8, 1024, 2304)
 
@@ -370,12 +391,10 @@ def _packing(dtype: torch.dtype, D: int, in_place: bool) -> Callable[[], Any]:
     return partial(packing.pack_ if in_place else packing.pack, q, k, low, low)
 
 
-def _projection(
-    dtype: torch.dtype, C: int, transposed: bool, offset: int = 0, N: int = 2304
-) -> Callable[[], Any]:
+def _projection(dtype: torch.dtype, C: int, transposed: bool, offset: int = 0) -> Callable[[], Any]:
     x = _tensor(dtype, 2, 1024, C, offset=offset)
-    w = _tensor(dtype, N, C).mT if transposed else _tensor(dtype, C, N)
-    return partial(projection.projection, x, w, _tensor(dtype, N))
+    w = _tensor(dtype, 2304, C).mT if transposed else _tensor(dtype, C, 2304)
+    return partial(projection.projection, x, w, _tensor(dtype, 2304))
 
 
 def _input_gradient(dtype: torch.dtype) -> Callable[[], Any]:

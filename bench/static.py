@@ -40,11 +40,13 @@ STAGES = (
     *("attention_forward", "key_value_gradient", "query_gradient", "delta"),
     *("pack", "projection", "weight_gradient", "column_sum", "add_splits"),
     *("int8_projection", "quantize_rows"),
+    *("decode", "decode_combine", "append"),
 )
 ATTENTION = {  # products of a tile, and the size that counts the rows it streams, twice
     "attention_forward": (2, "BLOCK_N"),  # s, o; k and v
     "key_value_gradient": (4, "BLOCK_M"),  # s, dp, dv, dk; q and do
     "query_gradient": (3, "BLOCK_N"),  # s, dp, dq; k and v
+    "decode": (2, "BLOCK_N"),  # s, o; k and v
 }
 
 
@@ -61,7 +63,6 @@ def tile_of(stage: str, sizes: dict[str, Any]) -> tuple[int, int]:
         return flops, 2 * sizes[rows] * sizes["BLOCK_D"]
     if "BLOCK_K" in sizes:
         m, n, k = (sizes[f"BLOCK_{axis}"] for axis in "MNK")
-        m *= sizes.get("GROUPS", 1)  # of warps, with the same loop each
         return 2 * m * n * k, (m + n) * k
     return 0, 0
 
@@ -93,13 +94,10 @@ def tiles_per_iteration(
 def inspect(compiled: Compiled) -> Row:
     """One row of the table: everything that is known of a compiled kernel."""
     architecture, warps = ARCHITECTURES[compiled.target], compiled.warps
-    program = Program(compiled.sass)
-    loop = program.hot_loop()
-    # Where groups of warps share a tile, another group's loop may copy for this one's.
-    copying = Loop("all", tuple(program.code)) if "GROUPS" in compiled.constants else loop
+    loop = Program(compiled.sass).hot_loop()
     flops, elements = tile_of(compiled.name, compiled.constants)
     tiles = tiles_per_iteration(loop, warps, flops, elements, compiled.element_size)
-    bulk = tiles * elements * compiled.element_size if copying.count("UTMALDG") else 0
+    bulk = tiles * elements * compiled.element_size if loop.count("UTMALDG") else 0
     totals = architecture.clocks(loop.body, warps, bulk)
     clocks = {pipe: total / tiles for pipe, total in totals.items()}
     bound = max(PIPES, key=lambda pipe: clocks[pipe])
@@ -122,8 +120,8 @@ def inspect(compiled: Compiled) -> Row:
         "mix": dict(Counter(instruction.base for instruction in loop.body).most_common()),
         "matrix_instructions": loop.count("HGMMA", "HMMA", "IGMMA", "IMMA"),
         "wgmma": loop.count("HGMMA", "IGMMA"),
-        "async_copies": copying.count("LDGSTS", "UTMALDG"),
-        "bulk_copies": copying.count("UTMALDG"),
+        "async_copies": loop.count("LDGSTS", "UTMALDG"),
+        "bulk_copies": loop.count("UTMALDG"),
         "sync_loads": loop.count("LDG"),
         "tiles_per_iteration": tiles,
         "work": round(work, 3),

@@ -280,7 +280,6 @@ def describe(row: dict[str, Any], device: str) -> str:
     words = [str(c["block_m"]), str(c["num_warps"]), str(c["num_stages"])]
     words += [f"{name}={c[name]}" for name in ("block_n", "block_k") if c[name]]
     words += ["use_tma=True"] * c["use_tma"]
-    words += [f"groups={c['groups']}"] * (c["groups"] > 1)
     text = f"LaunchConfig({', '.join(words)})"
     if row["dropped"]:
         return f"{text}  # dropped: {row['dropped']}"

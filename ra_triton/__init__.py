@@ -1,6 +1,7 @@
 """Reciprocal attention as one flash attention over packed operands, in Triton."""
 
 from ra_triton.api import (
+    decode_attention,
     pack_qk,
     pack_qk_,
     packed_attention,
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "QuantizedWeight",
     "compose_weights",
+    "decode_attention",
     "pack_qk",
     "pack_qk_",
     "pack_weight",

@@ -112,6 +112,20 @@ def _int8(tensors, columns=None, config=None):
     quantize_rows(x, x_int8, x_scale, config=config)
 
 
+def _decode(tensors, max_length=300, left=-1, softmax_scale=None, config=None):
+    from ra_triton.kernels.decode import decode
+
+    options = {"max_length": max_length, "left": left, "softmax_scale": softmax_scale}
+    decode(*tensors.values(), **options, config=config)
+
+
+def _append(tensors, max_len=9):
+    from ra_triton.kernels.append import append_
+
+    tensors["k_cache"] = tensors["k_cache"][:, :max_len]
+    append_(*tensors.values())
+
+
 ROWS = (2, 6, 2, 16)
 SHAPES = {
     _attention: {
@@ -131,12 +145,26 @@ SHAPES = {
         **dict.fromkeys(("q_low", "k_low"), (2, 6, 2, 4)),
         **dict.fromkeys(("q_pack", "k_pack"), ROWS),
     },
+    _decode: {
+        "q": ROWS,
+        **dict.fromkeys(("k", "v"), (2, 300, 2, 16)),
+        "lengths": (2,),
+    },
+    _append: {
+        **dict.fromkeys(("k_cache", "v_cache"), (2, 9, 2, 16)),
+        "lengths": (2,),
+        **dict.fromkeys(("k", "v"), ROWS),
+    },
 }
 ATTENTION_OPTIONS = [
     *({"causal": False}, {"softmax_scale": 0.5}, {"dropout_p": 0.2}, {"dropout_p": 0.0}),
     *({"config": LaunchConfig(rows, 4, block_n=16)} for rows in (16, 32)),
 ]
 GEMM_OPTIONS = [{"config": LaunchConfig(rows, 4, block_n=16, block_k=16)} for rows in (16, 32)]
+DECODE_OPTIONS = [
+    *({"max_length": 200}, {"left": 3}, {"softmax_scale": 0.5}),
+    {"config": LaunchConfig(16, 4, block_n=16, block_k=64)},
+]
 DEPENDS = {  # kernel: its caller, tensors that may have any strides, tensors that may not, options
     "_attention_forward_kernel": (_attention, "q k v", "o lse seed", ATTENTION_OPTIONS),
     "_delta_kernel": (_attention, "do", "o dlse", []),
@@ -151,17 +179,21 @@ DEPENDS = {  # kernel: its caller, tensors that may have any strides, tensors th
     ),
     "_quantize_rows_kernel": (_int8, "x", "x_scale x_int8", GEMM_OPTIONS),
     "_pack_kernel": (_packing, "q k q_low k_low q_pack k_pack", "", [{"in_place": True}]),
+    "_decode_kernel": (_decode, "q k v", "lengths", DECODE_OPTIONS),
+    "_decode_combine_kernel": (_decode, "q k v", "lengths", DECODE_OPTIONS),
+    "_append_kernel": (_append, "k v", "k_cache v_cache lengths", [{"max_len": 8}]),
 }
 
 
 NO_PRODUCTS = ("_delta_kernel", "_column_sum_kernel", "_pack_kernel", "_quantize_rows_kernel")
+NO_PRODUCTS += ("_append_kernel",)
 
 
 def _allocate(name, shape, dtype, offset=0, spare=0):
     """A tensor that begins ``offset`` elements into its buffer, its rows ``spare`` apart."""
     if name == "seed":
         return torch.zeros(1 + offset, dtype=torch.int64, device=DEVICE)[offset:]
-    dtype = torch.float32 if "lse" in name else dtype
+    dtype = torch.int32 if name == "lengths" else torch.float32 if "lse" in name else dtype
     wide = (*shape[:-1], shape[-1] + spare)
     flat = torch.zeros(offset + torch.Size(wide).numel(), dtype=dtype, device=DEVICE)
     return flat[offset:].view(wide)[..., : shape[-1]]
@@ -274,12 +306,12 @@ def test_later_calls_pass_their_own_tensors_and_the_rest_in_the_kernels_order(mo
 DEPENDENT = """
 import re, torch
 from bench.aot import compile_for
-from ra_triton.kernels import attention_backward, attention_forward
+from ra_triton.kernels import append, attention_backward, attention_forward, decode
 from ra_triton.kernels import packing, projection, projection_backward, projection_int8
 from ra_triton.layout import Columns
 
 attention, gemms = (attention_backward, attention_forward), (projection, projection_backward)
-for stage in (*attention, *gemms, packing, projection_int8):
+for stage in (*attention, *gemms, packing, projection_int8, append, decode):
     stage.target_of = lambda device: "sm_90"
 rows = torch.zeros(1, 2048, 16, dtype=torch.float16)
 q, k, v, do, dq, dk, dv = (rows.clone()[:, :64, None] for _ in range(7))
@@ -288,6 +320,9 @@ with compile_for("sm_90") as compiled:
     o, lse = attention_forward.attention_forward(q, k, v, **options)
     attention_backward.attention_backward(q, k, v, o, lse, do, dq, dk, dv, **options)
     packing.pack(q, k, q[..., :4], k[..., :4])
+    lengths = torch.zeros(1, dtype=torch.int32)
+    decode.decode(q[:, :1], k, v, lengths, max_length=64)
+    append.append_(k.clone(), v.clone(), lengths, k[:, :1], v[:, :1])
     projection.projection(rows, rows[0, :16], None)
     projection_backward.weight_gradient(rows, rows)
     projection_backward.bias_gradient(rows)

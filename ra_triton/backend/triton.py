@@ -11,12 +11,13 @@ from ra_triton import ops
 from ra_triton.backend import sdpa
 from ra_triton.checks import needs_grad
 from ra_triton.layout import RALayout
-from ra_triton.options import AttentionOptions
+from ra_triton.options import AttentionOptions, DecodeOptions
 from ra_triton.quantization import QuantizedWeight
 from ra_triton.workspace import Workspace
 
 MIN_CAPABILITY = (8, 0)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
+MAX_QUERIES = 16  # of a decoding call, per sequence
 
 
 def unsupported(
@@ -32,6 +33,10 @@ def unsupported(
         return f"head dim {head_dim} is outside {MIN_HEAD_DIM}..{MAX_HEAD_DIM}"
     if options.softcap:
         return "the kernels have no softcap yet"
+    if isinstance(options, DecodeOptions):
+        if options.n_queries > MAX_QUERIES:
+            return f"decoding takes at most {MAX_QUERIES} queries, got {options.n_queries}"
+        return None
     left, right = options.reach
     if left >= 0 or (right >= 0 and not options.causal):
         return "the kernels have no window_size yet"
@@ -89,6 +94,26 @@ def pack_qk(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor,
 def pack_qk_(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> None:
     """Overwrites the last R lanes of ``q`` and ``k``."""
     ops.pack_(q, k, q_low, k_low)
+
+
+def decode_attention(
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    options: AttentionOptions,
+    max_length: int,
+) -> Tensor:
+    """Attention of each sequence's last tokens over a cache: ``[B, T_q, H, D]``."""
+    return ops.decode(q_pack, k_pack, v, lengths, options, max_length)
+
+
+def append_(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Tensor) -> None:
+    """``k, v [B, T, H_kv, D]`` after the ``lengths`` tokens of each sequence, which grow by T."""
+    if k.shape[1] > MAX_QUERIES:  # one program a sequence would take long
+        sdpa.append_(k_cache, v_cache, lengths, k, v)
+    else:
+        ops.append_(k_cache, v_cache, lengths, k, v)
 
 
 def _device_unsupported(device: torch.device) -> str | None:

@@ -4,8 +4,8 @@ Nothing here is measured at run time: the same call gets the same tiles, hence t
 every run, and a new length never retunes. "static" rows were chosen from the compiled machine
 code: no spilled register, asynchronous loads, two CTAs per SM where they fit. Rows with a time were
 chosen by ``bench/tune.py`` on an H200 (driver 580.159.04, torch 2.11, Triton 3.6.0): bf16, causal,
-16384 tokens, 12 heads; GEMMs of width 768, the projection with 8192 tokens; a row of another GPU
-names it. The times are of the run that chose the row, and the kernels have changed since.
+16384 tokens, 12 heads; GEMMs of width 768, the projection with 8192 tokens. The times are of the
+run that chose the row, and the kernels have changed since.
 """
 
 from dataclasses import dataclass, replace
@@ -21,13 +21,11 @@ class LaunchConfig:
     Attributes:
         block_m: rows of a tile: queries, GEMM rows, or rows to pack.
         block_n: columns of a tile: keys, or GEMM columns.
-        block_k: depth of one GEMM step.
+        block_k: depth of one GEMM step; of decoding, the fewest keys of a split.
         num_warps: warps per CTA.
         num_stages: buffers of the software pipeline.
         use_tma: operands come through tensor descriptors (Hopper's bulk copies).
         pdl: the launch may overlap with the end of the kernel before (Hopper).
-        groups: groups of ``num_warps`` warps with ``block_m`` rows each that share a tile. More
-            than one: the stage's kernel for Hopper alone.
     """
 
     block_m: int
@@ -37,7 +35,6 @@ class LaunchConfig:
     block_k: int = 0
     use_tma: bool = False
     pdl: bool = False
-    groups: int = 1
 
     @property
     def options(self) -> dict[str, Any]:
@@ -93,6 +90,9 @@ def launch_config(
             "other_columns": LaunchConfig(32, 4, block_n=32, block_k=16),
             "w8a8": LaunchConfig(32, 4, block_n=32, block_k=32),
             "quantize_rows": LaunchConfig(4, 4, block_k=16),
+            "decode": LaunchConfig(32, 4, block_n=16, block_k=32),
+            "decode_combine": LaunchConfig(2, 4),
+            "append": LaunchConfig(16, 4),
         }[stage]
     config = _config(stage, head_dim, dtype == torch.float32, target, aligned, dropout)
     return replace(config, pdl=target == "sm_90")
@@ -111,12 +111,16 @@ def _config(
         return _weight_gradient(full_precision, target, aligned)
     if stage in ("weight_only", "weight_only_few", "other_columns", "w8a8"):
         return _int8_projection(stage, full_precision, target, aligned)
+    if stage == "decode":
+        return _decode(head_dim, full_precision, aligned)
     return {
         "packing": LaunchConfig(64, 4),
         "delta": LaunchConfig(32, 4),
         "bias_gradient": LaunchConfig(32, 4, block_n=64),
         "add_splits": LaunchConfig(1024, 4),
         "quantize_rows": LaunchConfig(4, 4, block_k=512),
+        "decode_combine": LaunchConfig(32, 4),
+        "append": LaunchConfig(32, 4),
     }[stage]
 
 
@@ -124,29 +128,11 @@ def _projection(stage: str, full_precision: bool, target: str, aligned: bool) ->
     if full_precision:  # IEEE products run on the FMA units; static
         return LaunchConfig(64, 8, 3, block_n=64, block_k=16)
     if target == "sm_90":
-        if aligned:
-            # On an H100 (torch 2.11, Triton 3.6.0) 47 us for the projection, 90 us for the input's
-            # gradient; 128x128 tiles in plain Triton took 57 and 95 us, cuBLAS 51 and 92 us.
-            return LaunchConfig(64, 4, 3, block_n=256, block_k=64, use_tma=True, groups=3)
+        if aligned:  # 154 registers; three CTAs per SM (a depth of 64: two) hide epilogues
+            depth = 32 if stage == "projection" else 64  # 51.7 us, 94 us
+            return LaunchConfig(128, 4, 3, block_n=128, block_k=depth, use_tma=True)
         return LaunchConfig(128, 8, 3, block_n=128, block_k=64)  # static
     return LaunchConfig(128, 8, 3, block_n=128, block_k=32)  # static: 128 registers, 32 KB
-
-
-def in_fewest_rounds(config: LaunchConfig, M: int, N: int, processors: int) -> LaunchConfig:
-    """``config`` with as many groups as compute ``[M, N]`` soonest, a tile an SM and round.
-
-    Tiles of two groups have two thirds of the rows, and leave room for one more stage. On an H100
-    the gradient of 8192 inputs, 3072 columns into 1024, took 104 us in tiles of three groups (172
-    on 132 SMs) and 68 us in tiles of two (256). Both add an element's products in one order.
-    """
-
-    def rows(groups: int) -> int:
-        tiles = -(-M // (groups * config.block_m)) * -(-N // config.block_n)
-        return -(-tiles // processors) * groups
-
-    if config.groups == 3 and rows(2) < rows(3):
-        return replace(config, groups=2, num_stages=config.num_stages + 1)
-    return config
 
 
 def _attention_forward(
@@ -269,3 +255,16 @@ def _int8_projection(stage: str, full_precision: bool, target: str, aligned: boo
     if stage == "other_columns":
         return LaunchConfig(128, 8, 3, block_n=128, block_k=32)
     return LaunchConfig(128, 4, 3, block_n=128, block_k=32)
+
+
+def _decode(head_dim: int, full_precision: bool, aligned: bool) -> LaunchConfig:
+    """Static: no spill, asynchronous copies, and several CTAs per SM to keep the memory busy.
+
+    At most 32 rows, also on Hopper: 64 would be WGMMA's, which needs descriptors, and those cannot
+    leave out what lies beyond a sequence's length.
+    """
+    if full_precision:
+        return LaunchConfig(16, 4 if head_dim <= 64 else 8, 2, block_n=32, block_k=128)
+    if not aligned:
+        return LaunchConfig(32, 4, 1, block_n=32, block_k=128)
+    return LaunchConfig(32, 4, 3, block_n=64 if head_dim <= 64 else 32, block_k=128)

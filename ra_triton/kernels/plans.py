@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -62,14 +61,6 @@ class Bulk(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     block: tuple[int, ...]
-    layout: Any = None  # of the block in shared memory, for a kernel written in Gluon
-
-    def of(self, t: Tensor | None) -> Any:
-        """The descriptor of ``t``."""
-        fields = t, list(self.shape), list(self.strides), list(self.block)
-        if self.layout is None:
-            return TensorDescriptor(*fields)
-        return GluonDescriptor(*fields, self.layout)
 
 
 class Plan:
@@ -115,7 +106,7 @@ class Plan:
         """Launch through the JIT, and remember what it compiled."""
         first: list[Any] = list(tensors)
         for position, bulk in self.bulk.items():
-            first[position] = bulk.of(tensors[position])
+            first[position] = TensorDescriptor(tensors[position], *map(list, bulk))
         compiled = self.kernel[self.grid](*first, **self.arguments)
         if not any(t is not None and t.is_cuda for t in tensors):
             return  # interpreted, or only compiled

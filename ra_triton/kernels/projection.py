@@ -5,7 +5,6 @@
 x ``[B, T, C]``, w ``[C, N]`` in packed column order → y ``[B, T, N]``, contiguous: read as
 ``[B, T, H + 2 * H_kv, D]`` it *is* q_pack, k_pack and v, so packing costs nothing. Grid: one
 program a tile of y, in groups of GROUP_M row tiles that share columns of w in L2. Overwrites y.
-``projection_hopper.py`` computes the same from aligned 16-bit operands on Hopper.
 """
 
 import torch
@@ -13,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ra_triton.kernels import projection_hopper
-from ra_triton.kernels.configs import LaunchConfig, in_fewest_rounds, launch_config
+from ra_triton.kernels.configs import LaunchConfig, launch_config
 from ra_triton.kernels.plans import Bulk, Layout, Plan, layout_of, on_16_bytes, planned
 from ra_triton.kernels.tiles import (
     as_one_batch,
@@ -23,7 +21,6 @@ from ra_triton.kernels.tiles import (
     follow,
     is_aligned,
     is_wide,
-    processors_of,
     target_of,
 )
 
@@ -171,14 +168,9 @@ def _plan(
     w_rows = Layout(w.shape[::-1], w.strides[::-1], w.on_16_bytes) if w_transposed else w
     rows = Layout(x.shape[1:], x.strides[1:], x.on_16_bytes)
     bulk_fits = B == 1 and w_rows.strides[1] == 1
-    y = Layout((B * T, N), (N, 1), bool(others[1]))
-    aligned = bulk_fits and all(is_aligned(t, dtype) for t in (rows, w_rows, y))
-    processors = processors_of(device)
+    aligned = bulk_fits and is_aligned(rows, dtype) and is_aligned(w_rows, dtype)
     if config is None:
         config = launch_config(stage, 0, dtype, target, aligned)
-        config = in_fewest_rounds(config, B * T, N, processors)
-    if config.groups > 1:
-        return projection_hopper.projection_plan(rows, w, dtype, config, processors)
     block_w = (config.block_k, config.block_n)
     bulk = {
         0: Bulk(rows.shape, rows.strides, (config.block_m, config.block_k)),

@@ -163,14 +163,6 @@ def target_of(device: torch.device) -> str:
     return target(torch.cuda.get_device_capability(index), properties["max_shared_mem"])
 
 
-@cache
-def processors_of(device: torch.device) -> int:
-    """SMs of a GPU; those of an H100 where a kernel is only compiled."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def dot_precision(dtype: torch.dtype) -> str:
     """IEEE float32 products unless the user has allowed TF32 in PyTorch."""
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":

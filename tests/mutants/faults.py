@@ -32,7 +32,6 @@ HOPPER = "ra_triton/kernels/attention_forward_hopper.py"
 BACKWARD = "ra_triton/kernels/attention_backward.py"
 PROJECTION = "ra_triton/kernels/projection.py"
 WEIGHT = "ra_triton/kernels/projection_backward.py"
-HOPPER_PROJECTION = "ra_triton/kernels/projection_hopper.py"
 PACKING = "ra_triton/kernels/packing.py"
 LAUNCHER, PREPARED = "ra_triton/kernels/launcher.py", "ra_triton/prepared.py"
 PLANS, CONFIGS = "ra_triton/kernels/plans.py", "ra_triton/kernels/configs.py"
@@ -1865,111 +1864,190 @@ INT8_FAULTS = [
     ),
 ]
 
-_W = "tests/test_projection_hopper.py::test_"
-SOONEST = f"{_W}the_groups_are_those_that_end_soonest {_W}no_other_number_of_groups_ends_sooner"
-DESCRIBED = f"{_W}the_launch_describes_x_w_and_y"
-SEVERAL_TILES = f"{_W}a_program_takes_several_tiles_only_when_all_sms_have_one"
-PLAIN = f"{_W}everything_else_goes_to_the_plain_kernel"
+DECODE, APPEND = "ra_triton/kernels/decode.py", "ra_triton/kernels/append.py"
+CACHE, ATTENTION_MODULE = "ra_triton/cache.py", "ra_triton/nn/attention.py"
+GPT, SAMPLING = "bench/gpt.py", "bench/sampling.py"
+_D, _C, _N = (f"tests/test_{name}.py::test_" for name in ("decode", "kv_cache", "generate"))
+SPLIT_ENDS = f"{_D}lengths_and_windows_around_the_ends_of_splits"
+CACHE_LISTS = f"{_C}it_does_what_a_list_for_each_sequence_does"
+REPLAYED = f"{_C}what_a_replayed_graph_appends_beyond_the_end_stays_inside"
 
-# What a GPU alone can show of this kernel is in the same file, marked gpu.
-HOPPER_FAULTS = [
+DECODE_FAULTS = [
     Fault(
-        "groups: three always",
-        PROJECTION,
-        "config = in_fewest_rounds(config, B * T, N, processors)",
+        "decode: lengths beyond the cache",
+        DECODE,
+        "return tl.minimum(tl.load(lengths_ptr + b), max_len)",
+        "return tl.load(lengths_ptr + b)",
+        f"{_D}lengths_outside_of_the_cache_read_nothing_outside",
+        hangs=True,
+    ),
+    Fault(
+        "decode: a query sees a key more",
+        DECODE,
+        "last = length - T_q + t  #",
+        "last = length - T_q + t + 1  #",
+        f"{_D}lengths_and_windows_around_the_ends_of_splits",
+    ),
+    Fault(
+        "decode: the window is a key short",
+        DECODE,
+        "first = tl.where(left < 0, 0, last - left)",
+        "first = tl.where(left < 0, 0, last - left + 1)",
+        SPLIT_ENDS,
+    ),
+    Fault(
+        "decode: the window's first tile skipped",
+        DECODE,
+        "_first_key(length, T_q, left) // BLOCK_N * BLOCK_N)",
+        "tl.cdiv(_first_key(length, T_q, left), BLOCK_N) * BLOCK_N)",
+        SPLIT_ENDS,
+    ),
+    Fault(
+        "decode: values beyond the length loaded",
+        DECODE,
+        "v_ptr, b, h_kv, n, stride_vt, length,",
+        "v_ptr, b, h_kv, n, stride_vt, max_len,",
+        f"{_D}head_dims_and_dtypes",
+    ),
+    Fault(
+        "decode: heads of a group by T_q",
+        DECODE,
+        "(h_kv * group + r % group).to(tl.int64)",
+        "(h_kv * group + r // T_q).to(tl.int64)",
+        f"{_D}head_dims_and_dtypes",
+    ),
+    Fault(
+        "decode: splits share a key",
+        DECODE,
+        "end = tl.minimum((split + 1) * SPLIT, length)",
+        "end = tl.minimum((split + 1) * SPLIT + 1, length)",
+        SPLIT_ENDS,
+    ),
+    Fault(
+        "decode: splits depend on the bound",
+        DECODE,
+        "split = keys_per_split(max_len, config.block_k)",
+        "split = keys_per_split(longest, config.block_k)",
+        f"{_D}the_capacity_alone_decides_which_keys_make_a_split",
+    ),
+    Fault(
+        "decode: no grid for the last splits",
+        DECODE,
+        "n_splits = triton.cdiv(longest, split)",
+        "n_splits = longest // split",
+        f"{_D}head_dims_and_dtypes",
+    ),
+    Fault(
+        "combine: weights without the scale",
+        DECODE,
+        "w = tl.exp2((m - m_all) * scale_log2)",
+        "w = tl.exp2(m - m_all)",
+        f"{_D}head_dims_and_dtypes {_D}logits_of_every_size",
+    ),
+    Fault(
+        "combine: sums of splits not weighted",
+        DECODE,
+        "l_all += tl.sum(w * l_s, 0)",
+        "l_all += tl.sum(l_s, 0)",
+        f"{_D}head_dims_and_dtypes",
+    ),
+    Fault(
+        "combine: splits before the window read",
+        DECODE,
+        "begin = _first_key(length, T_q, left) // SPLIT  #",
+        "begin = 0  #",
+        SPLIT_ENDS,
+    ),
+    Fault(
+        "combine: splits beyond the length read",
+        DECODE,
+        "end = tl.cdiv(length, SPLIT)",
+        "end = n_splits",
+        SPLIT_ENDS,
+    ),
+    Fault(
+        "combine: a row without keys divides by 0",
+        DECODE,
+        "o = o / tl.where(l_all == 0.0, 1.0, l_all)",
+        "o = o / l_all",
+        f"{_D}queries_without_keys_give_zero",
+    ),
+    Fault(
+        "append: beyond the end into the next sequence",
+        APPEND,
+        " & (place < max_len)",
+        "",
+        REPLAYED,
+    ),
+    Fault(
+        "append: lengths beyond the cache",
+        APPEND,
+        "tl.minimum(length + T, max_len)",
+        "length + T",
+        REPLAYED,
+    ),
+    Fault(
+        "append: keys as values",
+        APPEND,
+        "tl.store(v_cache_ptr + offset, v, mask=mask)",
+        "tl.store(v_cache_ptr + offset, k, mask=mask)",
+        CACHE_LISTS,
+    ),
+    Fault(
+        "sdpa decode: values beyond the length not cleared",
+        SDPA,
+        "v.masked_fill(unused, 0.0))",
+        "v)",
+        f"{_D}sdpa_with_lengths_that_only_the_device_knows",
+    ),
+    Fault(
+        "cache: crop forgets the device",
+        CACHE,
+        "self.lengths.clamp_(max=lengths[0])",
         "pass",
-        f"{_W}the_sizes_decide_how_many_groups_there_are",
+        f"{_C}a_crop_keeps_the_first_tokens",
     ),
     Fault(
-        "groups: two when both end at once",
-        CONFIGS,
-        "rows(2) < rows(3)",
-        "rows(2) <= rows(3)",
-        SOONEST,
+        "cache: a reordering forgets the values",
+        CACHE,
+        "for t in (self.k_pack, self.v):",
+        "for t in (self.k_pack,):",
+        f"{_C}a_reordering_may_repeat_sequences_and_takes_any_ints",
     ),
     Fault(
-        "groups: fewest tiles, not fewest rounds",
-        CONFIGS,
-        "return -(-tiles // processors) * groups",
-        "return tiles * groups",
-        SOONEST,
+        "cache: room for one token too many",
+        CACHE,
+        "if fullest + tokens > self.max_len:",
+        "if fullest + tokens > self.max_len + 1:",
+        f"{_C}after_a_capture_lengths_are_read_from_the_device",
     ),
     Fault(
-        "groups: rounds of equal length",
-        CONFIGS,
-        "return -(-tiles // processors) * groups",
-        "return -(-tiles // processors)",
-        SOONEST,
+        "cache: the host's lengths trusted after a capture",
+        CACHE,
+        "        if self._captured:\n            self._known = ",
+        "        if False:\n            self._known = ",
+        f"{_C}after_a_capture_lengths_are_read_from_the_device",
     ),
     Fault(
-        "groups: two without the stage that they leave room for",
-        CONFIGS,
-        "replace(config, groups=2, num_stages=config.num_stages + 1)",
-        "replace(config, groups=2)",
-        SOONEST,
+        "module: a second chunk sees itself alone",
+        ATTENTION_MODULE,
+        "        if before:\n",
+        "        if False:\n",
+        f"{_C}a_second_long_chunk_sees_the_first",
     ),
     Fault(
-        "groups: on Hopper whatever the alignment",
-        CONFIGS,
-        "        if aligned:\n            # On an H100",
-        "        if True:\n            # On an H100",
-        PLAIN,
+        "GPT: every token at the position of the first",
+        GPT,
+        "positions = caches[0].lengths[:, None] + positions",
+        "positions = caches[0].lengths[:, None] + 0 * positions",
+        f"{_N}logits_with_caches_are_those_without",
     ),
     Fault(
-        "Hopper: y that bulk copies cannot reach",
-        PROJECTION,
-        "for t in (rows, w_rows, y))",
-        "for t in (rows, w_rows))",
-        PLAIN,
-    ),
-    Fault(
-        "Hopper: address of y not looked at",
-        PROJECTION,
-        "y = Layout((B * T, N), (N, 1), bool(others[1]))",
-        "y = Layout((B * T, N), (N, 1), True)",
-        PLAIN,
-    ),
-    Fault(
-        "Hopper: a program for every tile",
-        HOPPER_PROJECTION,
-        "(min(tiles, processors),)",
-        "(tiles,)",
-        SEVERAL_TILES,
-    ),
-    Fault(
-        "Hopper: tiles of one group",
-        HOPPER_PROJECTION,
-        "triton.cdiv(M, config.groups * config.block_m)",
-        "triton.cdiv(M, config.block_m)",
-        SEVERAL_TILES,
-    ),
-    Fault(
-        "Hopper: tiles of a transposed weight lie across",
-        HOPPER_PROJECTION,
-        ", w_block[::-1]\n",
-        ", w_block\n",
-        DESCRIBED,
-    ),
-    Fault(
-        "Hopper: rows of x contiguous",
-        HOPPER_PROJECTION,
-        "0: _bulk(x.shape, x.strides, ",
-        "0: _bulk(x.shape, (C, 1), ",
-        DESCRIBED,
-    ),
-    Fault(
-        "Hopper: y stored in tiles of 64 rows and 256 columns",
-        HOPPER_PROJECTION,
-        "(config.block_m, STORED.value)",
-        "(config.block_m, config.block_n)",
-        DESCRIBED,
-    ),
-    Fault(
-        "plans: a descriptor without its layout",
-        PLANS,
-        "if self.layout is None:",
-        "if True:",
-        f"{_W}a_layout_in_shared_memory_makes_a_descriptor_for_gluon",
+        "generate: top_k keeps one fewer",
+        SAMPLING,
+        "logits < least",
+        "logits <= least",
+        f"{_N}temperature_and_top_k",
     ),
 ]
 
@@ -2068,6 +2146,7 @@ FAULTS = [
     *HOST_FAULTS,
     *HOPPER_FAULTS,
     *LONG_ROW_FAULTS,
+    *DECODE_FAULTS,
 ]
 
 # Faults that no test can see here, and why; killing one is an error too.
