@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: sweep test gpu ladder study static mutants lint types clean
+.PHONY: sweep test gpu ladder study generate static mutants lint types clean
 
 sweep: $(VENV)/.installed            ## measure reciprocal attention against plain attention
 	$(BIN)/python bench/sweep.py $(ARGS)
@@ -20,6 +20,9 @@ ladder: $(VENV)/.installed           ## from the seed's baseline to one fused la
 
 study: $(VENV)/.installed            ## train small GPTs that differ in their attention
 	$(BIN)/python bench/train_ra_mla.py --preset cpu --out runs --resume $(ARGS)
+
+generate: $(VENV)/.installed         ## train a tiny GPT for a minute on the CPU, then let it write
+	$(BIN)/python bench/generate.py $(ARGS)
 
 mutants: $(VENV)/.installed          ## plant faults in the source; the suite has to notice each
 	$(BIN)/python tests/mutants/run.py $(ARGS)

@@ -27,8 +27,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from ra_triton.kernels import (
+    append,
     attention_backward,
     attention_forward,
+    decode,
     norm_rope,
     norm_rope_backward,
     packing,
@@ -46,9 +48,11 @@ TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90")
 STAGES = (
     *(attention_forward, attention_backward, packing, norm_rope, norm_rope_backward),
     *(projection, projection_backward, projection_int8),
+    *(append, decode),
 )
 _HOPPER = "attention_forward_hopper"  # elsewhere these launches are those of _FORWARD
 _FORWARD, _BACKWARD = "attention_forward", "delta key_value_gradient query_gradient"
+_DECODE = "decode decode_combine"
 _WEIGHT, _BIAS = "weight_gradient add_splits", "column_sum add_splits"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -288,6 +292,11 @@ def _launches() -> Iterator[_Launch]:
                     label = f"{name} D={D} norm={norm}"
                     yield "norm_rope", label, _norm_rope(dtype, D, norm)
                     yield "norm_rope_backward", label, _norm_rope_grad(dtype, D, norm)
+        if special:
+            yield _DECODE, f"{name} D=64", _decode(dtype, 64)
+            yield _DECODE, f"{name} D=128 rows=32", _decode(dtype, 128, group=8, T_q=4)
+            yield _DECODE, f"{name} D=128 misaligned", _decode(dtype, 128, offset=1)
+            yield "append", f"{name} D=64", _append(dtype, 64)
         for D in (16, 20, 72, 80, 96) if special else ():
             label = f"{name} D={D}" + " misaligned" * (D == 20)
             yield _FORWARD, label, _attention(dtype, D)
@@ -318,6 +327,7 @@ def _launches() -> Iterator[_Launch]:
     for D in (32, 64, 128):
         yield _FORWARD, f"tf32 D={D}", _with_tf32(_attention(torch.float32, D))
         yield _BACKWARD, f"tf32 D={D}", _with_tf32(_attention_grad(torch.float32, D))
+    yield "decode", "tf32 D=128", _with_tf32(_decode(torch.float32, 128))
     yield "projection", "tf32", _with_tf32(_projection(torch.float32, 768, False))
     weight_gradient = partial(projection_backward.weight_gradient, *_rows(torch.float32, 0))
     yield _WEIGHT, "tf32", _with_tf32(weight_gradient)
@@ -388,6 +398,19 @@ def _attention_grad(
         causal=causal,
         softmax_scale=None,
     )
+
+
+def _decode(
+    dtype: torch.dtype, D: int, group: int = 1, T_q: int = 1, offset: int = 0
+) -> Callable[[], Any]:
+    q = _tensor(dtype, 2, T_q, 8 * group, D)
+    k, v = (_tensor(dtype, 2, 4096, 8, D, offset=offset) for _ in range(2))
+    return partial(decode.decode, q, k, v, _tensor(torch.int32, 2), max_length=4096)
+
+
+def _append(dtype: torch.dtype, D: int) -> Callable[[], Any]:
+    new, cache = _tensor(dtype, 2, 1, 8, D), _tensor(dtype, 2, 4096, 8, D)
+    return partial(append.append_, cache, cache, _tensor(torch.int32, 2), new, new)
 
 
 def _rows(dtype: torch.dtype, offset: int) -> tuple[Tensor, Tensor]:

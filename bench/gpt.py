@@ -4,13 +4,17 @@ Activations are GPT-2's own (tanh GELU), so weights exchange with stock GPT-2.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW
+
+from bench.sampling import generate, sampler
+from ra_triton.nn import KVCache, RACausalSelfAttention
 
 
 @dataclass(frozen=True)
@@ -90,9 +94,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """``[B, T, C]`` to ``[B, T, C]``."""
-        x = x + self.attn(self.ln_1(x))
+        h = self.ln_1(x)
+        x = x + (self.attn(h) if cache is None else self.attn(h, cache))
         return x + self.mlp(self.ln_2(x))
 
 
@@ -123,21 +128,62 @@ class GPT(nn.Module):
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, caches: Sequence[KVCache] | None = None) -> Tensor:
         """Logits of the next token at each position.
 
+        Args:
+            tokens: ``[B, T]``; with caches, those that follow the ones already in there.
+            caches: from :meth:`caches`, one a layer.
+
         Raises:
-            ValueError: more tokens than ``block_size``.
+            ValueError: more tokens than ``block_size``, or than the caches have room for.
         """
         length = tokens.shape[1]
-        if length > self.config.block_size:
-            raise ValueError(f"at most {self.config.block_size} tokens, got {length}")
+        positions = torch.arange(length, device=tokens.device)
+        if caches is None:
+            if length > self.config.block_size:
+                raise ValueError(f"at most {self.config.block_size} tokens, got {length}")
+        else:
+            caches[0].check_room(length)  # before a position without an embedding is looked up
+            positions = caches[0].lengths[:, None] + positions  # [B, T]
         parts = self.transformer
-        x = parts["wte"](tokens) + parts["wpe"](torch.arange(length, device=tokens.device))
+        x = parts["wte"](tokens) + parts["wpe"](positions)
         x = parts["drop"](x)
-        for block in parts["h"]:  # type: ignore[attr-defined]  # a ModuleList
-            x = block(x)
+        blocks: Any = parts["h"]  # a ModuleList
+        each: Sequence[KVCache | None] = [None] * len(blocks) if caches is None else caches
+        for block, cache in zip(blocks, each, strict=True):
+            x = block(x, cache)
         return self.lm_head(parts["ln_f"](x))
+
+    @property
+    def takes_caches(self) -> bool:
+        """Whether every layer is reciprocal attention, which has a cache."""
+        blocks: Any = self.transformer["h"]
+        return all(isinstance(block.attn, RACausalSelfAttention) for block in blocks)
+
+    def caches(self, batch: int, max_len: int | None = None) -> list[KVCache]:
+        """Empty caches, one a layer, in the dtype that attention runs in.
+
+        Args:
+            batch: sequences.
+            max_len: tokens that each may reach; ``None`` means ``block_size``.
+
+        Raises:
+            NotImplementedError: an attention layer that takes no cache.
+            ValueError: a ``max_len`` beyond ``block_size``, whose positions have no embedding.
+        """
+        config = self.config
+        max_len = config.block_size if max_len is None else max_len
+        if not self.takes_caches:
+            raise NotImplementedError("only RACausalSelfAttention takes a cache")
+        if max_len > config.block_size:
+            raise ValueError(f"caches of at most {config.block_size} tokens, got {max_len}")
+        weight = self.lm_head.weight
+        kind = weight.device.type
+        on_autocast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if on_autocast else weight.dtype
+        sizes = batch, max_len, config.n_head, config.n_embd // config.n_head
+        return [KVCache(*sizes, dtype, weight.device) for _ in range(config.n_layer)]
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean cross-entropy in nats of each token of ``[B, T]`` after those before it."""
@@ -154,18 +200,65 @@ class GPT(nn.Module):
         return AdamW(groups, lr, betas=(0.9, 0.95), fused=fused)
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """``tokens [B, T]`` and ``count`` drawn ones after them."""
-        for _ in range(count):
-            logits = self(tokens[:, -self.config.block_size :])[:, -1].float()
-            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-            tokens = torch.cat((tokens, drawn), dim=1)
-        return tokens
+    def generate(
+        self,
+        tokens: Tensor,
+        count: int,
+        generator: torch.Generator | None = None,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int | None = None,
+        use_cache: bool | None = None,
+        cuda_graph: bool = False,
+    ) -> Tensor:
+        """``tokens [B, T]`` and ``count`` drawn ones after them; call ``eval()`` first.
+
+        A text longer than ``block_size`` goes on with its last ``block_size`` tokens, and from
+        there on without a cache: see bench/sampling.py.
+
+        Args:
+            tokens: ``[B, T]``, at least one each.
+            count: how many to draw.
+            generator: where chance comes from; ``None`` means PyTorch's own.
+            temperature: divides the logits; 0 takes the likeliest token.
+            top_k: draw among so many likeliest tokens; ``None`` means all.
+            seed: of a new generator, instead of ``generator``.
+            use_cache: whether layers keep keys and values; ``None`` means where they can.
+            cuda_graph: replay decoding steps as one CUDA graph.
+
+        Raises:
+            TypeError: no numbers.
+            ValueError: values out of range, no tokens, a generator and a seed, a graph without
+                a cache or without a GPU.
+            NotImplementedError: a cache for layers that take none.
+        """
+        draw = sampler(temperature, top_k, _generator(tokens.device, generator, seed))
+        if type(count) is not int:
+            raise TypeError(f"count must be an int, got {count!r}")
+        if count < 0:
+            raise ValueError(f"count must be at least 0, got {count}")
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens must be [B, T] with T > 0, got {tuple(tokens.shape)}")
+        use_cache = self.takes_caches and not self.training if use_cache is None else use_cache
+        if cuda_graph and not (use_cache and tokens.is_cuda):
+            raise ValueError("cuda_graph needs a cache and tokens on a GPU")
+        return generate(self, tokens, count, draw, use_cache=use_cache, cuda_graph=cuda_graph)
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     """Mean cross-entropy in nats: logits ``[B, T, V]`` of all but the last of ``[B, T + 1]``."""
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def _generator(
+    device: torch.device, generator: torch.Generator | None, seed: int | None
+) -> torch.Generator | None:
+    if seed is None:
+        return generator
+    if generator is not None:
+        raise ValueError("generator and seed exclude each other")
+    return torch.Generator(device).manual_seed(seed)
 
 
 def _initialise(module: nn.Module) -> None:

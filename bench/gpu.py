@@ -1,4 +1,4 @@
-"""Everything that a GPU has to show, in one command: tests, sweeps, ladder, host cost, and a page.
+"""All that a GPU has to show, in one command: tests, sweeps, ladder, host cost, decoding, a page.
 
     python bench/gpu.py
     python bench/gpu.py --out results --commit 0123abc        # in a copy without git
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parts(device: str, workers: int) -> list[Part]:
     """What runs on a device; on a CPU as little as shows that the driver works."""
-    tests, sweep, lengths, ladder, host = _ON_CPU if device == "cpu" else _ON_GPU
+    tests, sweep, lengths, ladder, host, decode = _ON_CPU if device == "cpu" else _ON_GPU
     forward, train = "--pass forward", "--pass train"
     return [
         Part("tests", _words(f"-m pytest -q -n {workers} {tests}"), 200, "xml"),
@@ -104,12 +104,13 @@ def parts(device: str, workers: int) -> list[Part]:
         Part("sweep-train", _script("sweep", sweep, "--R 4", train), 90),
         Part("ladder", _script("ladder", ladder), 120),
         Part("host", _script("host", host), 60),
+        Part("decode", _script("decode", decode), 45),
         Part("lengths-forward", _script("sweep", lengths, forward), 90),
         Part("lengths-train", _script("sweep", lengths, train), 120),
     ]
 
 
-# Options of tests, sweep, sweep over lengths, ladder and host.
+# Options of tests, sweep, sweep over lengths, ladder, host and decode.
 _ON_GPU = (
     "-m gpu",
     "--device cuda --shape gpt2 --seconds 2",
@@ -118,6 +119,7 @@ _ON_GPU = (
     "--providers ra-triton ra-flex-compiled plain-flash plain-cudnn",
     "--device cuda --seconds 5",
     "--device cuda --seconds 2",
+    "--device cuda --seconds 0.5",
 )
 _ON_CPU = (
     "tests/test_layout.py",
@@ -125,6 +127,7 @@ _ON_CPU = (
     "--device cpu --stage attention --shape call --T 8 16 --seconds 0",
     "--device cpu --shape call --seconds 0",
     "--device cpu --seconds 0",
+    "--device cpu --seconds 0 --length 32 --batch 1",
 )
 
 

@@ -1,4 +1,4 @@
-"""One page and one JSON file per GPU, from the files of ``sweep``, ``ladder`` and ``host``.
+"""One page and one JSON file per GPU, from the files of sweep, ladder, host and decode.
 
     python bench/record.py sweep.json train.json ladder.json host.json
     python bench/record.py *.json --out bench/results --plots
@@ -18,6 +18,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from bench.decode import DecodeRow
 from bench.host import HostRow
 from bench.options import parser_of
 from bench.report import Row, header, number, remark, subject, summary
@@ -39,6 +40,8 @@ class Record:
         ladder: rows of the ladder.
         seed: the seed's figures by rung, and their GPU.
         host: rows of the host cost.
+        decode: rows of decoding.
+        copy_gbps: what a copy reached beside them.
         parts: what ran, with its outcome, if ``gpu.py`` ran it.
     """
 
@@ -47,6 +50,8 @@ class Record:
     ladder: list[Row] = field(default_factory=list)
     seed: dict[str, Any] = field(default_factory=dict)
     host: list[HostRow] = field(default_factory=list)
+    decode: list[DecodeRow] = field(default_factory=list)
+    copy_gbps: float | None = None
     parts: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
@@ -74,7 +79,7 @@ class Record:
         if benchmark == "run":
             self.parts += document["parts"]
             return
-        if benchmark not in ("sweep", "ladder", "host") or "rows" not in document:
+        if benchmark not in ("sweep", "ladder", "host", "decode") or "rows" not in document:
             raise ValueError(f"{path}: not a file of sweep, ladder or host")
         self._same_machine(path, document["environment"])
         rows = document["rows"]
@@ -83,6 +88,9 @@ class Record:
         elif benchmark == "ladder":
             self.ladder += [Row(**row) for row in rows]
             self.seed = document["seed"]
+        elif benchmark == "decode":
+            self.decode += [DecodeRow(**row) for row in rows]
+            self.copy_gbps = document["copy_gbps"]
         else:
             self.host += [HostRow(**row) for row in rows]
 
@@ -180,6 +188,7 @@ def markdown(record: Record, pictures: Sequence[str] = ()) -> str:
     for (phase, shape), rows in _grouped(record.ladder, "phase", "shape"):
         blocks += _section(f"Ladder: {shape}, {PHASES[phase]}", _ladder(rows, record.seed))
     blocks += _section("Host cost of a call", _host(record.host))
+    blocks += _section("Decoding: one token over a cache", _decode(record.decode, record.copy_gbps))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -247,6 +256,25 @@ def _host(rows: Sequence[HostRow]) -> str:
         for row in rows
     ]
     return _table(titles, lines)
+
+
+def _decode(rows: Sequence[DecodeRow], copy_gbps: float | None) -> str:
+    titles = ["B", "length", "heads", "D", "dtype", "provider", "cache MB", "eager ms", "graph ms"]
+    lines = [
+        [
+            *(str(row.B), str(row.length), f"{row.H} over {row.H_kv}", str(row.D)),
+            *(row.dtype, row.provider, number(row.cache_mb, ".4g")),
+            _spread(row.ms, row.ms_p20, row.ms_p80, ".4g"),
+            _spread(row.graph_ms, row.graph_ms_p20, row.graph_ms_p80, ".4g"),
+            *(number(row.gbps, ".4g"), number(row.share, ".2f")),
+            remark(row.status, row.note),
+        ]
+        for row in rows
+    ]
+    text = _table([*titles, "GB/s of the cache", "share of a copy's", ""], lines)
+    if not text:
+        return ""
+    return f"{text}\n\nA copy of a large tensor reaches {number(copy_gbps, '.4g')} GB/s here."
 
 
 CASE_TITLES = ["shape", "B", "T", "H", "D", "R", "provider"]

@@ -40,11 +40,13 @@ STAGES = (
     *("attention_forward", "key_value_gradient", "query_gradient", "delta"),
     *("pack", "projection", "weight_gradient", "column_sum", "add_splits"),
     *("int8_projection", "quantize_rows", "norm_rope", "norm_rope_backward"),
+    *("decode", "decode_combine", "append"),
 )
 ATTENTION = {  # products of a tile, and the size that counts the rows it streams, twice
     "attention_forward": (2, "BLOCK_N"),  # s, o; k and v
     "key_value_gradient": (4, "BLOCK_M"),  # s, dp, dv, dk; q and do
     "query_gradient": (3, "BLOCK_N"),  # s, dp, dq; k and v
+    "decode": (2, "BLOCK_N"),  # s, o; k and v
 }
 
 

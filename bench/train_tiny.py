@@ -199,10 +199,18 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--attention", choices=("ra", "plain"), default="ra")
+    parser.add_argument(
+        "--backend", nargs="+", choices=CHOICES, default=["sdpa"], help="one run for each"
+    )
+    add_training_options(parser)
+    return parser
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Sizes, steps, text, seed, and the sample at the end."""
     add = parser.add_argument
-    add("--attention", choices=("ra", "plain"), default="ra")
     add("--parametrisation", choices=PARAMETRISATIONS, default="composed")
-    add("--backend", nargs="+", choices=CHOICES, default=["sdpa"], help="one run for each")
     add("--R", type=int, default=4, help="reciprocal rank")
     add("--steps", type=_positive, default=600)
     add("--batch", type=_positive, default=8, help="sequences a step")
@@ -216,7 +224,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--text", type=Path, metavar="FOLDER", help="default: Python's standard library")
     add("--prompt", default="def ", help="where the sample starts")
     add("--sample", type=_positive, default=200, help="bytes to draw at the end")
-    return parser
 
 
 def _positive(text: str) -> int:

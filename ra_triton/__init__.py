@@ -1,6 +1,7 @@
 """Reciprocal attention as one flash attention over packed operands, in Triton."""
 
 from ra_triton.api import (
+    decode_attention,
     pack_qk,
     pack_qk_,
     packed_attention,
@@ -19,6 +20,7 @@ __all__ = [
     "QuantizedWeight",
     "SparseWeight",
     "compose_weights",
+    "decode_attention",
     "pack_qk",
     "pack_qk_",
     "pack_weight",

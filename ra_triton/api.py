@@ -10,6 +10,7 @@ from ra_triton.backend import choose
 from ra_triton.checks import (
     check_attention_inputs,
     check_choice,
+    check_decode_inputs,
     check_float_tensor,
     check_no_overlap,
     check_project_inputs,
@@ -20,7 +21,7 @@ from ra_triton.checks import (
 from ra_triton.layout import RALayout
 from ra_triton.norm_rope import NormRope, QKNorm, Rope, check_norm_rope
 from ra_triton.offsets import Offsets, checked, longest_of
-from ra_triton.options import AttentionOptions
+from ra_triton.options import AttentionOptions, DecodeOptions
 from ra_triton.quantization import QuantizedWeight, check_quantized_inputs
 from ra_triton.sparsity import SparseWeight, check_sparse_inputs
 from ra_triton.sparsity import project as sparse_project
@@ -231,6 +232,61 @@ def packed_attention(
     module, _ = choose(backend, (q_pack, k_pack, v), options, q_pack.shape[-1])
     out, lse = module.packed_attention(q_pack, k_pack, v, options)
     return (out, lse) if return_lse else out
+
+
+def decode_attention(
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    *,
+    max_length: int | None = None,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of each sequence's last tokens over a key/value cache, for generation.
+
+    What FlashAttention calls ``flash_attn_with_kvcache``, without the writing: the new tokens'
+    keys and values are in the cache already (``nn.KVCache.append``). Causal per sequence: query i
+    of ``T_q`` sees the keys up to ``lengths - T_q + i``. The lengths are read on the device, so a
+    captured call follows them.
+
+    Args:
+        q_pack: ``[B, T_q, H, D]``, last stride 1; ``T_q <= 16`` with the Triton kernels.
+        k_pack: ``[B, max_len, H_kv, D]``; ``H_kv`` divides ``H``, and the query heads of a group
+            share one load of a key. What lies beyond a length is never read.
+        v: ``[B, max_len, H_kv, D]``.
+        lengths: ``[B]`` int32, valid keys of each sequence, the new ones included.
+        max_length: what no length exceeds, where the host knows it: less to launch, the same bits.
+        softmax_scale: see :func:`ra_attention`.
+        window_size: see :func:`ra_attention`; the right side is 0 at most, as without a window.
+        softcap: see :func:`ra_attention`.
+        backend: ``"triton"``, ``"sdpa"`` or ``"auto"``.
+
+    Returns:
+        ``[B, T_q, H, D]`` in the operands' dtype. A query with no key gives 0. On the Triton
+        backend the bits of a sequence depend neither on the others nor on their number.
+
+    Raises:
+        TypeError: wrong types or dtypes.
+        ValueError: shapes that do not fit, values out of range, a gradient that is needed.
+        NotImplementedError: the backend lacks an option; the message names one that has it.
+
+    Source: Flash-Decoding, pytorch.org/blog/flash-decoding.
+    """
+    q_pack, k_pack, v = _autocast(q_pack, k_pack, v)
+    check_decode_inputs(q_pack, k_pack, v, lengths, max_length)
+    T_q, D = q_pack.shape[1], q_pack.shape[-1]
+    options = DecodeOptions(True, softmax_scale, window_size, softcap, n_queries=T_q)
+    if needs_grad(q_pack, k_pack, v):
+        raise ValueError(
+            "decode_attention has no gradient; use torch.no_grad(), or packed_attention"
+        )
+    module, _ = choose(backend, (q_pack, k_pack, v), options, D)
+    max_length = k_pack.shape[1] if max_length is None else max_length
+    return module.decode_attention(q_pack, k_pack, v, lengths, options, max_length)
 
 
 def which_backend(q_pack: Tensor, k_pack: Tensor, v: Tensor, **options: Any) -> str:

@@ -118,6 +118,28 @@ def check_attention_inputs(q_pack: Tensor, k_pack: Tensor, v: Tensor) -> None:
     check_shape("v", v, (B, T_k, H_kv, D), "[B, T_k, H_kv, D] like k_pack")
 
 
+def check_decode_inputs(
+    q_pack: Tensor, k_pack: Tensor, v: Tensor, lengths: Tensor, max_length: int | None
+) -> None:
+    """Those of attention, ``lengths`` int32 ``[B]``, and ``max_length`` within the cache."""
+    check_attention_inputs(q_pack, k_pack, v)
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths must be a tensor, got {type(lengths).__name__}")
+    if lengths.dtype != torch.int32:
+        raise TypeError(f"lengths must be torch.int32, got {lengths.dtype}")
+    check_shape("lengths", lengths, (q_pack.shape[0],), "one per sequence, [B]")
+    if lengths.device != q_pack.device:
+        raise ValueError(f"lengths must be on {q_pack.device} like q_pack, got {lengths.device}")
+    if max_length is None:
+        return
+    if type(max_length) is not int:
+        raise TypeError(f"max_length must be an int or None, got {max_length!r}")
+    if not 0 <= max_length <= k_pack.shape[1]:
+        raise ValueError(
+            f"max_length must be between 0 and the cache's {k_pack.shape[1]}, got {max_length}"
+        )
+
+
 def check_pack_inputs(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> None:
     """``q, k [B, T, H|H_kv, D]`` and ``q_low, k_low [B, T, H_kv|H, R]``."""
     tensors = {"q": q, "k": k, "q_low": q_low, "k_low": k_low}

@@ -168,6 +168,37 @@ def attend(
         )
 
 
+def decode(
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    options: AttentionOptions,
+    max_length: int,
+) -> Tensor:
+    """``[B, T_q, H, D]`` over a cache; only the window and the scale of the options count."""
+    from ra_triton.kernels.decode import decode
+
+    with _device_of(q_pack):
+        return decode(
+            q_pack,
+            k_pack,
+            v,
+            lengths.contiguous(),
+            max_length=max_length,
+            left=options.reach[0],
+            softmax_scale=options.softmax_scale,
+        )
+
+
+def append_(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Tensor) -> None:
+    """Overwrites the caches after ``lengths``, and lengths."""
+    from ra_triton.kernels.append import append_
+
+    with _device_of(k):
+        append_(k_cache, v_cache, lengths, k, v)
+
+
 def attend_backward(
     q_pack: Tensor,
     k_pack: Tensor,

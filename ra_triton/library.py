@@ -417,6 +417,40 @@ def _norm_rope_grads(ctx: Any, dq_pack: Tensor, dk_pack: Tensor) -> Grads:
 norm_rope.register_autograd(_norm_rope_grads, setup_context=_save_norm_rope)
 
 
+# A key/value cache: reading and appending, without gradients
+
+
+@torch.library.custom_op("ra_triton::decode", mutates_args=())
+def decode(
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    left: int,
+    softmax_scale: float | None,
+    max_length: int,
+) -> Tensor:
+    """``[B, T_q, H, D]``."""
+    options = AttentionOptions(softmax_scale=softmax_scale, window_size=(left, -1))
+    return launches.decode(q_pack, k_pack, v, lengths, options, max_length)
+
+
+@decode.register_fake
+def _(q_pack: Tensor, *others: Any) -> Tensor:
+    return q_pack.new_empty(q_pack.shape)
+
+
+@torch.library.custom_op("ra_triton::append_", mutates_args=("k_cache", "v_cache", "lengths"))
+def append_(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Tensor) -> None:
+    """``k, v [B, T, H_kv, D]`` after ``lengths``."""
+    launches.append_(k_cache, v_cache, lengths, k, v)
+
+
+@append_.register_fake
+def _(*tensors: Tensor) -> None:
+    return None
+
+
 def _refuse(ctx: Any, *_: Any) -> Grads:
     raise RuntimeError("the Triton kernels cannot differentiate twice; use backend='sdpa'")
 

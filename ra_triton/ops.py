@@ -154,6 +154,29 @@ def norm_rope_(call: NormRope) -> None:
     launches.norm_rope_(call)
 
 
+def decode(
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    options: AttentionOptions,
+    max_length: int,
+) -> Tensor:
+    """``[B, T_q, H, D]`` over a cache, where no gradient is needed."""
+    _refuse_tangents(q_pack, k_pack, v)
+    if _traced(q_pack, k_pack, v) or _transformed():
+        numbers = (options.reach[0], options.softmax_scale, max_length)
+        return library.decode(q_pack, k_pack, v, lengths, *numbers)
+    return launches.decode(q_pack, k_pack, v, lengths, options, max_length)
+
+
+def append_(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Tensor) -> None:
+    """Overwrites the caches after ``lengths``, and lengths, where no gradient is needed."""
+    _refuse_tangents(k, v)
+    append = library.append_ if _traced(k, v) else launches.append_
+    append(k_cache, v_cache, lengths, k, v)
+
+
 def _refuse_tangents(*tensors: Tensor | None) -> None:
     """Forward-mode differentiation would lose its tangents in the kernels: raise instead."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:

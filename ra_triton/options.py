@@ -58,6 +58,17 @@ class AttentionOptions:
         return (left, 0) if self.causal else (left, right)
 
 
+@dataclass(frozen=True)
+class DecodeOptions(AttentionOptions):
+    """Options of attention over a cache; causal, with queries that are each sequence's last tokens.
+
+    Attributes:
+        n_queries: tokens per sequence, ``T_q``.
+    """
+
+    n_queries: int = 1
+
+
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")

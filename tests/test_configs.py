@@ -11,6 +11,7 @@ INT8 = ("weight_only", "weight_only_few", "other_columns", "w8a8")
 GEMMS = ("projection", "input_gradient", "weight_gradient", *INT8)
 ATTENTION = ("attention_forward", "key_value_gradient", "query_gradient")
 STAGES = (*GEMMS, *ATTENTION, "packing", "delta", "bias_gradient", "add_splits", "quantize_rows")
+STAGES += ("decode", "decode_combine", "append")
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "interpreter")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)
 
@@ -32,6 +33,11 @@ def test_every_call_has_a_row_with_power_of_two_tiles(stage, target_name):
             assert min(config.block_m, config.block_n) >= 16  # what a tensor core dot needs
         if stage in GEMMS:
             assert config.block_k >= 16
+        if stage == "decode":  # a split is made of whole tiles of keys
+            assert min(config.block_m, config.block_n) >= 16
+            assert power_of_two(config.block_n)
+            assert config.block_k % config.block_n == 0
+            assert not config.use_tma
 
 
 def test_bulk_copies_are_chosen_only_for_hopper_and_aligned_operands():

@@ -123,6 +123,20 @@ def _norm_rope(tensors, rope_dims=8, eps=1e-6, in_place=False):
     norm_rope_backward.norm_rope_backward(call, dq_out, dk_out, [True] * 6)
 
 
+def _decode(tensors, max_length=300, left=-1, softmax_scale=None, config=None):
+    from ra_triton.kernels.decode import decode
+
+    options = {"max_length": max_length, "left": left, "softmax_scale": softmax_scale}
+    decode(*tensors.values(), **options, config=config)
+
+
+def _append(tensors, max_len=9):
+    from ra_triton.kernels.append import append_
+
+    tensors["k_cache"] = tensors["k_cache"][:, :max_len]
+    append_(*tensors.values())
+
+
 ROWS = (2, 6, 2, 16)
 SHAPES = {
     _attention: {
@@ -149,6 +163,16 @@ SHAPES = {
         **{"cos": (6, 4), "sin": (6, 4), "positions": (2,)},
         **dict.fromkeys(("q_out", "k_out", "dq_out", "dk_out"), ROWS),
     },
+    _decode: {
+        "q": ROWS,
+        **dict.fromkeys(("k", "v"), (2, 300, 2, 16)),
+        "lengths": (2,),
+    },
+    _append: {
+        **dict.fromkeys(("k_cache", "v_cache"), (2, 9, 2, 16)),
+        "lengths": (2,),
+        **dict.fromkeys(("k", "v"), ROWS),
+    },
 }
 CU = torch.zeros(4, dtype=torch.int32, device=DEVICE)
 ATTENTION_OPTIONS = [
@@ -162,6 +186,10 @@ ATTENTION_OPTIONS = [
 GEMM_OPTIONS = [{"config": LaunchConfig(rows, 4, block_n=16, block_k=16)} for rows in (16, 32)]
 NORM_ROPE_OPTIONS = [{"rope_dims": 4}, {"eps": 1e-5}, {"eps": None}]
 NORM_ROPE_READS = "q k q_low k_low cos sin", "q_weight k_weight positions"
+DECODE_OPTIONS = [
+    *({"max_length": 200}, {"left": 3}, {"softmax_scale": 0.5}),
+    {"config": LaunchConfig(16, 4, block_n=16, block_k=64)},
+]
 DEPENDS = {  # kernel: its caller, tensors that may have any strides, tensors that may not, options
     "_attention_forward_kernel": (_attention, "q k v", "o lse seed", ATTENTION_OPTIONS),
     "_delta_kernel": (_attention, "do", "o dlse", []),
@@ -184,19 +212,26 @@ DEPENDS = {  # kernel: its caller, tensors that may have any strides, tensors th
         *(_norm_rope, NORM_ROPE_READS[0] + " dq_out dk_out", NORM_ROPE_READS[1]),
         NORM_ROPE_OPTIONS,
     ),
+    "_decode_kernel": (_decode, "q k v", "lengths", DECODE_OPTIONS),
+    "_decode_combine_kernel": (_decode, "q k v", "lengths", DECODE_OPTIONS),
+    "_append_kernel": (_append, "k v", "k_cache v_cache lengths", [{"max_len": 8}]),
 }
 
 
 NO_PRODUCTS = (
     *("_delta_kernel", "_column_sum_kernel", "_pack_kernel", "_quantize_rows_kernel"),
-    *("_norm_rope_kernel", "_norm_rope_backward_kernel"),
+    *("_norm_rope_kernel", "_norm_rope_backward_kernel", "_append_kernel"),
 )
 
 
 def _allocate(name, shape, dtype, offset=0, spare=0):
     """A tensor that begins ``offset`` elements into its buffer, its rows ``spare`` apart."""
-    dtype = torch.int64 if name in ("seed", "positions") else dtype
-    dtype = torch.float32 if "lse" in name else dtype
+    if name in ("seed", "positions"):
+        dtype = torch.int64
+    elif name == "lengths":
+        dtype = torch.int32
+    elif "lse" in name:
+        dtype = torch.float32
     wide = (*shape[:-1], shape[-1] + spare)
     flat = torch.zeros(offset + torch.Size(wide).numel(), dtype=dtype, device=DEVICE)
     return flat[offset:].view(wide)[..., : shape[-1]]
@@ -309,14 +344,15 @@ def test_later_calls_pass_their_own_tensors_and_the_rest_in_the_kernels_order(mo
 DEPENDENT = """
 import re, torch
 from bench.aot import compile_for
-from ra_triton.kernels import attention_backward, attention_forward
+from ra_triton.kernels import append, attention_backward, attention_forward, decode
 from ra_triton.kernels import norm_rope, norm_rope_backward, packing
 from ra_triton.kernels import projection, projection_backward, projection_int8
 from ra_triton.layout import Columns
 from ra_triton.norm_rope import NormRope
 
 attention, gemms = (attention_backward, attention_forward), (projection, projection_backward)
-for stage in (*attention, *gemms, norm_rope, norm_rope_backward, packing, projection_int8):
+others = (norm_rope, norm_rope_backward, packing, projection_int8, append, decode)
+for stage in (*attention, *gemms, *others):
     stage.target_of = lambda device: "sm_90"
 rows = torch.zeros(1, 2048, 16, dtype=torch.float16)
 q, k, v, do, dq, dk, dv = (rows.clone()[:, :64, None] for _ in range(7))
@@ -328,6 +364,9 @@ with compile_for("sm_90") as compiled:
     call = NormRope(q, k, *[None] * 4, *[torch.zeros(64, 8)] * 2, None, 16, 1e-6)
     norm_rope.norm_rope(call)
     norm_rope_backward.norm_rope_backward(call, dq, dk, [True] * 6)
+    lengths = torch.zeros(1, dtype=torch.int32)
+    decode.decode(q[:, :1], k, v, lengths, max_length=64)
+    append.append_(k.clone(), v.clone(), lengths, k[:, :1], v[:, :1])
     projection.projection(rows, rows[0, :16], None)
     projection_backward.weight_gradient(rows, rows)
     projection_backward.bias_gradient(rows)

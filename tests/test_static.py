@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 WITH_PRODUCTS = {
     *("attention_forward", "key_value_gradient", "query_gradient"),
     *("projection", "weight_gradient", "int8_projection"),
+    "decode",
 }
 
 
@@ -47,7 +48,8 @@ def faults(row: dict) -> list[str]:
     aligned = "misaligned" not in row["label"] and not by_pointer
     half = "float16" in row["label"]  # float16 and bfloat16
     # For a few tokens no tile is as large as WGMMA's.
-    hopper = half and aligned and row["target"] == "sm_90" and "few" not in row["label"]
+    few = "few" in row["label"] or row["stage"] == "decode"
+    hopper = half and aligned and row["target"] == "sm_90" and not few
     if (half or "tf32" in row["label"]) and not row["wgmma" if hopper else "matrix_instructions"]:
         found.append("no matrix instruction in the hot loop")
     if aligned and not row["bulk_copies" if hopper else "async_copies"]:

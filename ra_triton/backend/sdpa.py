@@ -190,6 +190,78 @@ def _normed_and_turned(
     return y.to(x.dtype)
 
 
+def decode_attention(
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    options: AttentionOptions,
+    max_length: int,
+) -> Tensor:
+    """Attention of each sequence's last tokens over a cache: ``[B, T_q, H, D]``.
+
+    On a CPU the lengths can be read for nothing, and each sequence is a call on its keys alone.
+    """
+    if q_pack.numel() == 0 or max_length == 0:
+        return torch.zeros_like(q_pack, memory_format=torch.contiguous_format)
+    if not _readable(lengths):
+        return _decode_masked(q_pack, k_pack[:, :max_length], v[:, :max_length], lengths, options)
+    known = [min(max(n, 0), max_length) for n in lengths.tolist()]
+    if len(set(known)) == 1:
+        return packed_attention(q_pack, k_pack[:, : known[0]], v[:, : known[0]], options)[0]
+    each = zip(q_pack.split(1), k_pack.split(1), v.split(1), known, strict=True)
+    return torch.cat([packed_attention(q, k[:, :n], v[:, :n], options)[0] for q, k, v, n in each])
+
+
+def _readable(lengths: Tensor) -> bool:
+    """Whether reading them waits for nothing and nothing is traced."""
+    return lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _decode_masked(
+    q_pack: Tensor, k_pack: Tensor, v: Tensor, lengths: Tensor, options: AttentionOptions
+) -> Tensor:
+    """With a mask, not knowing the lengths.
+
+    What lies beyond a length may be anything, a NaN too, so it is set to zero in a copy.
+    """
+    (_, T_q), T_k, left = q_pack.shape[:2], k_pack.shape[1], options.reach[0]
+    keys = torch.arange(T_k, device=lengths.device)
+    lengths = lengths.clamp(max=T_k)[:, None]  # [B, 1]
+    last = lengths - T_q + torch.arange(T_q, device=lengths.device)  # [B, T_q], that a query sees
+    mask = keys <= last[..., None]  # [B, T_q, T_k]
+    if left >= 0:
+        mask &= keys >= last[..., None] - left
+    unused = (keys >= lengths)[..., None, None]
+    q, k, v = (
+        t.transpose(1, 2)  # [B, H, T, D]
+        for t in (q_pack, k_pack.masked_fill(unused, 0.0), v.masked_fill(unused, 0.0))
+    )
+    out = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask[:, None],
+        scale=options.softmax_scale,
+        **({} if q.shape[1] == k.shape[1] else {"enable_gqa": True}),
+    )
+    out = out.masked_fill(~mask[:, None].any(dim=-1, keepdim=True), 0.0)  # a row without keys
+    return out.transpose(1, 2)
+
+
+def append_(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Tensor) -> None:
+    """``k, v [B, T, H_kv, D]`` after the ``lengths [B]`` tokens of each sequence, which grow by T.
+
+    What a replayed graph appends beyond the end goes to the last place: it cannot raise.
+    """
+    (B, T), max_len = k.shape[:2], k_cache.shape[1]
+    places = lengths.long()[:, None] + torch.arange(T, device=k.device)
+    index = torch.arange(B, device=k.device)[:, None], places.clamp(max=max_len - 1)
+    k_cache[index] = k
+    v_cache[index] = v
+    lengths.add_(T).clamp_(max=max_len)
+
+
 def _mask(T_q: int, T_k: int, options: AttentionOptions, device: torch.device) -> Tensor | None:
     """``[T_q, T_k]``, True where allowed; None where ``is_causal`` or nothing says the same."""
     left, right = options.reach

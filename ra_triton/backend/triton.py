@@ -13,12 +13,13 @@ from ra_triton.checks import needs_grad
 from ra_triton.layout import RALayout
 from ra_triton.norm_rope import NormRope
 from ra_triton.offsets import Offsets
-from ra_triton.options import AttentionOptions
+from ra_triton.options import AttentionOptions, DecodeOptions
 from ra_triton.quantization import QuantizedWeight
 from ra_triton.workspace import Workspace
 
 MIN_CAPABILITY = (8, 0)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
+MAX_QUERIES = 16  # of a decoding call, per sequence
 
 
 def unsupported(
@@ -32,6 +33,11 @@ def unsupported(
         return None
     if head_dim is None or not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         return f"head dim {head_dim} is outside {MIN_HEAD_DIM}..{MAX_HEAD_DIM}"
+    if isinstance(options, DecodeOptions):
+        if options.softcap:
+            return "the decoding kernel has no softcap"
+        if options.n_queries > MAX_QUERIES:
+            return f"decoding takes at most {MAX_QUERIES} queries, got {options.n_queries}"
     return None
 
 
@@ -101,6 +107,26 @@ def norm_rope(call: NormRope) -> tuple[Tensor, Tensor]:
 def norm_rope_(call: NormRope) -> None:
     """Lane exchange, norm and rotation over ``q`` and ``k``."""
     ops.norm_rope_(call)
+
+
+def decode_attention(
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    options: AttentionOptions,
+    max_length: int,
+) -> Tensor:
+    """Attention of each sequence's last tokens over a cache: ``[B, T_q, H, D]``."""
+    return ops.decode(q_pack, k_pack, v, lengths, options, max_length)
+
+
+def append_(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Tensor) -> None:
+    """``k, v [B, T, H_kv, D]`` after the ``lengths`` tokens of each sequence, which grow by T."""
+    if k.shape[1] > MAX_QUERIES:  # one program a sequence would take long
+        sdpa.append_(k_cache, v_cache, lengths, k, v)
+    else:
+        ops.append_(k_cache, v_cache, lengths, k, v)
 
 
 def _device_unsupported(device: torch.device) -> str | None:

@@ -21,7 +21,7 @@ class LaunchConfig:
     Attributes:
         block_m: rows of a tile: queries, GEMM rows, or rows to pack.
         block_n: columns of a tile: keys, or GEMM columns.
-        block_k: depth of one GEMM step.
+        block_k: depth of one GEMM step; of decoding, the fewest keys of a split.
         num_warps: warps per CTA.
         num_stages: buffers of the software pipeline.
         use_tma: operands come through tensor descriptors (Hopper's bulk copies).
@@ -99,6 +99,9 @@ def launch_config(
             "other_columns": LaunchConfig(32, 4, block_n=32, block_k=16),
             "w8a8": LaunchConfig(32, 4, block_n=32, block_k=32),
             "quantize_rows": LaunchConfig(4, 4, block_k=16),
+            "decode": LaunchConfig(32, 4, block_n=16, block_k=32),
+            "decode_combine": LaunchConfig(2, 4),
+            "append": LaunchConfig(16, 4),
         }[stage]
     aligned = aligned and not (varlen and target == "sm_90")
     full_precision = dtype == torch.float32
@@ -123,12 +126,16 @@ def _config(
         return _int8_projection(stage, full_precision, target, aligned)
     if stage in ("norm_rope", "norm_rope_backward"):  # static: no spill
         return LaunchConfig(32 if head_dim <= 128 else 8, 4)
+    if stage == "decode":
+        return _decode(head_dim, full_precision, aligned)
     return {
         "packing": LaunchConfig(64, 4),
         "delta": LaunchConfig(32, 4),
         "bias_gradient": LaunchConfig(32, 4, block_n=64),
         "add_splits": LaunchConfig(1024, 4),
         "quantize_rows": LaunchConfig(4, 4, block_k=512),
+        "decode_combine": LaunchConfig(32, 4),
+        "append": LaunchConfig(32, 4),
     }[stage]
 
 
@@ -296,3 +303,16 @@ def _int8_projection(stage: str, full_precision: bool, target: str, aligned: boo
     if stage == "other_columns":
         return LaunchConfig(128, 8, 3, block_n=128, block_k=32)
     return LaunchConfig(128, 4, 3, block_n=128, block_k=32)
+
+
+def _decode(head_dim: int, full_precision: bool, aligned: bool) -> LaunchConfig:
+    """Static: no spill, asynchronous copies, and several CTAs per SM to keep the memory busy.
+
+    At most 32 rows, also on Hopper: 64 would be WGMMA's, which needs descriptors, and those cannot
+    leave out what lies beyond a sequence's length.
+    """
+    if full_precision:
+        return LaunchConfig(16, 4 if head_dim <= 64 else 8, 2, block_n=32, block_k=128)
+    if not aligned:
+        return LaunchConfig(32, 4, 1, block_n=32, block_k=128)
+    return LaunchConfig(32, 4, 3, block_n=64 if head_dim <= 64 else 32, block_k=128)

@@ -1,5 +1,6 @@
 """Modules: a drop-in attention layer, its exchange with stock GPT-2, and inference buffers."""
 
+from ra_triton.cache import KVCache
 from ra_triton.nn.attention import RACausalSelfAttention
 from ra_triton.nn.composed import ComposedLinear
 from ra_triton.nn.gpt2 import from_gpt2, to_gpt2
@@ -9,6 +10,7 @@ from ra_triton.workspace import Workspace
 
 __all__ = [
     "ComposedLinear",
+    "KVCache",
     "QuantizedLinear",
     "RACausalSelfAttention",
     "Workspace",

@@ -6,8 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ra_triton.api import pack_qk, pack_qk_, packed_attention, project, ra_attention
-from ra_triton.checks import check_choice, needs_grad
+from ra_triton.api import (
+    decode_attention,
+    pack_qk,
+    pack_qk_,
+    packed_attention,
+    project,
+    ra_attention,
+)
+from ra_triton.cache import KVCache
+from ra_triton.checks import check_choice, check_dims, check_float_tensor, needs_grad
 from ra_triton.layout import RALayout
 from ra_triton.nn.composed import INIT_STD, ComposedLinear
 from ra_triton.nn.quantized import QuantizedLinear
@@ -17,6 +25,7 @@ from ra_triton.quantization import QuantizedWeight, quantize_weight
 from ra_triton.weights import kv_heads
 
 PARAMETRISATIONS = ("free", "composed")
+FEW_TOKENS = 16  # that attention over a cache takes at a time
 
 
 class RACausalSelfAttention(nn.Module):
@@ -136,15 +145,22 @@ class RACausalSelfAttention(nn.Module):
             if norm is not None:
                 norm.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Attend: ``x [B, T, C]`` to ``[B, T, C]`` in the same dtype (under autocast, its dtype).
 
+        With a cache x holds the next tokens of each sequence, one or many: they are appended, and
+        see themselves and all that the cache held before. One call, several, or one for each token:
+        the result is that of the full forward. Needs ``eval()`` or no dropout, and ``no_grad()``.
+
         Raises:
-            TypeError: not a tensor, or not in the dtype of the parameters.
-            ValueError: not ``[B, T, n_embd]``, or on another device; a gradient is needed of a
-                quantized layer.
+            TypeError: not a tensor, not in the dtype of the parameters, or not in the cache's.
+            ValueError: not ``[B, T, n_embd]``, on another device; a cache that does not fit or has
+                no room, or with which a gradient or dropout is needed; a gradient of a quantized
+                layer.
             NotImplementedError: the backend lacks an option; the message names one that has it.
         """
+        if cache is not None:
+            return self.resid_dropout(self.c_proj(self._attend_to(x, cache)))
         options: Any = {
             "dropout_p": self.dropout if self.training else 0.0,
             "backend": self.backend,
@@ -192,6 +208,49 @@ class RACausalSelfAttention(nn.Module):
             in_place = not needs_grad(q, k, *weights)  # q and k are this call's own
             q, k = (pack_qk_ if in_place else pack_qk)(q, k, **options)
         return q, k, v
+
+    def _attend_to(self, x: Tensor, cache: KVCache) -> Tensor:
+        """Append ``x [B, T, C]`` to the cache and attend to what it then holds: ``[B, T, C]``."""
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"cache must be a KVCache or None, got {cache!r}")
+        check_float_tensor("x", x)
+        check_dims("x", x, "[B, T, C]")
+        if needs_grad(x, *self.parameters()):
+            raise ValueError("cache cannot be used while a gradient is needed; use no_grad()")
+        if self.training and self.dropout:
+            raise ValueError(f"cache cannot be used with dropout={self.dropout}; call eval()")
+        B, T, _ = x.shape
+        on_autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if on_autocast else x.dtype
+        cache.check_fits((B, T, self.n_kv_head, self.n_embd // self.n_head), dtype, x.device)
+        operands = self.operands(x, cache.lengths)
+        known = cache.known_lengths()
+        if T > FEW_TOKENS and known is not None and len(set(known)) == 1:
+            return self._prefill(*operands, cache, known[0]).flatten(2)
+        pieces = zip(*(t.split(FEW_TOKENS, dim=1) for t in operands), strict=True)
+        outs = [self._decode(q, k, v, cache) for q, k, v in pieces]
+        return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)).flatten(2)
+
+    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, before: int) -> Tensor:
+        """Many tokens after the same number ``before`` in every sequence: ``[B, T, H, D]``."""
+        cache.append(k, v, backend=self.backend)
+        if before:
+            k, v = (t[:, : before + q.shape[1]] for t in (cache.k_pack, cache.v))
+        out = packed_attention(q, k, v, backend=self.backend)
+        assert isinstance(out, Tensor)  # no logsumexp was asked for
+        return out
+
+    def _decode(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
+        """A few tokens after what each sequence has: ``[B, T, H, D]``."""
+        cache.append(k, v, backend=self.backend)
+        return decode_attention(
+            q,
+            cache.k_pack,
+            cache.v,
+            cache.lengths,
+            max_length=cache.longest,
+            backend=self.backend,
+        )
 
     def fused_weight(self) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
         """``W_fused [C, N]`` and its bias ``[N]`` or None, in packed order; ``N <= 3 * C``."""

@@ -2492,6 +2492,194 @@ SPARSITY_FAULTS = [
     ),
 ]
 
+DECODE, APPEND = "ra_triton/kernels/decode.py", "ra_triton/kernels/append.py"
+CACHE, ATTENTION_MODULE = "ra_triton/cache.py", "ra_triton/nn/attention.py"
+GPT, SAMPLING = "bench/gpt.py", "bench/sampling.py"
+_DE, _CA, _GE = (f"tests/test_{name}.py::test_" for name in ("decode", "kv_cache", "generate"))
+SPLIT_ENDS = f"{_DE}lengths_and_windows_around_the_ends_of_splits"
+CACHE_LISTS = f"{_CA}it_does_what_a_list_for_each_sequence_does"
+REPLAYED = f"{_CA}what_a_replayed_graph_appends_beyond_the_end_stays_inside"
+
+DECODE_FAULTS = [
+    Fault(
+        "decode: lengths beyond the cache",
+        DECODE,
+        "return tl.minimum(tl.load(lengths_ptr + b), max_len)",
+        "return tl.load(lengths_ptr + b)",
+        f"{_DE}lengths_outside_of_the_cache_read_nothing_outside",
+        hangs=True,
+    ),
+    Fault(
+        "decode: a query sees a key more",
+        DECODE,
+        "last = length - T_q + t  #",
+        "last = length - T_q + t + 1  #",
+        f"{_DE}lengths_and_windows_around_the_ends_of_splits",
+    ),
+    Fault(
+        "decode: the window is a key short",
+        DECODE,
+        "first = tl.where(left < 0, 0, last - left)",
+        "first = tl.where(left < 0, 0, last - left + 1)",
+        SPLIT_ENDS,
+    ),
+    Fault(
+        "decode: the window's first tile skipped",
+        DECODE,
+        "_first_key(length, T_q, left) // BLOCK_N * BLOCK_N)",
+        "tl.cdiv(_first_key(length, T_q, left), BLOCK_N) * BLOCK_N)",
+        SPLIT_ENDS,
+    ),
+    Fault(
+        "decode: values beyond the length loaded",
+        DECODE,
+        "v_ptr, b, h_kv, n, stride_vt, length,",
+        "v_ptr, b, h_kv, n, stride_vt, max_len,",
+        f"{_DE}head_dims_and_dtypes",
+    ),
+    Fault(
+        "decode: heads of a group by T_q",
+        DECODE,
+        "(h_kv * group + r % group).to(tl.int64)",
+        "(h_kv * group + r // T_q).to(tl.int64)",
+        f"{_DE}head_dims_and_dtypes",
+    ),
+    Fault(
+        "decode: splits share a key",
+        DECODE,
+        "end = tl.minimum((split + 1) * SPLIT, length)",
+        "end = tl.minimum((split + 1) * SPLIT + 1, length)",
+        SPLIT_ENDS,
+    ),
+    Fault(
+        "decode: splits depend on the bound",
+        DECODE,
+        "split = keys_per_split(max_len, config.block_k)",
+        "split = keys_per_split(longest, config.block_k)",
+        f"{_DE}the_capacity_alone_decides_which_keys_make_a_split",
+    ),
+    Fault(
+        "decode: no grid for the last splits",
+        DECODE,
+        "n_splits = triton.cdiv(longest, split)",
+        "n_splits = longest // split",
+        f"{_DE}head_dims_and_dtypes",
+    ),
+    Fault(
+        "combine: weights without the scale",
+        DECODE,
+        "w = tl.exp2((m - m_all) * scale_log2)",
+        "w = tl.exp2(m - m_all)",
+        f"{_DE}head_dims_and_dtypes {_DE}logits_of_every_size",
+    ),
+    Fault(
+        "combine: sums of splits not weighted",
+        DECODE,
+        "l_all += tl.sum(w * l_s, 0)",
+        "l_all += tl.sum(l_s, 0)",
+        f"{_DE}head_dims_and_dtypes",
+    ),
+    Fault(
+        "combine: splits before the window read",
+        DECODE,
+        "begin = _first_key(length, T_q, left) // SPLIT  #",
+        "begin = 0  #",
+        SPLIT_ENDS,
+    ),
+    Fault(
+        "combine: splits beyond the length read",
+        DECODE,
+        "end = tl.cdiv(length, SPLIT)",
+        "end = n_splits",
+        SPLIT_ENDS,
+    ),
+    Fault(
+        "combine: a row without keys divides by 0",
+        DECODE,
+        "o = o / tl.where(l_all == 0.0, 1.0, l_all)",
+        "o = o / l_all",
+        f"{_DE}queries_without_keys_give_zero",
+    ),
+    Fault(
+        "append: beyond the end into the next sequence",
+        APPEND,
+        " & (place < max_len)",
+        "",
+        REPLAYED,
+    ),
+    Fault(
+        "append: lengths beyond the cache",
+        APPEND,
+        "tl.minimum(length + T, max_len)",
+        "length + T",
+        REPLAYED,
+    ),
+    Fault(
+        "append: keys as values",
+        APPEND,
+        "tl.store(v_cache_ptr + offset, v, mask=mask)",
+        "tl.store(v_cache_ptr + offset, k, mask=mask)",
+        CACHE_LISTS,
+    ),
+    Fault(
+        "sdpa decode: values beyond the length not cleared",
+        SDPA,
+        "v.masked_fill(unused, 0.0))",
+        "v)",
+        f"{_DE}sdpa_with_lengths_that_only_the_device_knows",
+    ),
+    Fault(
+        "cache: crop forgets the device",
+        CACHE,
+        "self.lengths.clamp_(max=lengths[0])",
+        "pass",
+        f"{_CA}a_crop_keeps_the_first_tokens",
+    ),
+    Fault(
+        "cache: a reordering forgets the values",
+        CACHE,
+        "for t in (self.k_pack, self.v):",
+        "for t in (self.k_pack,):",
+        f"{_CA}a_reordering_may_repeat_sequences_and_takes_any_ints",
+    ),
+    Fault(
+        "cache: room for one token too many",
+        CACHE,
+        "if fullest + tokens > self.max_len:",
+        "if fullest + tokens > self.max_len + 1:",
+        f"{_CA}after_a_capture_lengths_are_read_from_the_device",
+    ),
+    Fault(
+        "cache: the host's lengths trusted after a capture",
+        CACHE,
+        "        if self._captured:\n            self._known = ",
+        "        if False:\n            self._known = ",
+        f"{_CA}after_a_capture_lengths_are_read_from_the_device",
+    ),
+    Fault(
+        "module: a second chunk sees itself alone",
+        ATTENTION_MODULE,
+        "        if before:\n",
+        "        if False:\n",
+        f"{_CA}a_second_long_chunk_sees_the_first",
+    ),
+    Fault(
+        "GPT: every token at the position of the first",
+        GPT,
+        "positions = caches[0].lengths[:, None] + positions",
+        "positions = caches[0].lengths[:, None] + 0 * positions",
+        f"{_GE}logits_with_caches_are_those_without",
+    ),
+    Fault(
+        "generate: top_k keeps one fewer",
+        SAMPLING,
+        "logits < least",
+        "logits <= least",
+        f"{_GE}temperature_and_top_k",
+    ),
+]
+
+
 FAULTS = [
     *INT8_FAULTS,
     *TILE_FAULTS,
@@ -2506,6 +2694,7 @@ FAULTS = [
     *HOPPER_FAULTS,
     *LONG_ROW_FAULTS,
     *MODERN_FAULTS,
+    *DECODE_FAULTS,
     *FLEX_FAULTS,
     *SPARSITY_FAULTS,
 ]

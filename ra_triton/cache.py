@@ -1,0 +1,260 @@
+"""A key/value cache for generation: ``[K_std|Q_low]`` and V of every token so far."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ra_triton.backend import choose
+from ra_triton.checks import (
+    DTYPES,
+    check_dims,
+    check_float_tensor,
+    check_rows,
+    check_same,
+    check_shape,
+    needs_grad,
+)
+
+
+class KVCache:
+    """Packed keys and values of a batch of sequences, each with a length of its own.
+
+    As many bytes as plain attention's cache: a key of reciprocal attention is ``[K_std|Q_low]``,
+    D lanes like any other. Memory is allocated once; appending, cropping and reordering write in
+    place. For calls without gradients.
+
+    The lengths live on the device, where the kernels read them, so a captured decoding step can be
+    replayed. The host keeps a copy to check against, and no call waits for the device, with two
+    exceptions: a reordering of sequences of different lengths by indices on the GPU, and whatever
+    needs the lengths after a CUDA graph has captured an append, because replays go unseen. A replay
+    cannot raise: the caller counts, and what does not fit is lost.
+
+    Attributes:
+        k_pack: ``[batch, max_len, n_kv_head, head_dim]``; places beyond a length hold anything.
+        v: likewise.
+        lengths: ``[batch]`` int32, tokens of each sequence; to be read only.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        max_len: int,
+        n_kv_head: int,
+        head_dim: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Allocate an empty cache.
+
+        Args:
+            batch: sequences ``B``.
+            max_len: tokens that a sequence may reach.
+            n_kv_head: key/value heads ``H_kv``.
+            head_dim: ``D``, the packed head dim.
+            dtype: float16, bfloat16 or float32; ``None`` means PyTorch's default.
+            device: ``None`` means PyTorch's default.
+
+        Raises:
+            TypeError: sizes that are no ints, another dtype.
+            ValueError: sizes below 1 or too large.
+        """
+        sizes = {"batch": batch, "max_len": max_len, "n_kv_head": n_kv_head, "head_dim": head_dim}
+        for name, size in sizes.items():
+            if type(size) is not int:
+                raise TypeError(f"{name} must be an int, got {size!r}")
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if dtype not in DTYPES:
+            raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
+        shape = (batch, max_len, n_kv_head, head_dim)
+        check_rows("the cache", shape[:3])
+        # Tensors born in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self.k_pack = torch.empty(shape, dtype=dtype, device=device)
+            self.v = torch.empty(shape, dtype=dtype, device=device)
+            self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._known = [0] * batch
+        self._captured = False
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return self.k_pack.shape[0]
+
+    @property
+    def max_len(self) -> int:
+        """Tokens that a sequence may reach."""
+        return self.k_pack.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.k_pack.nbytes + self.v.nbytes
+
+    @property
+    def longest(self) -> int:
+        """What no length exceeds, as far as the host knows; reads nothing from the device."""
+        return self.max_len if self._captured or self._capturing() else max(self._known)
+
+    def known_lengths(self) -> list[int] | None:
+        """The lengths as the host knows them.
+
+        Returns:
+            One int a sequence; None while a CUDA graph is captured. After such a capture this waits
+            for the device.
+        """
+        if self._capturing():
+            self._captured = True  # from here on replays may change the lengths unseen
+            return None
+        if self._captured:
+            self._known = self.lengths.tolist()
+        return self._known
+
+    def check_fits(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        """Raise where :meth:`append` of keys of this shape, dtype and device would.
+
+        Raises:
+            TypeError: another dtype than the cache's.
+            ValueError: a shape that does not fit, another device, a sequence without room.
+        """
+        B, _, H_kv, D = self.k_pack.shape
+        if len(shape) != 4 or (shape[0], *shape[2:]) != (B, H_kv, D):
+            raise ValueError(
+                f"cache takes keys [batch, T, n_kv_head, head_dim] = [{B}, T, {H_kv}, {D}], "
+                f"got {tuple(shape)}"
+            )
+        if dtype != self.k_pack.dtype:
+            raise TypeError(f"cache takes {self.k_pack.dtype} keys, got {dtype}")
+        if device != self.k_pack.device:
+            raise ValueError(f"cache takes keys on {self.k_pack.device}, got {device}")
+        self.check_room(shape[1])
+
+    def check_room(self, tokens: int) -> None:
+        """Raise where so many more tokens do not fit into every sequence.
+
+        Raises:
+            ValueError: the longest sequence would exceed ``max_len``.
+        """
+        known = self.known_lengths()
+        fullest = 0 if known is None else max(known)
+        if fullest + tokens > self.max_len:
+            raise ValueError(
+                f"cache has room for max_len = {self.max_len} tokens a sequence; its longest has "
+                f"{fullest}, and {tokens} more do not fit"
+            )
+
+    def append(self, k_pack: Tensor, v: Tensor, *, backend: str = "auto") -> None:
+        """Write new tokens, as many for each sequence, after its last one.
+
+        Args:
+            k_pack: ``[batch, T, n_kv_head, head_dim]`` in the cache's dtype, last stride 1.
+            v: likewise.
+            backend: ``"triton"``, ``"sdpa"`` (here: plain torch) or ``"auto"``.
+
+        Raises:
+            TypeError: not tensors, or not in the cache's dtype.
+            ValueError: shapes that do not fit, another device, a sequence that would exceed
+                ``max_len``, a gradient that is needed.
+            NotImplementedError: the backend cannot run the call.
+        """
+        for name, t in (("k_pack", k_pack), ("v", v)):
+            check_float_tensor(name, t)
+            check_dims(name, t, "[batch, T, n_kv_head, head_dim]")
+        check_same("k_pack", k_pack, v=v)
+        check_shape("v", v, tuple(k_pack.shape), "of the shape of k_pack")
+        self.check_fits(tuple(k_pack.shape), k_pack.dtype, k_pack.device)
+        if needs_grad(k_pack, v):
+            raise ValueError("a cache cannot be used while a gradient is needed; use no_grad()")
+        module, _ = choose(backend, (k_pack, v))
+        known = self.known_lengths()
+        with torch.no_grad():
+            module.append_(self.k_pack, self.v, self.lengths, k_pack, v)
+        if known is not None:
+            self._known = [length + k_pack.shape[1] for length in known]
+
+    @torch.no_grad()
+    def crop(self, length: int | Sequence[int]) -> None:
+        """Keep the first tokens of each sequence; a shorter one stays as it is.
+
+        Rejects drafted tokens, and makes sequences ragged that were appended with padding.
+
+        Args:
+            length: tokens to keep, of all sequences or of each.
+
+        Raises:
+            TypeError: no ints.
+            ValueError: not one for each sequence, or outside of ``0..max_len``.
+        """
+        lengths = list(length) if isinstance(length, Sequence) else [length] * self.batch
+        if any(type(n) is not int for n in lengths):
+            raise TypeError(f"length must be an int, or one for each sequence, got {length!r}")
+        if len(lengths) != self.batch or not all(0 <= n <= self.max_len for n in lengths):
+            raise ValueError(
+                f"length must be within 0..{self.max_len}, one or {self.batch} of them, "
+                f"got {length!r}"
+            )
+        known = self.known_lengths()
+        if len(set(lengths)) == 1:
+            self.lengths.clamp_(max=lengths[0])
+        else:
+            limits = self._moved(torch.tensor(lengths, dtype=torch.int32))
+            self.lengths.copy_(self.lengths.minimum(limits))
+        if known is not None:
+            self._known = [min(n, limit) for n, limit in zip(known, lengths, strict=True)]
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.crop(0)
+
+    @torch.no_grad()
+    def reorder(self, indices: Sequence[int] | Tensor) -> None:
+        """Sequence i becomes a copy of what sequence ``indices[i]`` was, for beam search.
+
+        In place; what is in use of the keys, then of the values, is copied once more for a moment.
+
+        Args:
+            indices: ``[batch]`` ints, repeated or not; on a GPU, PyTorch checks their range.
+
+        Raises:
+            TypeError: no ints.
+            ValueError: not one for each sequence, or no sequence of that number.
+        """
+        if not isinstance(indices, Tensor):
+            indices = list(indices)
+            if any(type(i) is not int for i in indices):
+                raise TypeError(f"indices must be ints, got {indices!r}")
+            indices = torch.tensor(indices, dtype=torch.int64)
+        if indices.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"indices must be int32 or int64, got {indices.dtype}")
+        if indices.shape != (self.batch,):
+            raise ValueError(f"indices must be [{self.batch}], got {tuple(indices.shape)}")
+        known = self.known_lengths()
+        if not indices.is_cuda or (known is not None and len(set(known)) > 1):
+            numbers = indices.tolist()
+            if not all(0 <= i < self.batch for i in numbers):
+                raise ValueError(f"indices must be within 0..{self.batch - 1}, got {numbers}")
+            if known is not None:
+                self._known = [known[i] for i in numbers]
+        rows, used = self._moved(indices.long()), self.longest
+        for t in (self.k_pack, self.v):
+            t[:, :used] = t[rows, :used]
+        self.lengths.copy_(self.lengths[rows])
+
+    def _moved(self, t: Tensor) -> Tensor:
+        """``t`` on the device, without waiting for it."""
+        if self.lengths.is_cuda and not t.is_cuda:
+            t = t.pin_memory()
+        return t.to(self.lengths.device, non_blocking=True)
+
+    def _capturing(self) -> bool:
+        return self.lengths.is_cuda and torch.cuda.is_current_stream_capturing()
+
+    def __repr__(self) -> str:
+        """Sizes."""
+        B, max_len, H_kv, D = self.k_pack.shape
+        return (
+            f"KVCache(batch={B}, max_len={max_len}, n_kv_head={H_kv}, head_dim={D}, "
+            f"dtype={self.k_pack.dtype}, device={str(self.k_pack.device)!r})"
+        )
