@@ -359,3 +359,10 @@ def test_bits_do_not_depend_on_the_batch_on_a_gpu(length):
         assert_bitwise(decode("triton", *alone, max_length=case.lengths[b]), out[b : b + 1])
     wide = [torch.cat([t[:1]] * 200) for t in (q, k, v, lengths)]
     assert_bitwise(decode("triton", *wide)[100:101], out[:1])
+
+
+def test_flex_refuses_a_cache_and_names_who_takes_one():
+    q, k = normal(2, 1, 2, 16), normal(2, 8, 2, 16)
+    lengths = torch.tensor([3, 8], dtype=torch.int32, device=q.device)
+    with pytest.raises(NotImplementedError, match=r"backend='(triton|sdpa)'"):
+        ra_triton.decode_attention(q, k, k, lengths, backend="flex")

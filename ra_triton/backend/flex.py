@@ -21,7 +21,7 @@ from ra_triton.backend import sdpa
 from ra_triton.checks import needs_grad
 from ra_triton.layout import RALayout
 from ra_triton.offsets import Offsets
-from ra_triton.options import AttentionOptions
+from ra_triton.options import AttentionOptions, DecodeOptions
 from ra_triton.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ pack_qk = sdpa.pack_qk
 pack_qk_ = sdpa.pack_qk_
 norm_rope = sdpa.norm_rope
 norm_rope_ = sdpa.norm_rope_
+append_ = sdpa.append_
+decode_attention = sdpa.decode_attention  # never called: `unsupported` refuses it
 prepare_layer = sdpa.prepare_layer
 
 
@@ -47,6 +49,8 @@ def unsupported(
     """Why this backend cannot run the call, or None."""
     if options is None:
         return None
+    if isinstance(options, DecodeOptions):
+        return "block masks of a cache's lengths would have to be built for each token"
     device = tensors[0].device  # type: ignore[union-attr]
     reason = _device_unsupported(device)
     if reason is not None:
