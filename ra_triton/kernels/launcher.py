@@ -106,7 +106,7 @@ def _direct(
     descriptors: Mapping[int, Descriptors],
     rest: Sequence[Any],
 ) -> Launch | None:
-    """Triton's C launcher; None where it is not as it was in Triton 3.4 to 3.7."""
+    """Triton's C launcher; None where it is not as it was in Triton 3.6 and 3.7."""
     run: Any = compiled.run
     known = hasattr(run, "launch") and hasattr(run, "launch_cooperative_grid")
     if not known or run.global_scratch_size or getattr(run, "profile_scratch_size", 0):
