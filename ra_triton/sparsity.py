@@ -171,7 +171,8 @@ def project(x: Tensor, W: SparseWeight, bias: Tensor | None, weight_layout: str)
         bias = W.layout.pack(bias)
     with torch.autocast(x.device.type, enabled=False):
         if W.others is None:
-            return F.linear(x, W.data, bias)
+            # Sparse kernels may give a transposed result, and attention reads whole lanes.
+            return F.linear(x, W.data, bias).contiguous()
         parts = F.linear(x, W.data), F.linear(x, W.others)
         y = torch.cat(parts, dim=-1)[..., _places(W.layout, x.device)]
         return y if bias is None else y + bias
