@@ -316,8 +316,8 @@ def test_sdpa_refuses_softcap_and_names_the_backend_that_has_it():
 
 @pytest.mark.usefixtures("no_launch")
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there Triton runs it")
-def test_auto_says_why_no_backend_has_softcap_on_a_cpu():
-    with pytest.raises(NotImplementedError, match=r"no backend can run this: triton: .*softcap"):
+def test_auto_says_why_it_has_no_softcap_on_a_cpu_and_who_has():
+    with pytest.raises(NotImplementedError, match=r"sdpa: .*no softcap; use backend='flex'"):
         ra_triton.packed_attention(**attention_arguments(), softcap=2.0)
 
 

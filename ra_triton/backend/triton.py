@@ -19,6 +19,7 @@ from ra_triton.workspace import Workspace
 
 MIN_CAPABILITY = (8, 0)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
+MIN_INT8_TOKENS = 128
 MAX_QUERIES = 16  # of a decoding call, per sequence
 
 
@@ -46,6 +47,7 @@ def project(
 ) -> Tensor:
     """``x @ W_packed + bias``: ``[B, T, C] @ [C, N] -> [B, T, N]``."""
     if isinstance(W_packed, QuantizedWeight):
+        _refuse_few_tokens(x, W_packed)
         return ops.project_quantized(x, W_packed, bias, out)
     return ops.project(x, W_packed, bias, out)
 
@@ -72,6 +74,7 @@ def layer(
 ) -> Tensor:
     """Projection and attention: ``[B, T, C] -> [B, T, H, D]``."""
     if isinstance(W_packed, QuantizedWeight):
+        _refuse_few_tokens(x, W_packed)
         return ops.layer_quantized(x, W_packed, bias, layout, options, workspace, offsets)
     return ops.layer(x, W_packed, bias, layout, options, workspace, offsets)
 
@@ -127,6 +130,16 @@ def append_(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Ten
         sdpa.append_(k_cache, v_cache, lengths, k, v)
     else:
         ops.append_(k_cache, v_cache, lengths, k, v)
+
+
+def _refuse_few_tokens(x: Tensor, W: QuantizedWeight) -> None:
+    """W8A8 of a single token did not pass its gate on a GPU; from 129 it does but for rounding."""
+    tokens = x.shape[0] * x.shape[1]
+    if x.is_cuda and W.activations == "int8" and tokens < MIN_INT8_TOKENS:
+        raise NotImplementedError(
+            f"backend='triton': int8 activations need at least {MIN_INT8_TOKENS} tokens on a GPU, "
+            f"got {tokens}; use backend='sdpa', or activations='none'"
+        )
 
 
 def _device_unsupported(device: torch.device) -> str | None:
