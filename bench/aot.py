@@ -296,6 +296,8 @@ def _launches() -> Iterator[_Launch]:
             yield _DECODE, f"{name} D=64", _decode(dtype, 64)
             yield _DECODE, f"{name} D=128 rows=32", _decode(dtype, 128, group=8, T_q=4)
             yield _DECODE, f"{name} D=128 misaligned", _decode(dtype, 128, offset=1)
+            softcap = partial(_decode(dtype, 128, group=8, T_q=4), softcap=30.0)
+            yield "decode", f"{name} D=128 rows=32 softcap", softcap
             yield "append", f"{name} D=64", _append(dtype, 64)
         for D in (16, 20, 72, 80, 96) if special else ():
             label = f"{name} D={D}" + " misaligned" * (D == 20)
@@ -402,7 +404,7 @@ def _attention_grad(
 
 def _decode(
     dtype: torch.dtype, D: int, group: int = 1, T_q: int = 1, offset: int = 0
-) -> Callable[[], Any]:
+) -> Callable[..., Any]:
     q = _tensor(dtype, 2, T_q, 8 * group, D)
     k, v = (_tensor(dtype, 2, 4096, 8, D, offset=offset) for _ in range(2))
     return partial(decode.decode, q, k, v, _tensor(torch.int32, 2), max_length=4096)

@@ -182,8 +182,12 @@ class GPT(nn.Module):
         kind = weight.device.type
         on_autocast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if on_autocast else weight.dtype
-        sizes = batch, max_len, config.n_head, config.n_embd // config.n_head
-        return [KVCache(*sizes, dtype, weight.device) for _ in range(config.n_layer)]
+        blocks: Any = self.transformer["h"]
+        layouts = [block.attn.layout for block in blocks]
+        return [
+            KVCache(batch, max_len, layout.n_kv_head, layout.head_dim, dtype, weight.device)
+            for layout in layouts
+        ]
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean cross-entropy in nats of each token of ``[B, T]`` after those before it."""

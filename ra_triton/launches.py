@@ -176,7 +176,7 @@ def decode(
     options: AttentionOptions,
     max_length: int,
 ) -> Tensor:
-    """``[B, T_q, H, D]`` over a cache; only the window and the scale of the options count."""
+    """``[B, T_q, H, D]`` over a cache, with the window, scale and softcap of the options."""
     from ra_triton.kernels.decode import decode
 
     with _device_of(q_pack):
@@ -188,6 +188,7 @@ def decode(
             max_length=max_length,
             left=options.reach[0],
             softmax_scale=options.softmax_scale,
+            softcap=options.softcap,
         )
 
 

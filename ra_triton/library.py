@@ -428,10 +428,11 @@ def decode(
     lengths: Tensor,
     left: int,
     softmax_scale: float | None,
+    softcap: float,
     max_length: int,
 ) -> Tensor:
     """``[B, T_q, H, D]``."""
-    options = AttentionOptions(softmax_scale=softmax_scale, window_size=(left, -1))
+    options = AttentionOptions(softmax_scale=softmax_scale, window_size=(left, -1), softcap=softcap)
     return launches.decode(q_pack, k_pack, v, lengths, options, max_length)
 
 

@@ -165,7 +165,7 @@ def decode(
     """``[B, T_q, H, D]`` over a cache, where no gradient is needed."""
     _refuse_tangents(q_pack, k_pack, v)
     if _traced(q_pack, k_pack, v) or _transformed():
-        numbers = (options.reach[0], options.softmax_scale, max_length)
+        numbers = (options.reach[0], options.softmax_scale, options.softcap, max_length)
         return library.decode(q_pack, k_pack, v, lengths, *numbers)
     return launches.decode(q_pack, k_pack, v, lengths, options, max_length)
 

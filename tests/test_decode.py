@@ -1,7 +1,7 @@
 """decode_attention against FP64, sequence by sequence, and what must not change its bits."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -42,13 +42,15 @@ class DecodeCase:
     dtype: torch.dtype = torch.float32
     left: int = -1
     scale: float | None = None
+    softcap: float = 0.0
     layouts: tuple[str, str, str] = ("contiguous",) * 3
     values: str = "normal"
     seed: int = 0
 
     @property
     def options(self) -> dict:
-        return {"softmax_scale": self.scale, "window_size": (self.left, -1)}
+        numbers = {"softmax_scale": self.scale, "softcap": self.softcap}
+        return numbers | {"window_size": (self.left, -1)}
 
     def tensors(self):
         """``q [B, T_q, H, D]``, caches ``[B, max_len, H_kv, D]``, lengths int32 ``[B]``."""
@@ -141,6 +143,14 @@ def test_lengths_and_windows_around_the_ends_of_splits(backend, length, left):
 @pytest.mark.parametrize("values", ["zeros", "large", "huge"])
 def test_logits_of_every_size(backend, dtype, values):
     check(DecodeCase((90, 1), group=2, dtype=dtype, values=values), backend)
+
+
+@pytest.mark.parametrize("dtype", dtypes_for("triton"))
+@pytest.mark.parametrize(("softcap", "left"), [(0.5, -1), (5.0, 40), (50.0, -1)])
+def test_softcaps(dtype, softcap, left):
+    for values in ("small", "normal", "huge"):
+        case = DecodeCase((90, 31), T_q=2, group=2, dtype=dtype, softcap=softcap, left=left)
+        check(replace(case, values=values), "triton")
 
 
 @backends
@@ -301,7 +311,8 @@ BAD = [
     ({"max_length": 2.0}, TypeError, "max_length must be an int"),
     ({"window_size": (1, 2, 3)}, TypeError, "window_size must be"),
     ({"softmax_scale": -1.0}, ValueError, "softmax_scale must be"),
-    ({"softcap": 5.0}, NotImplementedError, "softcap"),
+    ({"softcap": -5.0}, ValueError, "softcap must be"),
+    ({"softcap": 5.0, "backend": "sdpa"}, NotImplementedError, "no softcap; use backend='triton'"),
     ({"q_pack": normal(3, 1, 2, 16)}, ValueError, "k_pack must be"),
     ({"q_pack": normal(2, 1, 2, 16).half()}, TypeError, "k_pack must be torch.float16"),
     ({"k_pack": normal(2, 9, 3, 16)}, ValueError, "number of heads that divides"),

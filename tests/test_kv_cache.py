@@ -349,6 +349,32 @@ def test_beams_go_on_from_the_sequence_that_they_continue():
     assert_bitwise(in_pieces(module, x[:, 8:], 1, other), out)
 
 
+@pytest.mark.parametrize(("backend", "sizes"), [("sdpa", [1] * 20), ("triton", [17, 2, 1])])
+@pytest.mark.parametrize("options", [{"n_kv_head": 1}, {"rope": True}, {"qk_norm": True}])
+def test_grouped_rotated_and_normed_heads_go_through_the_cache(backend, sizes, options):
+    module, x = layer(backend=backend, **options).eval(), normal(2, 20, C)
+    cache = KVCache(2, 30, options.get("n_kv_head", H), D, device=DEVICE)
+    with torch.no_grad():
+        full = layer(**options).eval()(x)
+    out = in_pieces(module, x, sizes, cache)
+    assert_rounded(out, full.double(), "with a cache", full.double())
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+def test_ragged_sequences_are_rotated_by_their_own_positions(backend):
+    module = layer(rope=True, backend=backend).eval()
+    x, lengths = normal(2, 12, C), (8, 3)
+    cache = KVCache(2, 30, H, D, device=DEVICE)
+    with torch.no_grad():
+        module(x[:, :8], cache)
+        cache.crop(lengths)
+        out = module(x[:, 8:], cache)
+        for b, n in enumerate(lengths):
+            alone = torch.cat((x[b : b + 1, :n], x[b : b + 1, 8:]), dim=1)
+            full = layer(rope=True).eval()(alone)[:, n:].double()
+            assert_rounded(out[b : b + 1], full, f"sequence {b}")
+
+
 def test_a_quantized_layer_takes_a_cache():
     module, x = layer().eval().quantize_("all"), normal(2, 20, C)
     with torch.no_grad():
@@ -378,10 +404,11 @@ def test_a_cache_in_autocasts_dtype():
         ({"x": normal(2, 2, C + 1)}, ValueError, "W_fused must be"),
         ({"grad": True}, ValueError, "a gradient is needed; use no_grad"),
         ({"dropout": 0.5}, ValueError, "cache cannot be used with dropout=0.5; call eval"),
+        ({"backend": "flex"}, NotImplementedError, "decoding over a cache is not available"),
     ],
 )
 def test_the_module_tells_before_anything_runs(monkeypatch, change, error, message):
-    module = layer(dropout=change.get("dropout", 0.0))
+    module = layer(dropout=change.get("dropout", 0.0), backend=change.get("backend", "sdpa"))
     cache = change.get("cache", KVCache(2, 9, H, D, device=DEVICE))
     monkeypatch.setattr(torch.nn.functional, "linear", None)
     with torch.set_grad_enabled("grad" in change), pytest.raises(error, match=message):

@@ -123,11 +123,10 @@ def _norm_rope(tensors, rope_dims=8, eps=1e-6, in_place=False):
     norm_rope_backward.norm_rope_backward(call, dq_out, dk_out, [True] * 6)
 
 
-def _decode(tensors, max_length=300, left=-1, softmax_scale=None, config=None):
+def _decode(tensors, max_length=300, **options):
     from ra_triton.kernels.decode import decode
 
-    options = {"max_length": max_length, "left": left, "softmax_scale": softmax_scale}
-    decode(*tensors.values(), **options, config=config)
+    decode(*tensors.values(), max_length=max_length, **options)
 
 
 def _append(tensors, max_len=9):
@@ -187,7 +186,7 @@ GEMM_OPTIONS = [{"config": LaunchConfig(rows, 4, block_n=16, block_k=16)} for ro
 NORM_ROPE_OPTIONS = [{"rope_dims": 4}, {"eps": 1e-5}, {"eps": None}]
 NORM_ROPE_READS = "q k q_low k_low cos sin", "q_weight k_weight positions"
 DECODE_OPTIONS = [
-    *({"max_length": 200}, {"left": 3}, {"softmax_scale": 0.5}),
+    *({"max_length": 200}, {"left": 3}, {"softmax_scale": 0.5}, {"softcap": 2.0}),
     {"config": LaunchConfig(16, 4, block_n=16, block_k=64)},
 ]
 DEPENDS = {  # kernel: its caller, tensors that may have any strides, tensors that may not, options

@@ -34,11 +34,8 @@ def unsupported(
         return None
     if head_dim is None or not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         return f"head dim {head_dim} is outside {MIN_HEAD_DIM}..{MAX_HEAD_DIM}"
-    if isinstance(options, DecodeOptions):
-        if options.softcap:
-            return "the decoding kernel has no softcap"
-        if options.n_queries > MAX_QUERIES:
-            return f"decoding takes at most {MAX_QUERIES} queries, got {options.n_queries}"
+    if isinstance(options, DecodeOptions) and options.n_queries > MAX_QUERIES:
+        return f"decoding takes at most {MAX_QUERIES} queries, got {options.n_queries}"
     return None
 
 

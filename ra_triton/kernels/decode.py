@@ -4,6 +4,7 @@
                                                    h' = h // (H // H_kv)
 
 over the keys ``i - left <= j <= i``, where ``i = lengths[b] - T_q + t`` is the position of query t.
+With a softcap the exponent is softcap * tanh(softmax_scale * q·k / softcap).
 
 q ``[B, T_q, H, D]``, ``T_q <= 16``; k and v ``[B, max_len, H_kv, D]``, of which sequence b has
 ``lengths[b]`` (int32, on the device) → o ``[B, T_q, H, D]``. Two kernels:
@@ -20,8 +21,6 @@ bits of a sequence do not depend on its neighbours; splits without keys end at o
 read. Overwrites nothing. After Flash-Decoding (pytorch.org/blog/flash-decoding).
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -30,8 +29,8 @@ from torch import Tensor
 from ra_triton.kernels.configs import LaunchConfig, launch_config
 from ra_triton.kernels.plans import Layout, Plan, layout_of, on_16_bytes, planned
 from ra_triton.kernels.tiles import (
-    LOG2E,
     block_d_of,
+    capped,
     dot,
     dot_precision,
     follow,
@@ -39,6 +38,7 @@ from ra_triton.kernels.tiles import (
     is_aligned,
     is_wide,
     load_rows,
+    score_arguments,
     strides_by_name,
     target_of,
 )
@@ -88,9 +88,11 @@ def _decode_kernel(
     max_len,
     n_splits,
     left,
-    scale_log2,  # softmax_scale * log2(e)
+    scale_log2,  # softmax_scale * log2(e); with SOFTCAP softcap * log2(e)
+    cap_scale,  # softmax_scale / softcap
     D: tl.constexpr,
     PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -137,6 +139,8 @@ def _decode_kernel(
             D, True, False, WIDE, ALIGNMENT, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         s = dot(q, k.T, None, PRECISION)  # [BLOCK_M, BLOCK_N]
+        if SOFTCAP:
+            s = capped(s, cap_scale)
         offs_n = n + tl.arange(0, BLOCK_N)[None, :]
         seen = (offs_n <= last[:, None]) & (offs_n >= first[:, None])
         s = tl.where(seen, s, float("-inf"))
@@ -230,6 +234,7 @@ def decode(
     max_length: int,
     left: int = -1,
     softmax_scale: float | None = None,
+    softcap: float = 0.0,
     config: LaunchConfig | None = None,
 ) -> Tensor:
     """``q [B, T_q, H, D]``, ``k, v [B, max_len, H_kv, D]`` → ``o [B, T_q, H, D]``, contiguous.
@@ -252,6 +257,7 @@ def decode(
         min(max_len, triton.next_power_of_2(max_length)),  # so that few lengths make a plan
         left,
         softmax_scale,
+        float(softcap),
         dot_precision(q.dtype),
         target_of(q.device),
         config,
@@ -275,6 +281,7 @@ def _plans(
     longest: int,
     left: int,
     softmax_scale: float | None,
+    softcap: float,
     precision: str,
     target: str,
     config: LaunchConfig | None,
@@ -293,8 +300,7 @@ def _plans(
     split = keys_per_split(max_len, config.block_k)
     n_splits = triton.cdiv(longest, split)
     block_m = min(config.block_m, max(16, triton.next_power_of_2(rows)))
-    if softmax_scale is None:
-        softmax_scale = 1 / math.sqrt(D)
+    scores = score_arguments(D, softmax_scale, softcap)
     shared = {
         "H_kv": H_kv,
         "group": group,
@@ -302,7 +308,7 @@ def _plans(
         "max_len": longest,
         "n_splits": n_splits,
         "left": left,
-        "scale_log2": softmax_scale * LOG2E.value,
+        "scale_log2": scores["scale_log2"],
         "D": D,
         "SPLIT": split,
         "BLOCK_D": block_d_of(D),
@@ -311,6 +317,7 @@ def _plans(
         **strides_by_name(q=q),
         **strides_by_name(alignment, k=k, v=v),
         **shared,
+        **scores,
         "B": B,
         "PRECISION": precision,
         "WIDE": any(is_wide(t.strides[1] * config.block_n) for t in (k, v)),

@@ -14,6 +14,7 @@ from ra_triton.api import (
     project,
     ra_attention,
 )
+from ra_triton.backend import choose
 from ra_triton.cache import KVCache
 from ra_triton.checks import check_choice, check_dims, check_float_tensor, needs_grad
 from ra_triton.layout import RALayout
@@ -21,6 +22,7 @@ from ra_triton.nn.composed import INIT_STD, ComposedLinear
 from ra_triton.nn.quantized import QuantizedLinear
 from ra_triton.nn.rope import THETA, RotaryTables
 from ra_triton.norm_rope import check_rope_dims
+from ra_triton.options import DecodeOptions
 from ra_triton.quantization import QuantizedWeight, quantize_weight
 from ra_triton.weights import kv_heads
 
@@ -222,11 +224,16 @@ class RACausalSelfAttention(nn.Module):
         B, T, _ = x.shape
         on_autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if on_autocast else x.dtype
-        cache.check_fits((B, T, self.n_kv_head, self.n_embd // self.n_head), dtype, x.device)
-        operands = self.operands(x, cache.lengths)
+        head_dim = self.layout.head_dim
+        cache.check_fits((B, T, self.n_kv_head, head_dim), dtype, x.device)
+        choose(
+            self.backend, (x,), DecodeOptions(n_queries=min(T, FEW_TOKENS)), head_dim
+        )  # or raise
         known = cache.known_lengths()
-        if T > FEW_TOKENS and known is not None and len(set(known)) == 1:
-            return self._prefill(*operands, cache, known[0]).flatten(2)
+        before = known[0] if known is not None and len(set(known)) == 1 else None
+        operands = self.operands(x, cache.lengths if before is None else before)
+        if T > FEW_TOKENS and before is not None:
+            return self._prefill(*operands, cache, before).flatten(2)
         pieces = zip(*(t.split(FEW_TOKENS, dim=1) for t in operands), strict=True)
         outs = [self._decode(q, k, v, cache) for q, k, v in pieces]
         return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)).flatten(2)
