@@ -61,7 +61,7 @@ ARROWS = {
     },
     "nn.attention": {
         *("api", "cache", "nn.composed", "nn.quantized", "nn.rope", "quantization", "weights"),
-        "workspace",
+        *("backend", "workspace"),
         *SHARED,
     },
     "nn.llama": {"nn.attention", "nn.composed", "nn.gpt2", "nn.quantized"},

@@ -226,9 +226,8 @@ class RACausalSelfAttention(nn.Module):
         dtype = torch.get_autocast_dtype(x.device.type) if on_autocast else x.dtype
         head_dim = self.layout.head_dim
         cache.check_fits((B, T, self.n_kv_head, head_dim), dtype, x.device)
-        choose(
-            self.backend, (x,), DecodeOptions(n_queries=min(T, FEW_TOKENS)), head_dim
-        )  # or raise
+        # Raises where decoding would, before the projection has run.
+        choose(self.backend, (x,), DecodeOptions(n_queries=min(T, FEW_TOKENS)), head_dim)
         known = cache.known_lengths()
         before = known[0] if known is not None and len(set(known)) == 1 else None
         operands = self.operands(x, cache.lengths if before is None else before)

@@ -2545,6 +2545,20 @@ DECODE_FAULTS = [
         f"{_DE}head_dims_and_dtypes",
     ),
     Fault(
+        "decode: no softcap",
+        DECODE,
+        "s = capped(s, cap_scale)",
+        "s = s",
+        f"{_DE}softcaps",
+    ),
+    Fault(
+        "decode: the softcap is lost on its way",
+        DECODE,
+        "        float(softcap),\n        dot_precision",
+        "        0.0,\n        dot_precision",
+        f"{_DE}softcaps",
+    ),
+    Fault(
         "decode: splits share a key",
         DECODE,
         "end = tl.minimum((split + 1) * SPLIT, length)",
@@ -2655,6 +2669,20 @@ DECODE_FAULTS = [
         "        if self._captured:\n            self._known = ",
         "        if False:\n            self._known = ",
         f"{_CA}after_a_capture_lengths_are_read_from_the_device",
+    ),
+    Fault(
+        "module: what cannot decode is told after the projection",
+        ATTENTION_MODULE,
+        "        choose(self.backend, (x,), DecodeOptions",
+        "        _ = (self.backend, (x,), DecodeOptions",
+        f"{_CA}the_module_tells_before_anything_runs",
+    ),
+    Fault(
+        "module: a cache's tokens are rotated from 0",
+        ATTENTION_MODULE,
+        "self.operands(x, cache.lengths if before is None else before)",
+        "self.operands(x, 0)",
+        f"{_CA}grouped_rotated_and_normed_heads_go_through_the_cache[options1-sdpa-sizes0]",
     ),
     Fault(
         "module: a second chunk sees itself alone",
