@@ -233,7 +233,8 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     rows = rows.float()
     absmax = rows.abs().amax(-1)
     finite = absmax.isfinite()
-    scale = (absmax / LARGEST).clamp_min(SMALLEST_SCALE)
+    # Not by a number: on a GPU PyTorch would multiply by its rounded reciprocal.
+    scale = (absmax / torch.full_like(absmax, LARGEST)).clamp_min(SMALLEST_SCALE)
     rounded = torch.where(finite[..., None], rows / scale[..., None], 0.0).round()
     return rounded.to(torch.int8), scale.masked_fill(~finite, torch.nan)
 

@@ -130,7 +130,7 @@ def append_(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Ten
 
 
 def _refuse_few_tokens(x: Tensor, W: QuantizedWeight) -> None:
-    """W8A8 of a single token did not pass its gate on a GPU; from 129 it does but for rounding."""
+    """W8A8 of one float32 token gave NaNs on an H100, and nobody knows yet for how many more."""
     tokens = x.shape[0] * x.shape[1]
     if x.is_cuda and W.activations == "int8" and tokens < MIN_INT8_TOKENS:
         raise NotImplementedError(
