@@ -268,6 +268,22 @@ def test_what_a_launch_depends_on_makes_another_plan(monkeypatch, fresh_plans, k
     assert {name: names[id(plan)] for name, plan in found.items()} == {name: name for name in found}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_integer_products_into_another_dtype_are_another_plan(monkeypatch, fresh_plans, dtype):
+    """Their operands are int8 whatever the result is."""
+    launched = []
+    monkeypatch.setattr(plans.Plan, "__call__", lambda self, *tensors: launched.append(self))
+    for y_dtype in (torch.float16, dtype):
+        tensors = {
+            name: _allocate(name, shape, torch.int8) for name, shape in SHAPES[_int8].items()
+        }
+        for name in ("x_scale", "w_scale"):
+            tensors[name] = tensors[name].float()
+        _int8({**tensors, "bias": None, "y": tensors["y"].to(y_dtype)})
+    first, _, second, _ = launched
+    assert first is not second
+
+
 def test_descriptors_are_for_what_one_stride_leads_through(monkeypatch, fresh_plans):
     from ra_triton.kernels import projection, projection_backward
 

@@ -341,3 +341,10 @@ def test_columns_say_where_the_low_lanes_and_the_others_are(heads, R):
         found = [start + j + min(j // lanes, n) * gap for j in range(len(part))]
         assert part.tolist() == found
     assert layout.unpack(places)[layout.columns - len(low) :].sort().values.tolist() == low.tolist()
+
+
+@backends
+def test_one_shape_in_every_dtype_one_after_another(backend):
+    """Integer products see the dtype of their result alone; one was taken for the other."""
+    for dtype in (*dtypes_for(backend), torch.float32):
+        check_case(ProjectionCase(T=5, dtype=dtype, with_bias=True), "all", "int8", backend)

@@ -19,7 +19,6 @@ from ra_triton.workspace import Workspace
 
 MIN_CAPABILITY = (8, 0)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
-MIN_INT8_TOKENS = 128
 MAX_QUERIES = 16  # of a decoding call, per sequence
 
 
@@ -44,7 +43,6 @@ def project(
 ) -> Tensor:
     """``x @ W_packed + bias``: ``[B, T, C] @ [C, N] -> [B, T, N]``."""
     if isinstance(W_packed, QuantizedWeight):
-        _refuse_few_tokens(x, W_packed)
         return ops.project_quantized(x, W_packed, bias, out)
     return ops.project(x, W_packed, bias, out)
 
@@ -71,7 +69,6 @@ def layer(
 ) -> Tensor:
     """Projection and attention: ``[B, T, C] -> [B, T, H, D]``."""
     if isinstance(W_packed, QuantizedWeight):
-        _refuse_few_tokens(x, W_packed)
         return ops.layer_quantized(x, W_packed, bias, layout, options, workspace, offsets)
     return ops.layer(x, W_packed, bias, layout, options, workspace, offsets)
 
@@ -127,16 +124,6 @@ def append_(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Ten
         sdpa.append_(k_cache, v_cache, lengths, k, v)
     else:
         ops.append_(k_cache, v_cache, lengths, k, v)
-
-
-def _refuse_few_tokens(x: Tensor, W: QuantizedWeight) -> None:
-    """W8A8 of one float32 token gave NaNs on an H100, and nobody knows yet for how many more."""
-    tokens = x.shape[0] * x.shape[1]
-    if x.is_cuda and W.activations == "int8" and tokens < MIN_INT8_TOKENS:
-        raise NotImplementedError(
-            f"backend='triton': int8 activations need at least {MIN_INT8_TOKENS} tokens on a GPU, "
-            f"got {tokens}; use backend='sdpa', or activations='none'"
-        )
 
 
 def _device_unsupported(device: torch.device) -> str | None:
