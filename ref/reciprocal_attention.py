@@ -142,7 +142,8 @@ def round_to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     Defined in float32, whose last bit decides between two integers; ties go to the even one.
     """
     rows = rows.float()
-    scale = (rows.abs().amax(-1, keepdim=True) / 127).clamp_min(2.0**-126)
+    # A tensor on its device: to PyTorch on a GPU, / 127 is a product with the rounded 1 / 127.
+    scale = (rows.abs().amax(-1, keepdim=True) / rows.new_full((), 127)).clamp_min(2.0**-126)
     return torch.round(rows / scale), scale
 
 

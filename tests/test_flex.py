@@ -180,6 +180,7 @@ def test_one_compilation_serves_all_lengths_caps_and_windows():
     assert run(150, 190, (60, 3), 2.0) == 1
     assert run(300, 260, (9, 130), 2.0) == 0
     assert run(131, 700, (0, 1), 0.5) == 0
+    assert run(300, 240, (7, 1), 0.5) == 0  # the first 59 queries see no key
 
 
 @on_cpu

@@ -240,6 +240,8 @@ def test_offsets_beyond_two_to_the_thirty_one():
         t[-1, :512] = normal(512, H, D, dtype=torch.float16, seed=seed)
     assert (B - 1) * buffer.stride(0) > 2**31
     out = ra_triton.packed_attention(q, k, v, backend="triton")
-    alone = [t[-1:, :512].contiguous() for t in (q, k, v)]
+    alone = [
+        t[-1:].contiguous() for t in (q, k, v)
+    ]  # as long: another length may be another kernel
     expected = ra_triton.packed_attention(*alone, backend="triton")
-    assert_bitwise(out[-1:, :512], expected)
+    assert_bitwise(out[-1:], expected)

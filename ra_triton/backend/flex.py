@@ -83,9 +83,11 @@ def packed_attention(
         return sdpa.packed_attention(q_pack, k_pack, v, options)  # zeros: nothing to attend to
     left, right = options.reach
     # The first rows may have no key. FlexAttention's releases differ in what they make of those,
-    # so they are not given to it.
+    # so they are not given to it; a copy, as the compiler takes rows with gaps for another layout.
     blind = max(0, T_q - T_k - right) if right >= 0 else 0
-    q, k, v = (t.transpose(1, 2) for t in (q_pack[:, blind:], k_pack, v))  # [B, H, T, D]
+    if blind:
+        q_pack = q_pack[:, blind:].contiguous()
+    q, k, v = (t.transpose(1, 2) for t in (q_pack, k_pack, v))  # [B, H, T, D]
     if not torch.is_grad_enabled():
         q, k, v = (t.detach() for t in (q, k, v))  # on a CPU a leaf that asks for one is refused
     with_lse = options.return_lse and q.device.type != "cpu"
