@@ -307,6 +307,8 @@ def _launches() -> Iterator[_Launch]:
             for causal in (True, False):
                 label = f"{name} D={D} causal={causal}"
                 yield _HOPPER, label, _attention(dtype, D, causal, T=4096)
+                if D == 64:
+                    yield _HOPPER, f"{label} T=1024", _attention(dtype, D, causal, T=1024)
         for transposed in (False, True):
             label = f"{name} transposed={transposed}"
             misaligned = f"{label} misaligned"
@@ -381,7 +383,7 @@ def _tensor(dtype: torch.dtype, *shape: int, offset: int = 0) -> Tensor:
 
 
 def _attention(
-    dtype: torch.dtype, D: int, causal: bool = True, offset: int = 0, T: int = 1024
+    dtype: torch.dtype, D: int, causal: bool = True, offset: int = 0, T: int = 128
 ) -> Callable[..., Any]:
     q, k, v = _tensor(dtype, 2, T, 3, 12, D, offset=offset).unbind(2)
     return partial(attention_forward.attention_forward, q, k, v, causal=causal, softmax_scale=None)

@@ -84,6 +84,7 @@ class Loop:
 
     name: str
     body: tuple[Instruction, ...]
+    inner: frozenset[str] = frozenset()  # names of the loops inside
 
     def count(self, *bases: str) -> int:
         """How many instructions have one of these opcodes, modifiers aside."""
@@ -116,10 +117,10 @@ class Program:
     def hot_loop(self) -> Loop:
         """Where the kernel spends its time; the whole kernel if it has no loop that computes.
 
-        Among the loops that do at least half the work of the one that does most, the one with the
-        fewest instructions for its work: a causal kernel may run the same products in an unmasked
-        and a masked loop, and most tiles take the unmasked one. Work is matrix FLOP; in a kernel
-        without matrix instructions FP32 FLOP.
+        Among the loops that do at least half the work of the one that does most, and have none of
+        these inside, the one with the fewest instructions for its work: a causal kernel may run the
+        same products in an unmasked and a masked loop, and most tiles take the unmasked one. Work
+        is matrix FLOP; in a kernel without matrix instructions FP32 FLOP.
         """
         loops = self.loops()
         kind = "matrix_flops" if any(loop.matrix_flops for loop in loops) else "vector_flops"
@@ -128,6 +129,8 @@ class Program:
         if most == 0:
             return Loop("whole kernel", self._without_padding())
         heavy = [loop for loop in loops if 2 * work(loop) >= most]
+        names = {loop.name for loop in heavy}
+        heavy = [loop for loop in heavy if not names & loop.inner]
         return min(heavy, key=lambda loop: len(loop.body) / work(loop))
 
     def loops(self) -> list[Loop]:
@@ -141,7 +144,11 @@ class Program:
                 ranges[start] = max(i, ranges.get(start, i))
         names = {position: label for label, position in self.labels.items()}
         return [
-            Loop(names[start], self._own(start, end, ranges))
+            Loop(
+                names[start],
+                self._own(start, end, ranges),
+                frozenset(names[i] for i in ranges if start < i <= end),
+            )
             for start, end in sorted(ranges.items())
         ]
 

@@ -232,6 +232,17 @@ def test_launches_on_the_tensors_device_whichever_is_current():
     assert_bitwise(out.to(expected.device), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [64, 128])
+def test_the_logsumexp_does_not_drift_with_the_number_of_key_tiles(D, dtype):
+    """A fused multiply-add once made 2^(c m - c m) something else than 1, key tile by key tile."""
+    q = normal(2, 64, 6, D, dtype=dtype)
+    k, v = (normal(2, 4096, 2, D, dtype=dtype, seed=seed) for seed in (1, 2))
+    options = {"causal": False, "softmax_scale": 0.37}
+    out, lse = ra_triton.packed_attention(q, k, v, return_lse=True, backend="triton", **options)
+    assert_attention_close(out, q, k, v, lse=lse, **options)
+
+
 def test_offsets_beyond_two_to_the_thirty_one():
     B, T, H, D = 3, 8192, 16, 128
     buffer = torch.zeros(B, 174_800, 3, H, D, dtype=torch.float16, device="cuda")  # 6.4 GB

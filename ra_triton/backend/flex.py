@@ -1,8 +1,9 @@
 """PyTorch's FlexAttention over packed operands: masks as block masks, ``softcap`` as a score_mod.
 
 A score_mod sees one score, never the transposed one; packed operands need nothing else
-(``docs/flex.md``). Compiled by torch.compile, once for each configuration and for any lengths; the
-compiler and FlexAttention are imported by the first call. On a CPU it has a forward alone.
+(``docs/flex.md``). Compiled by torch.compile, once for each configuration and for any lengths, and
+once more where keys are not as many as queries; the compiler and FlexAttention are imported by the
+first call. On a CPU it has a forward alone.
 """
 
 import math
@@ -148,7 +149,8 @@ class Configuration:
     """What the compiled code depends on besides lengths, bounds of masks and caps.
 
     ``ones``: which sizes are 1, as the compiler takes those for numbers: the batch, and queries,
-    keys, blocks of either.
+    keys, blocks of either. ``one_length``: of queries and keys, as it takes equal sizes of views'
+    bases for one.
     """
 
     device: torch.device
@@ -159,6 +161,7 @@ class Configuration:
     capped: bool
     with_lse: bool
     ones: tuple[bool, ...]
+    one_length: bool
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, options: AttentionOptions, with_lse: bool) -> "Configuration":
@@ -176,6 +179,7 @@ class Configuration:
                 q.shape[0] == 1,
                 *(size >= T for T in (q.shape[2], k.shape[2]) for size in (1, BLOCK)),
             ),
+            q.shape[2] == k.shape[2],
         )
 
 

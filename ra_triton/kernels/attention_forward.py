@@ -40,6 +40,7 @@ from ra_triton.kernels.tiles import (
     key_range,
     load_rows,
     mask_arguments,
+    processors_of,
     rows_in_bulk,
     score_arguments,
     sequence,
@@ -103,12 +104,13 @@ def _attend(
             if WINDOW:
                 s = tl.where(offs_n[None, :] >= first_key[:, None], s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
-        m_scaled = m_new * scale_log2
+        m_known = m_new
         if MASKED:
             # A row that has seen no key yet has m = -inf, and -inf - -inf is NaN.
-            m_scaled = tl.where(m_new == float("-inf"), 0.0, m_scaled)
-        p = tl.exp2(s * scale_log2 - m_scaled[:, None])
-        alpha = tl.exp2(m_i * scale_log2 - m_scaled)
+            m_known = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s * scale_log2 - (m_known * scale_log2)[:, None])
+        # Exactly 1 where m stays, which a fused multiply-add with a rounded product would not be.
+        alpha = tl.exp2((m_i - m_known) * scale_log2)
         l_i = l_i * alpha + tl.sum(p, 1)
         if DROPOUT:
             offs_m = m + tl.arange(0, BLOCK_M)
@@ -347,7 +349,10 @@ def _plan(
     if config is None and aligned and others[3] and not special:
         config = warp_specialised(D, dtype, target, min(T_q, T_k))
     if config is not None and config.groups > 1:
-        return attention_forward_hopper.forward_plan(dtype, q, k, v, causal, softmax_scale, config)
+        processors = processors_of(device)
+        return attention_forward_hopper.forward_plan(
+            dtype, q, k, v, causal, softmax_scale, config, processors
+        )
     if config is None:
         flags = (dropout_p > 0, mask["WINDOW"], varlen)
         config = launch_config("attention_forward", D, dtype, target, aligned, *flags)

@@ -202,10 +202,9 @@ def warp_specialised(
 ) -> LaunchConfig | None:
     """The row of the forward kernel whose warps have one job each, where that one is faster.
 
-    It has three warpgroups of 64 queries with heads of 64, and two with heads of 128, whose
-    accumulators leave no room for a third; static: no spill. Chosen on an H100 (80 GB HBM3, driver
-    580.159.04, torch 2.11, Triton 3.6.0), causal, bf16, 16384 tokens, width 2048, plain kernel in
-    brackets; a range is that of two runs.
+    Static: no spill; heads of 128 leave no registers for a third warpgroup. Chosen on an H100 (80
+    GB HBM3, driver 580.159.04, torch 2.11, Triton 3.6.0), causal, bf16, 16384 tokens, width 2048;
+    in brackets the plain kernel and cuDNN.
 
     Args:
         head_dim: ``D``.
@@ -213,14 +212,17 @@ def warp_specialised(
         target: from :func:`target`.
         length: queries or keys, whichever are fewer.
     """
-    if target != "sm_90" or dtype == torch.float32:
+    if target != "sm_90" or dtype == torch.float32 or length < 256:
         return None
-    # T = 2048: 393 us (376), 4096: 668 us (695), 16384: 2213 us (2485)
-    if head_dim == 64 and length >= 4096:
+    # T = 512: 135 us (171, 129), 1024: 208 us (243, 197)
+    if head_dim == 64 and length < 2048:
+        return LaunchConfig(64, 4, 3, block_n=128, use_tma=True, pdl=True, groups=2)
+    # T = 2048: 329 us (397, 339), 4096: 616 us (747, 677), 16384: 2143 us (2668, 2496)
+    if head_dim == 64:
         return LaunchConfig(64, 4, 2, block_n=128, use_tma=True, pdl=True, groups=3)
-    # T = 1024: 198 to 206 us (190), 2048: 285 to 297 us (306), 4096: 489 to 501 us (601 to 612),
-    # 16384: 1595 to 1672 us (1986 to 1997)
-    if head_dim == 128 and length >= 2048:
+    # T = 512: 109 us (138, 102), 1024: 148 us (204, 160), 2048: 249 us (314, 272),
+    # 4096: 430 us (597, 515), 16384: 1692 us (2106, 1974)
+    if head_dim == 128:
         return LaunchConfig(64, 4, 2, block_n=128, use_tma=True, pdl=True, groups=2)
     return None
 

@@ -146,9 +146,9 @@ def _decode_kernel(
         s = tl.where(seen, s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
         # A row that has seen no key yet has m = -inf, and -inf - -inf is NaN.
-        m_scaled = tl.where(m_new == float("-inf"), 0.0, m_new * scale_log2)
-        p = tl.exp2(s * scale_log2 - m_scaled[:, None])
-        alpha = tl.exp2(m_i * scale_log2 - m_scaled)
+        m_known = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s * scale_log2 - (m_known * scale_log2)[:, None])
+        alpha = tl.exp2((m_i - m_known) * scale_log2)  # see attention_forward.py
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         v = load_rows(
