@@ -222,9 +222,9 @@ class KVCache:
             ValueError: not one for each sequence, or no sequence of that number.
         """
         if not isinstance(indices, Tensor):
-            indices = list(indices)
-            if any(type(i) is not int for i in indices):
-                raise TypeError(f"indices must be ints, got {indices!r}")
+            if not isinstance(indices, Sequence) or any(type(i) is not int for i in indices):
+                raise TypeError(f"indices must be ints, one for each sequence, got {indices!r}")
+            self._check_range(list(indices))
             indices = torch.tensor(indices, dtype=torch.int64)
         if indices.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"indices must be int32 or int64, got {indices.dtype}")
@@ -233,14 +233,17 @@ class KVCache:
         known = self.known_lengths()
         if not indices.is_cuda or (known is not None and len(set(known)) > 1):
             numbers = indices.tolist()
-            if not all(0 <= i < self.batch for i in numbers):
-                raise ValueError(f"indices must be within 0..{self.batch - 1}, got {numbers}")
+            self._check_range(numbers)
             if known is not None:
                 self._known = [known[i] for i in numbers]
         rows, used = self._moved(indices.long()), self.longest
         for t in (self.k_pack, self.v):
             t[:, :used] = t[rows, :used]
         self.lengths.copy_(self.lengths[rows])
+
+    def _check_range(self, indices: list[int]) -> None:
+        if not all(0 <= i < self.batch for i in indices):
+            raise ValueError(f"indices must be within 0..{self.batch - 1}, got {indices}")
 
     def _moved(self, t: Tensor) -> Tensor:
         """``t`` on the device, without waiting for it."""

@@ -4,7 +4,12 @@ from torch import Tensor
 
 from ra_triton.api import _autocast
 from ra_triton.backend import choose
-from ra_triton.checks import check_attention_inputs, check_float_tensor, check_unit_stride
+from ra_triton.checks import (
+    check_attention_inputs,
+    check_float_tensor,
+    check_shape,
+    check_unit_stride,
+)
 from ra_triton.offsets import checked
 from ra_triton.options import AttentionOptions
 
@@ -72,6 +77,9 @@ def packed_attention_varlen(
         if t.dim() != 3:
             raise ValueError(f"{name} must be [total, H, D], got {tuple(t.shape)}")
         check_unit_stride(name, t)
+    D = q_pack.shape[-1]
+    check_shape("k_pack", k_pack, (*k_pack.shape[:2], D), "[total_k, H_kv, D] like q_pack")
+    check_shape("v", v, tuple(k_pack.shape), "[total_k, H_kv, D] like k_pack")
     q_pack, k_pack, v = (t.unsqueeze(0) for t in tensors.values())
     check_attention_inputs(q_pack, k_pack, v)
     options = AttentionOptions(causal, softmax_scale, window_size, softcap, dropout_p, return_lse)

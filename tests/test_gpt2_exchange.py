@@ -198,6 +198,13 @@ def test_states_that_do_not_fit_raise_and_load_nothing():
             from_gpt2(module, wrong)
     with pytest.raises(TypeError, match=r"state\['c_attn.weight'\] must be a tensor, got list"):
         from_gpt2(module, {**state, "c_attn.weight": [1.0]})
+    with pytest.raises(
+        TypeError, match="state must be a mapping of names to tensors, got NoneType"
+    ):
+        from_gpt2(module, None)
+    for call in (to_gpt2, lambda m: from_gpt2(m, state)):
+        with pytest.raises(TypeError, match=r"module must be an nn.Module, got dict"):
+            call(state)
     for name, t in module.state_dict().items():
         assert_bitwise(t, before[name], name)
 

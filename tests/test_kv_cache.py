@@ -230,6 +230,9 @@ def test_bad_keys_change_nothing(new, error, message):
         ("reorder", [0, -1], ValueError, "indices must be within"),
         ("reorder", [0.0, 1.0], TypeError, "indices must be ints"),
         ("reorder", torch.tensor([0.0, 1.0]), TypeError, "indices must be int32 or int64"),
+        ("reorder", 1, TypeError, "indices must be ints, one for each sequence, got 1"),
+        ("reorder", None, TypeError, "indices must be ints, one for each sequence, got None"),
+        ("reorder", [2**70, 0], ValueError, "indices must be within 0..1"),
     ],
 )
 def test_bad_lengths_and_indices_change_nothing(method, argument, error, message):

@@ -141,6 +141,7 @@ def test_states_that_do_not_fit_raise_and_load_nothing():
         ({**state, "q_proj.bias": normal(C)}, ValueError, r"left over \['q_proj.bias'\]"),
         ({**state, "k_proj.weight": normal(D, C)}, ValueError, r"k_proj.weight must be \(48, 48\)"),
         ({}, ValueError, r"missing \['k_proj.weight', 'o_proj.weight', 'q_proj.weight', 'v_"),
+        (None, TypeError, "state must be a mapping of names to tensors, got NoneType"),
     ):
         with pytest.raises(error, match=match):
             from_llama(module, wrong)

@@ -352,8 +352,21 @@ MORE_ERRORS = [
     (ValueError, "cu_seqlens_k must be .B . 1. = .3. like", {"cu_seqlens_k": ints(0, 1, 3, 5)}),
     (TypeError, "check must be a bool, got 1", {"check": 1}),
     (ValueError, "q_pack must be .total, H, D.", {"q_pack": normal(1, 5, 2, 16)}),
-    (ValueError, "v must be .* like k_pack", {"v": normal(4, 2, 16)}),
-    (ValueError, "k_pack must have a number of heads", {"k_pack": normal(5, 3, 16)}),
+    (
+        ValueError,
+        r"v must be \[total_k, H_kv, D\] like k_pack = \(5, 2, 16\), got \(4, 2, 16\)",
+        {"v": normal(4, 2, 16)},
+    ),
+    (
+        ValueError,
+        r"k_pack must be \[total_k, H_kv, D\] like q_pack = \(5, 2, 16\), got \(5, 2, 8\)",
+        {"k_pack": normal(5, 2, 8)},
+    ),
+    (
+        ValueError,
+        "k_pack must have a number of heads",
+        {"k_pack": normal(5, 3, 16), "v": normal(5, 3, 16)},
+    ),
     (TypeError, "v must be torch.float32 like q_pack", {"v": normal(5, 2, 16).half()}),
     (TypeError, "q_pack must be a tensor", {"q_pack": None}),
     (ValueError, "dropout_p must be in", {"dropout_p": 1.0}),

@@ -39,10 +39,12 @@ def to_gpt2(module: nn.Module, *, orientation: str = "linear") -> dict[str, Tens
         the dtype of ``c_proj``; the rest may share memory with the module.
 
     Raises:
+        TypeError: not a module.
         ValueError: unknown orientation; a layer that no GPT-2 computes: grouped heads,
             rotation, QK-norm.
     """
     check_choice("orientation", orientation, ORIENTATIONS)
+    _check_module(module)
     state = {name: t.detach() for name, t in module.state_dict().items()}
     for name, attention in _attentions(module):
         _check_is_gpt2(attention)
@@ -80,15 +82,14 @@ def from_gpt2(
         ``module``.
 
     Raises:
-        TypeError: a value of ``state`` that is not a tensor.
+        TypeError: not a module, no mapping, a value of ``state`` that is not a tensor.
         ValueError: unknown orientation; names that are missing or left over, shapes that do not
             fit (nothing is loaded); a bias other than zero for a module without biases; a layer
             that is quantized, or that no GPT-2 computes.
     """
     check_choice("orientation", orientation, ORIENTATIONS)
-    for name, t in state.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"state[{name!r}] must be a tensor, got {type(t).__name__}")
+    _check_module(module)
+    check_state(state)
     loaded = {name: t for name, t in state.items() if not f".{name}".endswith(MASKS)}
     if orientation == "conv1d":
         loaded = _transposed(loaded)
@@ -106,6 +107,20 @@ def from_gpt2(
                 loaded[f"{name}c_attn.{factor}"] = t
     module.load_state_dict(loaded)
     return module
+
+
+def _check_module(module: nn.Module) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+
+
+def check_state(state: Mapping[str, Tensor]) -> None:
+    """Names and tensors, else TypeError."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be a mapping of names to tensors, got {type(state).__name__}")
+    for name, t in state.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"state[{name!r}] must be a tensor, got {type(t).__name__}")
 
 
 def _attentions(module: nn.Module) -> list[tuple[str, RACausalSelfAttention]]:

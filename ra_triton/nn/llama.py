@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ra_triton.nn.attention import RACausalSelfAttention
 from ra_triton.nn.composed import ComposedLinear
-from ra_triton.nn.gpt2 import composed_state
+from ra_triton.nn.gpt2 import check_state, composed_state
 from ra_triton.nn.quantized import QuantizedLinear
 
 NORMS = ("q_norm", "k_norm")
@@ -82,7 +82,7 @@ def from_llama(
         ``module``.
 
     Raises:
-        TypeError: not a :class:`RACausalSelfAttention`; a value of ``state`` that is no tensor.
+        TypeError: not a :class:`RACausalSelfAttention`; no mapping, or a value that is no tensor.
         ValueError: see :func:`to_llama`; names that are missing or left over, shapes that do not
             fit, grouped heads that have no factors, a layer that is quantized. Nothing is loaded
             then.
@@ -90,9 +90,7 @@ def from_llama(
     if isinstance(getattr(module, "c_attn", None), QuantizedLinear):
         raise ValueError("c_attn is quantized: load first, then quantize_")
     expected = to_llama(module, partial_rotary=partial_rotary)
-    for name, t in state.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"state[{name!r}] must be a tensor, got {type(t).__name__}")
+    check_state(state)
     given = {
         name: torch.zeros_like(t) for name, t in expected.items() if name.endswith("_proj.bias")
     } | dict(state)
