@@ -110,8 +110,13 @@ class QuantizedWeight:
         """``scale * q`` and the other columns as ``W_fused [C, N]`` in packed order.
 
         Args:
-            dtype: of the result; the products are exact in float64.
+            dtype: of the result, a float; the products are exact in float64.
+
+        Raises:
+            TypeError: another dtype.
         """
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point dtype, got {dtype!r}")
         wide = torch.promote_types(dtype, torch.float32)
         columns = (self.data.to(wide) * self.scale.to(wide)[:, None]).mT
         if self.others is not None:
@@ -144,13 +149,16 @@ class QuantizedWeight:
         """The inverse of :meth:`state_dict`; the tensors are shared, not copied.
 
         Raises:
-            TypeError: a tensor that is none, or of another dtype.
+            TypeError: a tensor that is none, or of another dtype; sizes that are no ints.
             ValueError: names that are missing or left over, sizes that do not fit.
         """
         expected = {"data", "scale", "others", *_SIZES, "activations"}
         if state.keys() != expected:
             missing, left_over = sorted(expected - state.keys()), sorted(state.keys() - expected)
             raise ValueError(f"state must have {missing} too, and not {left_over}")
+        for name in _SIZES:
+            if type(state[name]) is not int:
+                raise TypeError(f"{name} of state must be an int, got {state[name]!r}")
         H, H_kv, D, R = (state[name] for name in _SIZES)
         layout = RALayout.from_columns((H + 2 * H_kv) * D, R, H, H_kv)
         data, scale, others = (state[name] for name in ("data", "scale", "others"))
@@ -217,6 +225,8 @@ def quantize_weight(
             f"W_fused must have at most {MAX_INT8_CHANNELS} rows with activations='int8', "
             f"whose sums are int32, got {W_fused.shape[0]}"
         )
+    if W_fused.is_meta:
+        raise ValueError("W_fused must hold numbers, got a tensor on meta")
     if not W_fused.isfinite().all():
         raise ValueError("W_fused must be finite, got NaN or infinity")
     W_packed = layout.pack(W_fused) if weight_layout == "split" else W_fused

@@ -196,7 +196,9 @@ def check_sparse_inputs(
     if W.device != x.device:
         raise ValueError(f"W_fused must be on {x.device} like x, got {W.device}")
     if W.dtype != x.dtype:
-        raise TypeError(f"W_fused must be {x.dtype} like x, got {W.dtype}")
+        raise TypeError(
+            f"W_fused must be {x.dtype} like x, got {W.dtype}; make it sparse in that dtype"
+        )
     if W.shape[0] != x.shape[-1]:
         raise ValueError(f"W_fused must be [C, N] with C = {x.shape[-1]} like x, got {W.shape}")
     for name, value in {"R": R, "n_head": n_head, "n_kv_head": n_kv_head}.items():

@@ -122,6 +122,7 @@ def changed(q=None, **fields):
         ({"scale": torch.ones(95)}, ValueError, "scale must be one value per row"),
         ({"R": 5, "others": torch.ones(76, 24)}, ValueError, r"data must be \[20, C\]"),
         ({"n_head": 3}, ValueError, "multiple of n_kv_head"),
+        ({"n_head": "2"}, TypeError, "n_head of state must be an int, got '2'"),
         ({"activations": "fp8"}, ValueError, "activations must be one of none, int8"),
         ({"bits": 4}, ValueError, r"not \['bits'\]"),
     ],
@@ -137,6 +138,12 @@ def test_operands_have_to_be_dense_rows_on_one_device():
         changed(data=transposed)
     with pytest.raises(ValueError, match="scale must be on"):
         changed(scale=torch.empty(96, device="meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "float32"])
+def test_numbers_that_are_stood_for_are_floats(dtype):
+    with pytest.raises(TypeError, match="dtype must be a floating-point dtype"):
+        example().dequantize(dtype)
 
 
 # Errors before any launch
@@ -156,6 +163,7 @@ W96 = torch.ones(24, 96)
         ({"W_fused": W96[0]}, ValueError, r"W_fused must be \[C, N\]"),
         ({"W_fused": W96[:0]}, ValueError, "C >= 1"),
         ({"W_fused": W96 * NAN}, ValueError, "W_fused must be finite"),
+        ({"W_fused": W96.to("meta")}, ValueError, "W_fused must hold numbers, got .* meta"),
         ({"R": 0, "which": "reciprocal"}, ValueError, "needs R >= 1"),
         ({"R": 17}, ValueError, "R must be between 0 and the head dim 16"),
         ({"R": 4.0}, TypeError, "R must be an int"),
