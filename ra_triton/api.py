@@ -8,6 +8,7 @@ from torch import Tensor
 from ra_triton import prepared
 from ra_triton.backend import choose
 from ra_triton.checks import (
+    autocast_dtype,
     check_attention_inputs,
     check_choice,
     check_decode_inputs,
@@ -258,8 +259,11 @@ def decode_attention(
         k_pack: ``[B, max_len, H_kv, D]``; ``H_kv`` divides ``H``, and the query heads of a group
             share one load of a key. What lies beyond a length is never read.
         v: ``[B, max_len, H_kv, D]``.
-        lengths: ``[B]`` int32, valid keys of each sequence, the new ones included.
+        lengths: ``[B]`` int32, valid keys of each sequence, the new ones included. Their values are
+            not checked, which would wait for the device: one below 0 counts as 0, one beyond the
+            cache as ``max_len``.
         max_length: what no length exceeds, where the host knows it: less to launch, the same bits.
+            A length above it is cut off, or not: the numbers are wrong, but from within the cache.
         softmax_scale: see :func:`ra_attention`.
         window_size: see :func:`ra_attention`; the right side is 0 at most, as without a window.
         softcap: see :func:`ra_attention`.
@@ -476,9 +480,9 @@ def _tensors(W_fused: Tensor | QuantizedWeight) -> tuple[Tensor, ...]:
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
     """Float tensors in the autocast dtype where autocast is on; everything else unchanged."""
     device = getattr(tensors[0], "device", None)
-    if not isinstance(device, torch.device) or not torch.is_autocast_enabled(device.type):
+    dtype = autocast_dtype(device) if isinstance(device, torch.device) else None
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device.type)
     return tuple(
         t.to(dtype=dtype)
         if isinstance(t, QuantizedWeight) or (isinstance(t, Tensor) and t.is_floating_point())

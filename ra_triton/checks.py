@@ -158,6 +158,14 @@ def check_pack_inputs(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> Non
     check_shape("k_low", k_low, (B, T, H, R), "[B, T, H, R]: one row per query head")
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast asks for on ``device``; None where it is off, or is none at all."""
+    if not torch.amp.is_autocast_available(device.type):  # "meta"
+        return None
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else None
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd would record a call on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -81,12 +81,9 @@ def _check_norm(
     q: Tensor, qk_norm: QKNorm, eps: float
 ) -> tuple[tuple[Tensor | None, Tensor | None], float | None]:
     """``(q_weight, k_weight), eps``; eps is None without a norm."""
+    check_norm_eps(eps)
     if qk_norm is False:
         return (None, None), None
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"norm_eps must be a number, got {eps!r}")
-    if not 0 < eps < math.inf:
-        raise ValueError(f"norm_eps must be finite and above 0, got {eps}")
     if qk_norm is True:
         return (None, None), float(eps)
     if not isinstance(qk_norm, tuple) or len(qk_norm) != 2:
@@ -144,6 +141,14 @@ def _check_rope(
         )
     # The launch sees the same layout wherever the rows begin, so decoding plans it once.
     return cos[position : position + T], sin[position : position + T], None, dims
+
+
+def check_norm_eps(eps: float) -> None:
+    """``eps`` is a number above 0."""
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"norm_eps must be a number, got {eps!r}")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"norm_eps must be finite and above 0, got {eps}")
 
 
 def check_rope_dims(rope_dims: int | None, D: int) -> int:

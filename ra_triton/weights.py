@@ -4,10 +4,12 @@
 matrix. Composing weights costs a few MFLOP in plain torch, and autograd reaches every factor.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
-from ra_triton.checks import check_choice, check_float_tensor, check_same
+from ra_triton.checks import autocast_dtype, check_choice, check_float_tensor, check_same
 from ra_triton.layout import RALayout
 
 WEIGHT_LAYOUTS = ("split", "packed")
@@ -90,7 +92,8 @@ def compose_weights(
     recip = W_recip.expand(n_head, D, layout.R)
     group = n_head // H_kv
     every_k = k if group == 1 else k.repeat_interleave(group, dim=1)
-    with torch.autocast(W_q.device.type, enabled=False):  # the low lanes stay as exact as the rest
+    on_autocast = autocast_dtype(W_q.device) is not None  # the low lanes stay as exact as the rest
+    with torch.autocast(W_q.device.type, enabled=False) if on_autocast else nullcontext():
         q_low = torch.einsum("chd,hdr->chr", q, recip)
         k_low = torch.einsum("chd,hdr->chr", every_k, recip)
     if group > 1:
@@ -218,6 +221,9 @@ def _gated(name: str, gate: Tensor | float | None, lanes: Tensor) -> Tensor:
         if isinstance(gate, bool) or not isinstance(gate, (int, float)):
             raise TypeError(f"{name} must be a tensor, a number or None, got {gate!r}")
         return lanes * gate
+    check_float_tensor(name, gate, dtypes=None)
+    if gate.dim() and gate.device != lanes.device:
+        raise ValueError(f"{name} must be on {lanes.device} like W_q, got {gate.device}")
     if gate.dim() == 0:
         return lanes * gate.to(lanes.dtype)
     if gate.shape != (lanes.shape[1],):

@@ -255,6 +255,9 @@ COMPOSE_ERRORS = [
     (TypeError, "w_std must be a tensor, a number or None", {"w_std": "1"}),
     (TypeError, "w_rec must be a tensor, a number or None", {"w_rec": True}),
     (ValueError, "w_std must be a scalar or one value per head", {"w_std": normal(3)}),
+    (TypeError, "w_std must be a floating-point tensor", {"w_std": normal(2).cfloat()}),
+    (TypeError, "w_rec must be a floating-point tensor", {"w_rec": torch.ones(2).int()}),
+    (ValueError, "w_rec must be on .* like W_q, got meta", {"w_rec": normal(2).to("meta")}),
     (ValueError, "w_rec must be a scalar or one value per head", {"w_rec": normal(1, H)}),
     (ValueError, "weight_layout must be one of", {"weight_layout": "other"}),
 ]

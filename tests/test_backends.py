@@ -152,6 +152,16 @@ def test_disabled_autocast_changes_nothing():
     assert_bitwise(out, ra_triton.packed_attention(q, k, v))
 
 
+def test_tensors_without_numbers_have_no_autocast_and_give_shapes():
+    x, W = torch.empty(2, 9, C, device="meta"), torch.empty(C, 3 * H * D, device="meta")
+    factors = [torch.empty(C, H * D, device="meta") for _ in "qkv"]
+    assert ra_triton.ra_attention(x, W, n_head=H).shape == (2, 9, H * D)
+    W_recip = torch.empty(D, 4, device="meta")
+    assert ra_triton.compose_weights(*factors, W_recip, n_head=H).shape == W.shape
+    with pytest.raises(NotImplementedError, match="NVIDIA GPU, got tensors on meta"):
+        ra_triton.ra_attention(x, W, n_head=H, backend="triton")
+
+
 def test_every_backend_has_every_function_that_is_asked_of_one():
     tree = ast.parse(Path(registry.__file__).parents[1].joinpath("api.py").read_text())
     asked = {

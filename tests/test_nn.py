@@ -14,7 +14,7 @@ from strategies import DEVICE, backends, normal
 from torch import nn
 
 import ra_triton
-from ra_triton.nn import RACausalSelfAttention
+from ra_triton.nn import ComposedLinear, RACausalSelfAttention
 from ref import reciprocal_attention as ref
 
 
@@ -179,11 +179,30 @@ def test_gates_are_detached_copies():
         ({"dropout": None}, TypeError, "dropout must be a number, got None"),
         ({"parametrisation": "tied"}, ValueError, "parametrisation must be one of free, composed"),
         ({"recip_per_head": True}, ValueError, "recip_per_head needs parametrisation='composed'"),
+        ({"recip_per_head": "no"}, TypeError, "recip_per_head must be a bool, got 'no'"),
+        ({"bias": None}, TypeError, "bias must be a bool, got None"),
+        ({"qk_norm": "no"}, TypeError, "qk_norm must be a bool, got 'no'"),
+        ({"norm_eps": "1"}, TypeError, "norm_eps must be a number, got '1'"),
+        ({"norm_eps": -1.0}, ValueError, "norm_eps must be finite and above 0, got -1.0"),
     ],
 )
 def test_bad_arguments_raise(options, error, message):
     with pytest.raises(error, match=message):
         RACausalSelfAttention(**{"n_embd": C, "n_head": H, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"n_embd": 49}, ValueError, "n_embd=49 must be a multiple of n_head=3"),
+        ({"n_embd": 48.0}, TypeError, "n_embd must be an int, got 48.0"),
+        ({"R": 17}, ValueError, "R must be between 0 and the head dim 16, got 17"),
+        ({"n_kv_head": 2}, ValueError, "n_kv_head must divide n_head=3, got 2"),
+    ],
+)
+def test_a_composed_projection_by_itself_checks_its_sizes(options, error, message):
+    with pytest.raises(error, match=message):
+        ComposedLinear(**{"n_embd": C, "n_head": H, "R": R, **options})
 
 
 @parametrisations

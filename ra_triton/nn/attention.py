@@ -16,15 +16,19 @@ from ra_triton.api import (
 )
 from ra_triton.backend import choose
 from ra_triton.cache import KVCache
-from ra_triton.checks import check_choice, check_dims, check_float_tensor, needs_grad
-from ra_triton.layout import RALayout
-from ra_triton.nn.composed import INIT_STD, ComposedLinear
+from ra_triton.checks import (
+    autocast_dtype,
+    check_choice,
+    check_dims,
+    check_float_tensor,
+    needs_grad,
+)
+from ra_triton.nn.composed import INIT_STD, ComposedLinear, layout_of
 from ra_triton.nn.quantized import QuantizedLinear
 from ra_triton.nn.rope import THETA, RotaryTables
-from ra_triton.norm_rope import check_rope_dims
+from ra_triton.norm_rope import check_norm_eps, check_rope_dims
 from ra_triton.options import DecodeOptions
 from ra_triton.quantization import QuantizedWeight, quantize_weight
-from ra_triton.weights import kv_heads
 
 PARAMETRISATIONS = ("free", "composed")
 FEW_TOKENS = 16  # that attention over a cache takes at a time
@@ -90,16 +94,18 @@ class RACausalSelfAttention(nn.Module):
             dtype: of the parameters.
 
         Raises:
-            TypeError: counts that are no ints, a dropout that is no number.
+            TypeError: counts that are no ints, numbers that are none, flags that are no bools.
             ValueError: sizes that do not divide, values out of range, unknown choices.
         """
         super().__init__()
-        _check(n_embd, n_head, dropout)
-        head_dim = n_embd // n_head
-        n_kv_head = kv_heads(n_head, n_kv_head)
-        self.layout = RALayout.from_columns(  # checks R
-            (n_head + 2 * n_kv_head) * head_dim, R, n_head, n_kv_head
-        )
+        _check_dropout(dropout)
+        check_norm_eps(norm_eps)
+        flags = {"bias": bias, "recip_per_head": recip_per_head, "qk_norm": qk_norm}
+        for name, flag in flags.items():
+            if type(flag) is not bool:
+                raise TypeError(f"{name} must be a bool, got {flag!r}")
+        self.layout = layout_of(n_embd, n_head, n_kv_head, R)
+        n_kv_head, head_dim = self.layout.n_kv_head, self.layout.head_dim
         check_choice("parametrisation", parametrisation, PARAMETRISATIONS)
         if recip_per_head and parametrisation == "free":
             raise ValueError("recip_per_head needs parametrisation='composed': free has no W_recip")
@@ -222,9 +228,7 @@ class RACausalSelfAttention(nn.Module):
         if self.training and self.dropout:
             raise ValueError(f"cache cannot be used with dropout={self.dropout}; call eval()")
         B, T, _ = x.shape
-        on_autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if on_autocast else x.dtype
-        head_dim = self.layout.head_dim
+        dtype, head_dim = autocast_dtype(x.device) or x.dtype, self.layout.head_dim
         cache.check_fits((B, T, self.n_kv_head, head_dim), dtype, x.device)
         # Raises where decoding would, before the projection has run.
         choose(self.backend, (x,), DecodeOptions(n_queries=min(T, FEW_TOKENS)), head_dim)
@@ -270,8 +274,8 @@ class RACausalSelfAttention(nn.Module):
     def quantize_(self, which: str, *, activations: str = "none") -> "RACausalSelfAttention":
         """Replace ``c_attn`` by int8 columns, for inference; the factors of a composed one go.
 
-        The state dict then loads into a layer that was quantized the same way. Under no_grad only:
-        a forward that needs a gradient raises.
+        The state dict then loads into a layer that was quantized the same way. A forward whose x
+        needs a gradient raises; ``c_proj`` still has one.
 
         Args:
             which: ``"all"`` columns, or ``"reciprocal"`` ones alone.
@@ -365,14 +369,7 @@ def _rotary_tables(rope: bool | float, rope_dims: int | None, head_dim: int) -> 
     return RotaryTables(check_rope_dims(rope_dims, head_dim), theta)
 
 
-def _check(n_embd: int, n_head: int, dropout: float) -> None:
-    for name, count in (("n_embd", n_embd), ("n_head", n_head)):
-        if type(count) is not int:
-            raise TypeError(f"{name} must be an int, got {count!r}")
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-    if n_embd % n_head:
-        raise ValueError(f"n_embd={n_embd} must be a multiple of n_head={n_head}")
+def _check_dropout(dropout: float) -> None:
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
         raise TypeError(f"dropout must be a number, got {dropout!r}")
     if not 0 <= dropout < 1:

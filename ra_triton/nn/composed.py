@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ra_triton.checks import needs_grad
-from ra_triton.weights import compose_weights, last_lanes
+from ra_triton.layout import RALayout
+from ra_triton.weights import compose_weights, kv_heads, last_lanes
 from ra_triton.workspace import stream_id
 
 INIT_STD = 0.02  # GPT-2's, for every projection
@@ -23,6 +24,20 @@ def _count_optimizer_step(*_: Any) -> None:
 
 
 register_optimizer_step_post_hook(_count_optimizer_step)
+
+
+def layout_of(n_embd: int, n_head: int, n_kv_head: int | None, R: int) -> RALayout:
+    """The sizes of a layer; TypeError and ValueError name what does not fit."""
+    for name, count in (("n_embd", n_embd), ("n_head", n_head)):
+        if type(count) is not int:
+            raise TypeError(f"{name} must be an int, got {count!r}")
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    if n_embd % n_head:
+        raise ValueError(f"n_embd={n_embd} must be a multiple of n_head={n_head}")
+    n_kv_head = kv_heads(n_head, n_kv_head)
+    columns = (n_head + 2 * n_kv_head) * (n_embd // n_head)
+    return RALayout.from_columns(columns, R, n_head, n_kv_head)
 
 
 @dataclass(frozen=True)
@@ -84,12 +99,12 @@ class ComposedLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Sizes as for :class:`RACausalSelfAttention`, which checks them."""
+        """Sizes, and what they raise, as for :class:`RACausalSelfAttention`."""
         super().__init__()
-        self.n_head, self.R = n_head, R
-        self.n_kv_head = n_head if n_kv_head is None else n_kv_head
+        layout = layout_of(n_embd, n_head, n_kv_head, R)
+        self.n_head, self.n_kv_head, self.R = n_head, layout.n_kv_head, R
         factory: Any = {"device": device, "dtype": dtype}
-        D = n_embd // n_head
+        D = layout.head_dim
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, **factory))
@@ -166,19 +181,17 @@ class ComposedLinear(nn.Module):
             w if b is None else torch.cat((w, b[None]))
             for w, b in ((self.W_q, self.b_q), (self.W_k, self.b_k), (self.W_v, self.b_v))
         )
-        # Autocast would round the low lanes twice: here, and where attention casts the result.
-        with torch.autocast(W_q.device.type, enabled=False):
-            fused = compose_weights(
-                W_q,
-                W_k,
-                W_v,
-                self.W_recip,
-                n_head=self.n_head,
-                n_kv_head=self.n_kv_head,
-                w_std=self.w_std,
-                w_rec=self.w_rec,
-                weight_layout="packed",
-            )
+        fused = compose_weights(
+            W_q,
+            W_k,
+            W_v,
+            self.W_recip,
+            n_head=self.n_head,
+            n_kv_head=self.n_kv_head,
+            w_std=self.w_std,
+            w_rec=self.w_rec,
+            weight_layout="packed",
+        )
         return (fused, None) if self.b_q is None else (fused[:-1], fused[-1])
 
     def _may_cache(self) -> bool:
