@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import quantize
+from bench import quantize, sparsity
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 TINY = ["--steps", "2", "--batch", "2", "--block", "8", "--layers", "1", "--heads", "2"]
@@ -55,3 +55,19 @@ def test_a_missing_folder_is_told(capsys):
     with pytest.raises(SystemExit):
         quantize.main([*TINY, "--out", "nowhere"])
     assert "no such folder: nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("bench", "options", "message"),
+    [
+        (quantize, ["--heads", "3"], "n_embd=32 must be a multiple of n_head=3"),
+        (quantize, ["--R", "99"], "R must be between 0 and the head dim 16, got 99"),
+        (sparsity, ["--width", "30"], "W_fused must be [C, N] with C a multiple of 4"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_told_in_one_line(bench, options, message, tmp_path, capsys):
+    pytest.importorskip("tqdm")
+    with pytest.raises(SystemExit):
+        bench.main([*TINY, *options, "--out", str(tmp_path)])
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

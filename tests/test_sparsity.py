@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from strategies import DEVICE, few_examples, normal
 
 import ra_triton
-from bench import ladder, rungs
+from bench import accuracy, ladder, rungs
 from bench import sparsity as bench
 from bench.gate import admit
 from bench.rungs import RUNGS, Factors
@@ -324,7 +324,7 @@ def test_the_accuracy_page_is_that_of_its_figures(tmp_path):
     torch.set_num_threads(1)
     assert bench.main([*tiny, "--out", str(tmp_path)]) == 0
     torch.set_num_threads(threads)
-    for folder in (tmp_path, bench.RESULTS):
+    for folder in (tmp_path, accuracy.RESULTS):
         document = json.loads((folder / "sparsity-cpu.json").read_text())
         assert bench.markdown(document) == (folder / "sparsity-cpu.md").read_text()
         low, every = document["rows"]
