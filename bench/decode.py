@@ -317,7 +317,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--length", nargs="+", type=count(1), metavar="N", help="tokens in each cache")
     add("--batch", nargs="+", type=count(1), metavar="B", help="sequences")
-    add("--heads", nargs=3, type=count(1), metavar=("H", "H_KV", "D"), help="default 32 8 128")
+    heads = "; ".join(f"{' '.join(map(str, HEADS[where]))} on {where}" for where in HEADS)
+    add("--heads", nargs=3, type=count(1), metavar=("H", "H_KV", "D"), help=f"default {heads}")
     add("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help=", ".join(PROVIDERS))
     add_machine_options(parser)
     add("--json", type=Path, metavar="FILE", help="write every row")

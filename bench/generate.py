@@ -18,7 +18,8 @@ from torch import Tensor
 
 from bench.data import VOCAB_SIZE, load_text
 from bench.gpt import GPT, GPTConfig
-from bench.options import BENCH_EXTRA, parser_of, resolve_device
+from bench.options import check_outputs, parser_of, resolve_device
+from bench.sampling import sampler
 from bench.train_tiny import add_training_options, curve, train
 
 
@@ -27,15 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     resolve_device(parser, args)
-    try:
-        import tqdm  # noqa: F401
-    except ImportError:
-        parser.error(f"tqdm is not installed: {BENCH_EXTRA}")
+    check_outputs(parser, {}, "tqdm")
     prompt = list(args.prompt.encode())
     if not 0 < len(prompt) < args.block:
         parser.error(f"--prompt must have 1 to {args.block - 1} bytes, got {len(prompt)}")
     config = GPTConfig(args.block, VOCAB_SIZE, args.layers, args.heads, args.width, args.dropout)
     try:
+        sampler(args.temperature, args.top_k, None)  # raises now, not after a minute
         text = load_text(args.text, min_bytes=args.block + 1)
         run = train(config, text, args, "auto")
         model = run.model.to(args.device).eval()

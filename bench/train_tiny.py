@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bench.data import VOCAB_SIZE, Text, batch_of, load_text
 from bench.gpt import GPT, AttentionMaker, CausalSelfAttention, GPTConfig
+from bench.options import check_outputs, count, parser_of
 from bench.study.probe import observe
 from ra_triton.backend import CHOICES
 from ra_triton.nn import RACausalSelfAttention
@@ -53,10 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = _parser()
     args = parser.parse_args(argv)
-    try:
-        from tqdm import tqdm  # noqa: F401
-    except ImportError:
-        parser.error("tqdm is not installed: python -m pip install -e '.[bench]'")
+    check_outputs(parser, {}, "tqdm")
+    if not args.prompt:
+        parser.error("--prompt must have at least one byte")
     config = GPTConfig(args.block, VOCAB_SIZE, args.layers, args.heads, args.width, args.dropout)
     try:
         text = load_text(args.text, min_bytes=args.block + 1)
@@ -68,11 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
 
     model = next(iter(runs.values())).model
-    count = sum(p.numel() for p in model.parameters())
+    size = sum(p.numel() for p in model.parameters())
     layer = (
         args.attention if args.attention == "plain" else f"{args.parametrisation} RA, R={args.R}"
     )
-    print(f"{count:,} parameters, {layer}; {len(text.train):,} bytes of text, seed {args.seed}")
+    print(f"{size:,} parameters, {layer}; {len(text.train):,} bytes of text, seed {args.seed}")
     print(curve(runs))
     for backend, run in runs.items():
         print(f"{backend}: {run.seconds:.0f} s, {run.seconds / args.steps * 1000:.0f} ms a step")
@@ -194,11 +194,7 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="train_tiny.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("train_tiny.py", __doc__)
     parser.add_argument("--attention", choices=("ra", "plain"), default="ra")
     parser.add_argument(
         "--backend", nargs="+", choices=CHOICES, default=["sdpa"], help="one run for each"
@@ -212,24 +208,18 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--parametrisation", choices=PARAMETRISATIONS, default="composed")
     add("--R", type=int, default=4, help="reciprocal rank")
-    add("--steps", type=_positive, default=600)
-    add("--batch", type=_positive, default=8, help="sequences a step")
-    add("--block", type=_positive, default=128, help="tokens a sequence")
-    add("--layers", type=_positive, default=4)
-    add("--heads", type=_positive, default=4)
-    add("--width", type=_positive, default=128, help="channels")
+    add("--steps", type=count(1), default=600)
+    add("--batch", type=count(1), default=8, help="sequences a step")
+    add("--block", type=count(1), default=128, help="tokens a sequence")
+    add("--layers", type=count(1), default=4)
+    add("--heads", type=count(1), default=4)
+    add("--width", type=count(1), default=128, help="channels")
     add("--dropout", type=float, default=0.0)
     add("--lr", type=float, default=2e-3, help="highest learning rate")
     add("--seed", type=int, default=0)
     add("--text", type=Path, metavar="FOLDER", help="default: Python's standard library")
     add("--prompt", default="def ", help="where the sample starts")
-    add("--sample", type=_positive, default=200, help="bytes to draw at the end")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
-    return int(text)
+    add("--sample", type=count(1), default=200, help="bytes to draw at the end")
 
 
 if __name__ == "__main__":

@@ -213,10 +213,13 @@ def test_the_example_trains_and_writes(tmp_path):
         (["--prompt", ""], "--prompt must have 1 to 127 bytes, got 0"),
         (["--text", "nowhere"], "no such folder: nowhere"),
         (["--device", "cuda"], "PyTorch sees no CUDA device"),
+        (["--temperature", "-1"], "temperature must be finite and at least 0, got -1.0"),
+        (["--top-k", "0"], "top_k must be at least 1, got 0"),
     ],
 )
 def test_the_example_tells_bad_arguments_in_one_line(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(generate, "train", None)  # it is not reached
     with pytest.raises(SystemExit):
         generate.main(arguments)
     assert message in capsys.readouterr().err

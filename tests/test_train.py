@@ -166,6 +166,7 @@ def test_bad_texts_raise(tmp_path, folder):
         (["--dropout", "1"], r"dropout must be in \[0, 1\)"),
         (["--text", "no/such/folder"], "no such folder: no/such/folder"),
         (["--block", "100000000"], "bytes, needs 100000001"),
+        (["--prompt", ""], "--prompt must have at least one byte"),
     ],
 )
 def test_bad_arguments_are_told_in_one_line(folder, capsys, arguments, message):
