@@ -8,7 +8,6 @@ has rows, and ``W_q W_recip`` is dense again (measured in ``bench/results/sparsi
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +41,9 @@ class SparseWeight:
     Both matrices hold a column of W_fused per row, as ``nn.Linear`` does.
 
     Attributes:
-        data: ``[N_s, C]``: all N columns in packed order, or the reciprocal ones in that order. On
-            a GPU compressed, a ``torch.sparse.SparseSemiStructuredTensor``.
-        others: ``[N - N_s, C]``: the other columns in packed order; None where all are sparse.
+        data: ``[N_s, C]``: all N columns in packed order, or ``[K_low | Q_low]``. On a GPU
+            compressed, a ``torch.sparse.SparseSemiStructuredTensor``.
+        others: ``[N - N_s, C]``: the columns ``[Q_std | K_std | V]``; None where all are sparse.
         layout: heads, head dim and R.
     """
 
@@ -78,10 +77,8 @@ class SparseWeight:
         :func:`sparsify_weight` of it, in the same dtype and with ``weight_layout="packed"``, is
         this weight again.
         """
-        data = self.data.to_dense()  # itself where it is not compressed
-        if self.others is not None:
-            data = torch.cat((data, self.others))[_places(self.layout, self.device)]
-        return data.mT
+        columns = self.data.to_dense().mT  # data itself where it is not compressed
+        return columns if self.others is None else self.layout.put_low(columns, self.others.mT)
 
     def __repr__(self) -> str:
         """Sizes, not numbers."""
@@ -144,11 +141,12 @@ def sparsify_weight(
         check_limits(kernels, which, sparse_rows, W_fused.shape[0], W_fused.dtype)
     if not W_fused.isfinite().all():
         raise ValueError("W_fused must be finite, got NaN or infinity")
-    rows = (layout.pack(W_fused) if weight_layout == "split" else W_fused).mT
+    W_packed = layout.pack(W_fused) if weight_layout == "split" else W_fused
     others = None
     if which == "reciprocal":
-        low, other = _low_and_other(layout, W_fused.device)
-        rows, others = rows[low], rows[other].contiguous()
+        W_packed, others = layout.take_low(W_packed)
+        others = others.mT.clone(memory_format=torch.contiguous_format)
+    rows = W_packed.mT
     data = prune(rows.contiguous())
     if kernels == "cusparselt":
         data = torch.sparse.to_sparse_semi_structured(data)
@@ -173,8 +171,7 @@ def project(x: Tensor, W: SparseWeight, bias: Tensor | None, weight_layout: str)
         if W.others is None:
             # Sparse kernels may give a transposed result, and attention reads whole lanes.
             return F.linear(x, W.data, bias).contiguous()
-        parts = F.linear(x, W.data), F.linear(x, W.others)
-        y = torch.cat(parts, dim=-1)[..., _places(W.layout, x.device)]
+        y = W.layout.put_low(F.linear(x, W.data), F.linear(x, W.others))
         return y if bias is None else y + bias
 
 
@@ -266,21 +263,3 @@ def check_limits(kernels: str, which: str, rows: int, channels: int, dtype: torc
             f"W_fused must have a multiple of {row_step} {columns} for {kernels}, "
             f"got {rows}{remedy}"
         )
-
-
-# Which packed columns are reciprocal
-
-
-@lru_cache(maxsize=64)
-def _low_and_other(layout: RALayout, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Indices of the packed columns that are reciprocal, and of the others, ascending."""
-    low = torch.zeros(layout.columns, dtype=torch.bool)
-    for heads in layout.views(low)[:2]:  # q_pack's and k_pack's
-        heads[..., layout.d_std :] = True
-    return low.nonzero().flatten().to(device), (~low).nonzero().flatten().to(device)
-
-
-@lru_cache(maxsize=64)
-def _places(layout: RALayout, device: torch.device) -> Tensor:
-    """Where each packed column is in ``[reciprocal | others]``."""
-    return torch.cat(_low_and_other(layout, device)).argsort()
