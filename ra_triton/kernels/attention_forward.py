@@ -108,9 +108,9 @@ def _attend(
         if MASKED:
             # A row that has seen no key yet has m = -inf, and -inf - -inf is NaN.
             m_known = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s * scale_log2 - (m_known * scale_log2)[:, None])
         # Exactly 1 where m stays, which a fused multiply-add with a rounded product would not be.
         alpha = tl.exp2((m_i - m_known) * scale_log2)
+        p = tl.exp2(s * scale_log2 - (m_known * scale_log2)[:, None])
         l_i = l_i * alpha + tl.sum(p, 1)
         if DROPOUT:
             offs_m = m + tl.arange(0, BLOCK_M)
@@ -347,7 +347,7 @@ def _plan(
     alignment = 16 // dtype.itemsize if aligned else 1
     special = dropout_p > 0 or mask["WINDOW"] or softcap > 0 or varlen
     if config is None and aligned and others[3] and not special:
-        config = warp_specialised(D, dtype, target, min(T_q, T_k))
+        config = warp_specialised(D, dtype, target, min(T_q, T_k), causal)
     if config is not None and config.groups > 1:
         processors = processors_of(device)
         return attention_forward_hopper.forward_plan(

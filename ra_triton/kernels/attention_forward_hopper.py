@@ -446,7 +446,8 @@ def forward_plan(
 def heads_per_section(n_heads: int, n_m: int, bytes_per_head: int, programs: int) -> int:
     """Heads whose ``n_m`` tiles each the programs take before those of other heads.
 
-    As many as leave few programs without a tile in their last round, and fit in L2.
+    As many as leave few programs without a tile in their last round, and fit in L2; more if only a
+    few heads would remain for a last section.
     """
     heads = 1
     for rounds in range(1, SECTION_ROUNDS + 1):
@@ -454,7 +455,7 @@ def heads_per_section(n_heads: int, n_m: int, bytes_per_head: int, programs: int
         if full * bytes_per_head <= SECTION_BYTES:
             heads = max(heads, full)
     sections = max(1, round(n_heads / heads))
-    return triton.cdiv(n_heads, sections)
+    return min(n_heads, max(heads, triton.cdiv(n_heads, sections)))
 
 
 def _in_shared_memory(bulk: Bulk, dtype: torch.dtype) -> Bulk:
