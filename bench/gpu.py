@@ -1,4 +1,4 @@
-"""All that a GPU has to show, in one command: tests, sweeps, ladder, host cost, decoding, a page.
+"""All that a GPU has to show, in one command: sweeps, ladder, host cost, decoding, tests, a page.
 
     python bench/gpu.py
     python bench/gpu.py --out results --commit 0123abc        # in a copy without git
@@ -96,27 +96,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parts(device: str, workers: int) -> list[Part]:
     """What runs on a device; on a CPU as little as shows that the driver works."""
-    tests, sweep, lengths, ladder, host, decode = _ON_CPU if device == "cpu" else _ON_GPU
+    options = _ON_CPU if device == "cpu" else _ON_GPU
+    tests, sweep, lengths, long, ladder, host, decode = options
     forward, train = "--pass forward", "--pass train"
+    flex = "ra-flex-compiled" if device == "cuda" else ""  # compiles for seconds at each length
     return [
-        Part("tests", _words(f"-m pytest -q -n {workers} {tests}"), 200, "xml"),
         Part("sweep-forward", _script("sweep", sweep, "--R 0 4 8", forward), 90),
         Part("sweep-train", _script("sweep", sweep, "--R 4", train), 90),
         Part("ladder", _script("ladder", ladder), 120),
         Part("host", _script("host", host), 60),
-        Part("decode", _script("decode", decode), 45),
-        Part("lengths-forward", _script("sweep", lengths, forward), 90),
-        Part("lengths-train", _script("sweep", lengths, train), 120),
+        Part("decode", _script("decode", decode), 60),
+        Part("lengths-forward", _script("sweep", forward, lengths, flex), 90),
+        Part("long-forward", _script("sweep", forward, long), 60),
+        Part("lengths-train", _script("sweep", train, lengths), 60),
+        Part("tests", _words(f"-m pytest -q -n {workers} {tests}"), 300, "xml"),
     ]
 
 
-# Options of tests, sweep, sweep over lengths, ladder, host and decode.
+# Options of tests, sweep, sweeps over lengths and over long ones, ladder, host and decode.
 _ON_GPU = (
     "-m gpu",
     "--device cuda --shape gpt2 --seconds 2",
-    # Four providers, of which one compiles for each shape: more would not fit in the time.
-    "--device cuda --stage attention --shape wide-2048 --D 64 128 --T 1024 4096 16384 --seconds 1 "
-    "--providers ra-triton ra-flex-compiled plain-flash plain-cudnn",
+    *(
+        f"--device cuda --stage attention --shape wide-2048 --D 64 128 --T {T} --seconds 0.5 "
+        "--providers ra-triton plain-flash plain-cudnn"
+        for T in ("1024 2048", "4096 16384")
+    ),
     "--device cuda --seconds 5",
     "--device cuda --seconds 2",
     "--device cuda --seconds 0.5",
@@ -125,6 +130,7 @@ _ON_CPU = (
     "tests/test_layout.py",
     "--device cpu --shape call --seconds 0",
     "--device cpu --stage attention --shape call --T 8 16 --seconds 0",
+    "--device cpu --stage attention --shape call --T 32 --seconds 0",
     "--device cpu --shape call --seconds 0",
     "--device cpu --seconds 0",
     "--device cpu --seconds 0 --length 32 --batch 1",

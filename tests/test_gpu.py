@@ -3,6 +3,8 @@
 With a GPU the rest of the suite runs on it too, bfloat16 included.
 """
 
+import itertools
+
 import pytest
 import torch
 from budget import assert_attention_close, assert_bitwise, assert_projection_close
@@ -24,33 +26,30 @@ def fused_qkv(B, T, H, D, dtype, offset=0):
     return flat[offset:].view(B, T, 3, H, D).unbind(2)
 
 
-@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize("offset", [0, 1])  # bulk copies, and loads of single elements
 @pytest.mark.parametrize("D", [16, 20, 32, 64, 72, 80, 96, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_attention_config_passes_the_gate(dtype, D, T):
-    for offset in (0, 1):  # bulk copies, and loads of single elements
-        for causal in (True, False):
-            q, k, v = fused_qkv(2, T, 3, D, dtype, offset)
-            options = {"causal": causal}
-            out, lse = ra_triton.packed_attention(
-                q, k, v, return_lse=True, backend="triton", **options
-            )
-            assert_attention_close(out, q, k, v, lse=lse, **options)
+def test_every_attention_config_passes_the_gate(dtype, D, offset):
+    for T, causal in itertools.product(LENGTHS, (True, False)):  # which share what is compiled
+        q, k, v = fused_qkv(2, T, 3, D, dtype, offset)
+        out, lse = ra_triton.packed_attention(
+            q, k, v, causal=causal, return_lse=True, backend="triton"
+        )
+        assert_attention_close(out, q, k, v, lse=lse, causal=causal)
 
 
-@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("D", [16, 20, 32, 64, 72, 80, 96, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_gradient_config_passes_the_gate(dtype, D, T):
-    for offset in (0, 1):
-        for causal in (True, False):
-            tensors = [t.detach().requires_grad_() for t in fused_qkv(2, T, 3, D, dtype, offset)]
-            out = ra_triton.packed_attention(*tensors, causal=causal, backend="triton")
-            do = normal(*out.shape, dtype=dtype, seed=9)
-            grads = torch.autograd.grad(out, tensors, do)
-            grads = dict(zip(("dq", "dk", "dv"), grads, strict=True))
-            budgets = attention_gradient_budgets(*tensors, do, causal=causal)
-            check_gradients(grads, budgets, dtype=dtype, case=f"D={D} T={T} causal={causal}")
+def test_every_gradient_config_passes_the_gate(dtype, D, offset):
+    for T, causal in itertools.product(LENGTHS, (True, False)):  # which share what is compiled
+        tensors = [t.detach().requires_grad_() for t in fused_qkv(2, T, 3, D, dtype, offset)]
+        out = ra_triton.packed_attention(*tensors, causal=causal, backend="triton")
+        do = normal(*out.shape, dtype=dtype, seed=9)
+        grads = torch.autograd.grad(out, tensors, do)
+        grads = dict(zip(("dq", "dk", "dv"), grads, strict=True))
+        budgets = attention_gradient_budgets(*tensors, do, causal=causal)
+        check_gradients(grads, budgets, dtype=dtype, case=f"D={D} T={T} causal={causal}")
 
 
 @pytest.mark.parametrize("C", [16, 72, 770, 768])
