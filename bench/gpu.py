@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
 TOTAL_SECONDS = 520  # under nine minutes, the page included
 GRACE_SECONDS = 15  # for a part to write down what it has, once it is interrupted
+WORKERS = max(1, min(15, (os.cpu_count() or 2) - 1))
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seconds", type=count(1), default=TOTAL_SECONDS, metavar="S", help="for all parts")
     add("--out", type=Path, default=record.RESULTS, metavar="DIR", help="default bench/results")
     add("--commit", metavar="HASH", help="what is measured, where there is no git")
-    add("--workers", type=count(1), default=8, metavar="N", help="processes of the tests")
+    add("--workers", type=count(1), default=WORKERS, metavar="N", help="processes of the tests")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     return parser
 
