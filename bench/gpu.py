@@ -106,9 +106,9 @@ def parts(device: str, workers: int) -> list[Part]:
         Part("sweep-train", _script("sweep", sweep, "--R 4", train), 90),
         Part("ladder", _script("ladder", ladder), 120),
         Part("host", _script("host", host), 60),
-        Part("decode", _script("decode", decode), 60),
         Part("lengths-forward", _script("sweep", forward, lengths, flex), 90),
         Part("long-forward", _script("sweep", forward, long), 60),
+        Part("decode", _script("decode", decode), 60),
         Part("lengths-train", _script("sweep", train, lengths), 60),
         Part("tests", _words(f"-m pytest -q -n {workers} {tests}"), 300, "xml"),
     ]
