@@ -13,22 +13,28 @@ FIELDS = ("provider", "shape", "D", "R", "T")
 
 
 def plot(path: Path, title: str, rows: Sequence[Row]) -> None:
-    """Write a PNG (or what the suffix says); provider = colour, other sizes = line style."""
+    """Write a PNG (or what the suffix says); provider = colour, other sizes = line style.
+
+    A row of panels over T, and one over R, where there is more than one of them.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     measured = [row for row in rows if row.status == OK and row.ms]
-    figure, axes = pyplot.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    varying = [size for size in ("T", "R") if len({getattr(row, size) for row in measured}) > 1]
+    sizes = varying or ["T"]
+    shape: dict[str, Any] = {"figsize": (13, 4.8 * len(sizes)), "squeeze": False}
+    figure, axes = pyplot.subplots(len(sizes), 2, layout="constrained", **shape)
     figure.suptitle(title, fontsize=9)
     on_gpu = any(row.graph_ms for row in measured)
-    for column, size in enumerate(("T", "R")):
+    for (left, right), size in zip(axes, sizes, strict=True):
         series = _series(measured, size)
-        _lines(axes[0][column], series, size, "ms")
-        _lines(axes[1][column], series, size, "tflops")
-        axes[0][column].set(title=f"over {size}", ylabel="eager ms" if on_gpu else "ms")
-        axes[1][column].set(ylabel="TFLOP/s, graph replay" if on_gpu else "TFLOP/s")
+        _lines(left, series, size, "ms")
+        _lines(right, series, size, "tflops")
+        left.set(ylabel="eager ms" if on_gpu else "ms")
+        right.set(ylabel="TFLOP/s, graph replay" if on_gpu else "TFLOP/s")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

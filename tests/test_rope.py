@@ -191,6 +191,10 @@ def check(case, backend, inputs, results, seen):
 @example(case=Case(D=20, R=3, rope_dims=14, norm="bare", T=33))
 @example(case=Case(rope_dims=8, position="start"))
 def test_new_operands_are_the_definition_and_the_inputs_stay(backend, case):
+    check_operands(backend, case)
+
+
+def check_operands(backend, case):
     inputs, weights = case.tensors(), case.weights()
     before = [None if t is None else t.clone() for t in inputs]
     options, seen = case.options(weights)
@@ -266,6 +270,10 @@ def gradient_budgets(inputs, case, seen, grads):
 @example(case=Case(R=5, norm="weighted", T=40, group=1), layouts=("contiguous",) * 2)
 @example(case=Case(D=20, R=None, rope_dims=14), layouts=("lanes_apart", "expanded"))
 def test_gradients_are_those_of_the_definition(backend, case, layouts):
+    check_gradients(backend, case, layouts)
+
+
+def check_gradients(backend, case, layouts):
     inputs = (*case.tensors(), *case.weights())
     leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
     options, seen = case.options(leaves[4:])
@@ -278,6 +286,17 @@ def test_gradients_are_those_of_the_definition(backend, case, layouts):
     made = iter(torch.autograd.grad(outputs, present, grads))
     for name, dtype, budget in gradient_budgets(inputs, case, seen, grads):
         check_budget(next(made), budget, dtype=dtype, what=f"d{name} of {case} on {backend}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", ["none", "weighted"])
+@pytest.mark.parametrize("D", [16, 64, 80, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_config_passes_the_gate_on_a_gpu(dtype, D, norm):
+    for R, rope_dims, T in ((4, D, 300), (None, D // 2, 1), (D // 2, D, 1000)):
+        case = Case(T=T, H_kv=2, D=D, R=R, rope_dims=rope_dims, norm=norm, dtype=dtype)
+        check_operands("triton", case)
+        check_gradients("triton", case, ("contiguous", "contiguous"))
 
 
 @backends

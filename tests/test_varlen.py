@@ -166,6 +166,17 @@ def test_lengths(backend, queries, keys):
     check(backend, Sequences(queries, keys, AttentionCase(H_kv=1, group=2)))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [(-1, -1), (100, 3)])
+@pytest.mark.parametrize("D", [16, 64, 80, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_config_passes_the_gate_on_a_gpu(dtype, D, window):
+    for causal, softcap, layout in ((True, 0.0, "contiguous"), (False, 3.0, "offset")):
+        options = {"causal": causal, "window": window, "softcap": softcap}
+        case = AttentionCase(H_kv=2, group=2, D=D, dtype=dtype, **options)
+        check("triton", Sequences((300, 0, 129, 64), (300, 3, 70, 200), case, layout))
+
+
 @backends
 def test_no_sequences_and_no_tokens(backend):
     leaves = [leaf(normal(0, 2, 16)) for _ in range(3)]

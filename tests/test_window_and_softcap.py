@@ -63,6 +63,18 @@ def check(case: AttentionCase, layout: str = "contiguous") -> None:
     check_gradients(grads, budgets, dtype=case.dtype, case=f"{case}, dO {layout}")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [(100, 3), (-1, 40), (33, -1), (-1, -1)])
+@pytest.mark.parametrize("D", [16, 64, 80, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_config_passes_the_gate_on_a_gpu(dtype, D, window):
+    for T_q, T_k, softcap in ((300, 300, 0.0), (130, 400, 3.0), (400, 130, 0.0)):
+        sizes = {"T_q": T_q, "T_k": T_k, "H_kv": 2, "group": 2, "D": D, "dtype": dtype}
+        case = AttentionCase(B=2, causal=False, window=window, softcap=softcap, **sizes)
+        for layout in ("contiguous", "offset"):
+            check(replace(case, layouts=(layout,) * 3))
+
+
 @given(case=cases())
 def test_attention_matches_the_definition(case):
     tensors = case.tensors()
