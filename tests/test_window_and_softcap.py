@@ -30,6 +30,7 @@ from test_dropout import check_case as check_dropout
 
 import ra_triton
 from ra_triton import library
+from ra_triton.kernels.configs import LaunchConfig
 
 ROOT = Path(__file__).parent.parent
 FAR = 64 if DEVICE.type == "cpu" else 256  # farther than any tile reaches past a window
@@ -107,6 +108,18 @@ def test_scores_far_below_and_far_above_the_cap(values, softcap):
     check(AttentionCase(T_q=35, T_k=35, values=values, softcap=softcap))
 
 
+@pytest.mark.parametrize("softcap", [1.0, 1024.0])
+def test_every_score_is_capped_to_its_last_places(softcap):
+    """One key: the logsumexp is the score."""
+    x = torch.cat((torch.linspace(-2, 2, 401), torch.tensor([0.0, 1e-6, 1e-3, 9.0, 20.0, -1e30])))
+    q, k, v = torch.zeros(1, len(x), 1, 16), torch.zeros(1, 1, 1, 16), torch.ones(1, 1, 1, 16)
+    q[0, :, 0, 0], k[..., 0] = softcap * x, 1.0
+    q, k, v = (t.to(DEVICE) for t in (q, k, v))
+    options = {"softmax_scale": 1.0, "softcap": softcap, "causal": False}
+    out, lse = ra_triton.packed_attention(q, k, v, return_lse=True, backend="triton", **options)
+    assert_attention_close(out, q, k, v, lse=lse, **options)
+
+
 @pytest.mark.parametrize("window", [(-1, -1), (3, 0), (9, 4)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_dropout_in_a_window_under_a_cap(window, causal):
@@ -165,6 +178,26 @@ def test_tiles_outside_the_window_are_not_visited(causal):
             far = FAR if i == 0 else 7 * FAR // 4  # a gradient is two windows away from NaN
             near = slice(5 + far, None) if name == "early" else slice(None, T - 5 - far)
             assert_bitwise(got[i][:, near], expected[:, near], f"{name} tokens, result {i}")
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="Hopper alone has bulk copies")
+@pytest.mark.parametrize("window", [(20, 9), (3, 0), (-1, 17), (30, -1)])
+@pytest.mark.parametrize(("T_q", "T_k"), [(70, 70), (37, 66)])
+def test_windows_through_bulk_copies(window, T_q, T_k):
+    """The one loop over all tiles that Hopper runs; the interpreter has descriptors too."""
+    from ra_triton.kernels.attention_backward import attention_backward
+    from ra_triton.kernels.attention_forward import attention_forward
+
+    case = AttentionCase(1, T_q, T_k, 1, 2, causal=False, window=window)
+    tensors, do = case.tensors(), case.gradient()
+    config = LaunchConfig(16, 4, block_n=16, use_tma=True)
+    options = {**case.options, "config": config}
+    out, lse = attention_forward(*tensors, **options)
+    assert_attention_close(out, *tensors, lse=lse, **case.options)
+    grads = {f"d{n}": torch.empty_like(t) for n, t in zip("qkv", tensors, strict=True)}
+    attention_backward(*tensors, out, lse, do, *grads.values(), **options)
+    budgets = attention_gradient_budgets(*tensors, do, **case.options)
+    check_gradients(grads, budgets, dtype=case.dtype, case=case)
 
 
 # The same numbers another way
@@ -233,6 +266,18 @@ def test_window_and_softcap_compile():
     assert_compiles(layer, lambda T: (normal(2, T, 24, seed=T), W))
 
 
+def test_torch_func_grad_with_a_window_and_a_softcap():
+    def loss(q, k, v):
+        options = {"window_size": (3, 1), "softcap": 2.0, "causal": False, "backend": "triton"}
+        return ra_triton.packed_attention(q, k, v, **options).square().sum()
+
+    inputs = [normal(2, 9, 2, 16, seed=seed) for seed in range(3)]
+    actual = torch.func.grad(loss, argnums=(0, 1, 2))(*inputs)
+    leaves = [leaf(t) for t in inputs]
+    for a, e in zip(actual, torch.autograd.grad(loss(*leaves), leaves), strict=True):
+        assert_bitwise(a, e)
+
+
 GENERIC = """
 from ra_triton.kernels import attention_backward as backward, attention_forward as forward
 for kernel in (forward._attention_forward_kernel, backward._key_value_gradient_kernel,
@@ -249,6 +294,7 @@ def test_a_new_window_never_recompiles():
         mask_arguments(64, 64, False, w) for w in ((3, 0), (1, 16), (0, 0), (-1, 5), (100, -1))
     ]
     assert {(f["CAUSAL"], f["WINDOW"]) for f in flags} == {(False, True)}
+    assert mask_arguments(64, 64, True, (3, 5)) == mask_arguments(64, 64, True, (3, 0))
     assert mask_arguments(64, 64, True, (-1, 5)) == mask_arguments(64, 64, True, (-1, -1))
     assert not mask_arguments(64, 64, False, (-1, -1))["WINDOW"]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

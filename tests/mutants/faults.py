@@ -37,6 +37,7 @@ PACKING = "ra_triton/kernels/packing.py"
 LAUNCHER, PREPARED = "ra_triton/kernels/launcher.py", "ra_triton/prepared.py"
 PLANS, CONFIGS = "ra_triton/kernels/plans.py", "ra_triton/kernels/configs.py"
 LAUNCHES, OPS, API = "ra_triton/launches.py", "ra_triton/ops.py", "ra_triton/api.py"
+OFFSETS = "ra_triton/offsets.py"
 LIBRARY, WORKSPACE = "ra_triton/library.py", "ra_triton/workspace.py"
 LAYOUT, WEIGHTS = "ra_triton/layout.py", "ra_triton/weights.py"
 SDPA, TRITON = "ra_triton/backend/sdpa.py", "ra_triton/backend/triton.py"
@@ -102,6 +103,8 @@ _D = "tests/test_dropout.py::test_"
 DROPOUT = f"{_D}lengths_and_grouped_heads"
 _C = "tests/test_compile.py::test_"
 OPCHECK = f"{_C}opcheck_of_attention"
+# The end of a gradient, without its name.
+SCALES_OF_GRADIENTS = " *= scale_log2 * cap_scale * LN2 if SOFTCAP else scale_log2 * LN2"
 
 
 def far(case: str) -> str:
@@ -384,7 +387,7 @@ FORWARD_FAULTS = [
     Fault(
         "forward: the one loop masks nothing",
         FORWARD,
-        "MASKED and (not USE_TMA or n >= unmasked)",
+        "MASKED and (not USE_TMA or n >= unmasked or (WINDOW and n < whole))",
         "MASKED and not USE_TMA",
         BULK_COPIES,
     ),
@@ -474,10 +477,10 @@ FORWARD_FAULTS = [
         LAYOUTS,
     ),
     Fault(
-        "forward: scale of the padded head dim",
-        FORWARD,
-        "softmax_scale = 1 / math.sqrt(D)",
-        "softmax_scale = 1 / math.sqrt(block_d_of(D))",
+        "scale of the padded head dim",
+        TILES,
+        "scale = 1 / math.sqrt(D) if",
+        "scale = 1 / math.sqrt(block_d_of(D)) if",
         HEAD_DIMS,
     ),
     Fault(
@@ -490,8 +493,8 @@ FORWARD_FAULTS = [
     Fault(
         "forward: base of o in 32 bits",
         FORWARD,
-        "o_ptr + (tl.cast(b, tl.int64) * T_q * H + h) * D",
-        "o_ptr + (b * T_q * H + h) * D",
+        "row = tl.cast(b, tl.int64) * T_q  # of o",
+        "row = b * T_q  # of o",
         HUGE_OUTPUTS,
     ),
     Fault(
@@ -604,8 +607,8 @@ BACKWARD_FAULTS = [
     Fault(
         "dO at q's strides",
         BACKWARD,
-        'zip("qkvg", operands, strict=True)',
-        'zip("qkvg", (*operands[:3], q), strict=True)',
+        'zip("qkvg", placed, strict=True)',
+        'zip("qkvg", (*placed[:3], placed[0]), strict=True)',
         GRADIENT_LAYOUTS,
     ),
     Fault(
@@ -622,9 +625,15 @@ BACKWARD_FAULTS = [
         "max(t.strides[1] for t in operands[:3])",
         further("backward with rows of dO far apart"),
     ),
-    Fault("dq: scale forgotten", BACKWARD, "dq * (scale_log2 * LN2), m", "dq, m", GRADIENTS),
-    Fault("dk: scale forgotten", BACKWARD, "dk * (scale_log2 * LN2), n", "dk, n", GRADIENTS),
-    Fault("dk: scale in base 2", BACKWARD, "dk * (scale_log2 * LN2)", "dk * scale_log2", GRADIENTS),
+    Fault("dq: scale forgotten", BACKWARD, f"dq{SCALES_OF_GRADIENTS}", "dq *= 1", GRADIENTS),
+    Fault("dk: scale forgotten", BACKWARD, f"dk{SCALES_OF_GRADIENTS}", "dk *= 1", GRADIENTS),
+    Fault(
+        "dk: scale in base 2",
+        BACKWARD,
+        f"dk{SCALES_OF_GRADIENTS}",
+        "dk *= scale_log2 * cap_scale",
+        GRADIENTS,
+    ),
     Fault("dk, dv: lse in base 2", BACKWARD, "(lse * LOG2E)[None, :]", "lse[None, :]", GRADIENTS),
     Fault(
         "dk, dv: the diagonal is masked",
@@ -636,21 +645,21 @@ BACKWARD_FAULTS = [
     Fault(
         "dk, dv: the last cut query tile of the one loop goes unmasked",
         BACKWARD,
-        "m < unmasked",
-        "m < unmasked - BLOCK_M",
+        "m < whole",
+        "m < whole - BLOCK_M",
         BULK_COPIES,
     ),
     Fault(
         "dk, dv: the one loop masks nothing",
         BACKWARD,
-        "D, PRECISION, CAUSAL and USE_TMA,",
+        "D, PRECISION, (CAUSAL or WINDOW) and USE_TMA,",
         "D, PRECISION, False,",
         BULK_COPIES,
     ),
     Fault(
         "dk, dv: cut query tiles in both loops",
         BACKWARD,
-        "            first = unmasked\n",
+        "            first = whole\n",
         "            first = begin\n",
         GRADIENTS,
     ),
@@ -684,21 +693,21 @@ BACKWARD_FAULTS = [
     ),
     Fault(
         "dk, dv: causal mask aligned top-left",
-        BACKWARD,
+        TILES,
         "first_query = n + tl.arange(0, BLOCK_N) - (T_k - T_q)",
         "first_query = n + tl.arange(0, BLOCK_N)",
         GRADIENT_T_Q_T_K,
     ),
     Fault(
         "dk, dv: first query tile skipped",
-        BACKWARD,
+        TILES,
         "begin = tl.maximum(n - (T_k - T_q), 0) // BLOCK_M * BLOCK_M",
         "begin = tl.cdiv(tl.maximum(n - (T_k - T_q), 0), BLOCK_M) * BLOCK_M",
         GRADIENT_T_Q_T_K,
     ),
     Fault(
         "dk, dv: a cut query tile goes unmasked",
-        BACKWARD,
+        TILES,
         "tl.minimum(tl.cdiv(last, BLOCK_M) * BLOCK_M, T_q)",
         "tl.minimum(last // BLOCK_M * BLOCK_M, T_q)",
         GRADIENT_T_Q_T_K,
@@ -798,8 +807,8 @@ BACKWARD_FAULTS = [
     Fault(
         "dropout: backward draws another seed",
         OPS,
-        "do, dlse, seed, ctx.options, needed)",
-        "do, dlse, launches.new_seed(v, ctx.options), ctx.options, needed)",
+        "do, dlse, seed, ctx.options, offsets, needed)",
+        "do, dlse, launches.new_seed(v, ctx.options), ctx.options, offsets, needed)",
         DROPOUT,
     ),
     Fault(
@@ -1301,8 +1310,8 @@ PLAN_FAULTS = [
     Fault(
         "plans: forward does not ask where lse is",
         FORWARD,
-        "on_16_bytes(seed, o, lse)",
-        "on_16_bytes(seed, o)",
+        "on_16_bytes(seed, *flat(offsets)[:2], o, lse)",
+        "on_16_bytes(seed, *flat(offsets)[:2], o)",
         ANOTHER_PLAN,
     ),
     Fault(
@@ -1315,8 +1324,8 @@ PLAN_FAULTS = [
     Fault(
         "plans: backward does not ask where the seed is",
         BACKWARD,
-        "others = on_16_bytes(lse, delta, seed)",
-        "others = on_16_bytes(lse, delta)",
+        "others = on_16_bytes(*inputs[4:])",
+        "others = on_16_bytes(*inputs[4:6], *inputs[7:])",
         ANOTHER_PLAN,
     ),
     Fault(
@@ -1339,6 +1348,13 @@ PLAN_FAULTS = [
         "M, N, on_16_bytes(g), target",
         "M, N, (), target",
         ANOTHER_PLAN,
+    ),
+    Fault(
+        "int8 plans: the result's dtype not in the key",
+        INT8,
+        "        out.dtype,\n        out.shape[-1],",
+        "        None,\n        out.shape[-1],",
+        f"{_T}integer_products_into_another_dtype_are_another_plan",
     ),
     Fault(
         "later calls: the rest in the order of the plan",
@@ -1383,24 +1399,10 @@ PLAN_FAULTS = [
         DEPENDENT,
     ),
     Fault(
-        "dependent launch: the forward reads before it waits",
+        "dependent launch: the forward writes before it waits",
         FORWARD,
-        """    follow(PDL)
-    offs_m = m + tl.arange(0, BLOCK_M)
-    key_limit, unmasked, end = key_range(m, T_q, T_k, CAUSAL, BLOCK_M, BLOCK_N)
-    q = load_rows(
-        q_source, b, h, m, stride_qt, T_q,
-        D, True, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_D,
-    )  # fmt: skip
-""",
-        """    offs_m = m + tl.arange(0, BLOCK_M)
-    key_limit, unmasked, end = key_range(m, T_q, T_k, CAUSAL, BLOCK_M, BLOCK_N)
-    q = load_rows(
-        q_source, b, h, m, stride_qt, T_q,
-        D, True, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_D,
-    )  # fmt: skip
-    follow(PDL)
-""",
+        "    follow(PDL)\n    row = ",
+        "    tl.store(lse_ptr, 0.0)\n    follow(PDL)\n    row = ",
         DEPENDENT,
     ),
     Fault(
@@ -1453,8 +1455,8 @@ CONTRACT_FAULTS = [
     Fault(
         "operator: no dO of the layer means garbage",
         LIBRARY,
-        "do = torch.zeros_like(out) if do is None else do\n    saved = (x, W_packed",
-        "do = torch.empty_like(out) if do is None else do\n    saved = (x, W_packed",
+        "do = torch.zeros_like(out) if do is None else do\n    saved, needed = (x, W_packed",
+        "do = torch.empty_like(out) if do is None else do\n    saved, needed = (x, W_packed",
         f"{_S}the_operator_too_gives_zeros_without_a_gradient",
     ),
     Fault(
@@ -1474,8 +1476,8 @@ CONTRACT_FAULTS = [
     Fault(
         "operator: backward forgets the seed",
         LIBRARY,
-        "saved = (q_pack, k_pack, v, out, lse, do, dlse, seed)\n    grads",
-        "saved = (q_pack, k_pack, v, out, lse, do, dlse, None)\n    grads",
+        "saved, needed = (q_pack, k_pack, v, out, lse, do, dlse, seed)",
+        "saved, needed = (q_pack, k_pack, v, out, lse, do, dlse, None)",
         OPCHECK,
     ),
     Fault(
@@ -1509,8 +1511,8 @@ CONTRACT_FAULTS = [
     Fault(
         "attention: operands saved past autograd's watch",
         OPS,
-        "ctx.save_for_backward(q_pack, k_pack, v, *output, seed)",
-        "ctx.save_for_backward(q_pack.data, k_pack.data, v.data, *output, seed)",
+        "ctx.save_for_backward(q_pack, k_pack, v, *output, seed, *begins)",
+        "ctx.save_for_backward(q_pack.data, k_pack.data, v.data, *output, seed, *begins)",
         f"{_S}an_operand_changed_before_the_backward_is_noticed",
     ),
     Fault(
@@ -1726,8 +1728,8 @@ INT8_FAULTS = [
     Fault(
         "int8 weight: a zero column has a scale of 0",
         QUANTIZATION,
-        "(absmax / LARGEST).clamp_min(SMALLEST_SCALE)",
-        "(absmax / LARGEST)",
+        "LARGEST)).clamp_min(SMALLEST_SCALE)",
+        "LARGEST))",
         HALF_A_SCALE,
     ),
     Fault(
@@ -2007,22 +2009,43 @@ LONG_ROW_FAULTS = [
     Fault(
         "hopper: with dropout too",
         FORWARD,
-        "and aligned and others[1] and dropout_p == 0:",
-        "and aligned and others[1]:",
+        'special = dropout_p > 0 or mask["WINDOW"]',
+        'special = mask["WINDOW"]',
+        SUITS,
+    ),
+    Fault(
+        "hopper: with a window too",
+        FORWARD,
+        'dropout_p > 0 or mask["WINDOW"] or softcap > 0 or varlen',
+        "dropout_p > 0 or softcap > 0 or varlen",
+        SUITS,
+    ),
+    Fault(
+        "hopper: with a softcap too",
+        FORWARD,
+        'mask["WINDOW"] or softcap > 0 or varlen',
+        'mask["WINDOW"] or varlen',
+        SUITS,
+    ),
+    Fault(
+        "hopper: variable lengths too",
+        FORWARD,
+        "or softcap > 0 or varlen\n",
+        "or softcap > 0\n",
         SUITS,
     ),
     Fault(
         "hopper: whatever the address of o",
         FORWARD,
-        "and aligned and others[1] and dropout_p == 0:",
-        "and aligned and dropout_p == 0:",
+        "and aligned and others[3] and not special:",
+        "and aligned and not special:",
         SUITS,
     ),
     Fault(
         "hopper: unaligned operands too",
         FORWARD,
-        "and aligned and others[1] and dropout_p == 0:",
-        "and others[1] and dropout_p == 0:",
+        "and aligned and others[3] and not special:",
+        "and others[3] and not special:",
         SUITS,
     ),
     Fault(
@@ -2049,8 +2072,8 @@ LONG_ROW_FAULTS = [
     Fault(
         "hopper: o as strided as q",
         HOPPER,
-        "4: (o, config.block_m)",
-        "4: (q, config.block_m)",
+        "6: (o, config.block_m)",
+        "6: (q, config.block_m)",
         f"{_H}programs_of_a_plan_cover_the_queries",
     ),
 ]
@@ -2387,6 +2410,13 @@ FLEX_FAULTS = [
         f"{_F}what_is_kept_serves_inference_and_training",
     ),
     Fault(
+        "flex: rows that see keys keep the gaps of those that see none",
+        FLEX,
+        "q_pack[:, blind:].contiguous()",
+        "q_pack[:, blind:]",
+        f"{_F}one_compilation_serves_all_lengths_caps_and_windows",
+    ),
+    Fault(
         "flex: training on a CPU is not refused",
         FLEX,
         "if needs_grad(*tensors) else None",
@@ -2707,6 +2737,248 @@ DECODE_FAULTS = [
     ),
 ]
 
+_WS = "tests/test_window_and_softcap.py::test_"
+WINDOW_EDGES = f"{_WS}windows_around_tile_boundaries"
+SKIPPED = f"{_WS}tiles_outside_the_window_are_not_visited"
+CAPS = f"{_WS}scores_far_below_and_far_above_the_cap"
+WINDOW_BULK_COPIES = f"{_WS}windows_through_bulk_copies"
+_V = "tests/test_varlen.py::test_"
+VARLEN = f"{_V}lengths"
+NEIGHBOURS = f"{_V}nothing_passes_from_one_sequence_to_the_next"
+BAD_OFFSETS = f"{_V}bad_offsets_are_named_before_any_launch"
+
+WINDOW_FAULTS = [
+    Fault(
+        "window: one key too many on the left",
+        TILES,
+        "first_key = offs_m + (T_k - T_q) - left",
+        "first_key = offs_m + (T_k - T_q) - left - 1",
+        WINDOW_EDGES,
+    ),
+    Fault(
+        "window: the tile that the left edge cuts goes unmasked",
+        TILES,
+        "whole = tl.cdiv(tl.maximum(last - left, 0), BLOCK_N) * BLOCK_N",
+        "whole = tl.maximum(last - left, 0) // BLOCK_N * BLOCK_N",
+        WINDOW_EDGES,
+    ),
+    Fault(
+        "window: first key tile skipped",
+        TILES,
+        "begin = tl.maximum(m + (T_k - T_q) - left, 0) // BLOCK_N * BLOCK_N",
+        "begin = tl.cdiv(tl.maximum(m + (T_k - T_q) - left, 0), BLOCK_N) * BLOCK_N",
+        WINDOW_EDGES,
+    ),
+    Fault(
+        "window: keys on the left masked, not skipped",
+        TILES,
+        "begin = tl.maximum(m + (T_k - T_q) - left, 0) // BLOCK_N * BLOCK_N",
+        "begin = 0",
+        SKIPPED,
+    ),
+    Fault(
+        "window: keys on the right masked, not skipped",
+        TILES,
+        "end = tl.minimum(tl.maximum(last + 1 + right, 0), T_k)",
+        "end = T_k",
+        SKIPPED,
+    ),
+    Fault(
+        "window: queries on the right masked, not skipped",
+        TILES,
+        "end = tl.minimum(tl.maximum(last + left + 1, 0), T_q)",
+        "end = T_q",
+        SKIPPED,
+    ),
+    Fault(
+        "window: one query too many",
+        TILES,
+        "query_limit = first_query + left + 1",
+        "query_limit = first_query + left + 2",
+        WINDOW_EDGES,
+    ),
+    Fault(
+        "window: the tile that the last query cuts goes unmasked",
+        TILES,
+        "unmasked = tl.maximum(n - (T_k - T_q) + left + 1, 0) // BLOCK_M * BLOCK_M",
+        "unmasked = tl.cdiv(tl.maximum(n - (T_k - T_q) + left + 1, 0), BLOCK_M) * BLOCK_M",
+        WINDOW_EDGES,
+    ),
+    Fault(
+        "window: causal forgotten beside it",
+        TILES,
+        "right = 0 if causal else right",
+        "right = 0 if causal and left < 0 else right",
+        f"{_WS}a_new_window_never_recompiles",
+    ),
+    Fault(
+        "window: full key tiles in two loops",
+        FORWARD,
+        "begin, tl.minimum(whole, end), whole, unmasked",
+        "begin, end, whole, unmasked",
+        WINDOW_EDGES,
+    ),
+    Fault(
+        "window, dq: full key tiles in two loops",
+        BACKWARD,
+        "begin, tl.minimum(whole, end), whole, unmasked",
+        "begin, end, whole, unmasked",
+        WINDOW_EDGES,
+    ),
+    Fault(
+        "window, dk, dv: query tiles that the last query cuts in two loops",
+        BACKWARD,
+        "last = tl.minimum(unmasked, end)",
+        "last = end",
+        WINDOW_EDGES,
+    ),
+    Fault(
+        "window, dk, dv: query tiles that the last query cuts in none",
+        BACKWARD,
+        "head, h, n, unmasked, end,\n",
+        "head, h, n, end, end,\n",
+        WINDOW_EDGES,
+    ),
+    Fault(
+        "window: cut tiles of the forward's one loop on the left go unmasked",
+        FORWARD,
+        "n >= unmasked or (WINDOW and n < whole)",
+        "n >= unmasked",
+        WINDOW_BULK_COPIES,
+    ),
+    Fault(
+        "window: cut tiles of the one loop over queries go unmasked",
+        BACKWARD,
+        "m < whole or (WINDOW and m >= unmasked)",
+        "m < whole",
+        WINDOW_BULK_COPIES,
+    ),
+    Fault(
+        "softcap: slope missing in dk",
+        BACKWARD,
+        "dsT *= 1 - sT * sT",
+        "dsT *= 1",
+        CAPS,
+    ),
+    Fault("softcap: slope missing in dq", BACKWARD, "ds *= 1 - s * s", "ds *= 1", CAPS),
+    Fault(
+        "softcap: gradients without the scale under the cap",
+        BACKWARD,
+        f"dk{SCALES_OF_GRADIENTS}",
+        "dk *= scale_log2 * LN2",
+        CAPS,
+    ),
+    Fault(
+        "softcap: cancels near 0",
+        TILES,
+        "tl.where(x2 < 0.5625 * 0.5625, near,",
+        "tl.where(x2 < 0.0, near,",
+        CAPS,
+    ),
+    Fault(
+        "softcap: third coefficient off in its fourth digit",
+        TILES,
+        "near = near * x2 + 0.1331908",
+        "near = near * x2 + 0.1332908",
+        f"{_WS}every_score_is_capped_to_its_last_places",
+    ),
+    Fault(
+        "softcap: no sign far from 0",
+        TILES,
+        "tl.where(x < 0, -far, far)",
+        "far",
+        CAPS,
+    ),
+    Fault(
+        "operators: window not among the numbers",
+        LIBRARY,
+        "return (*scores, *options.window_size, options.softcap)",
+        "return (*scores, -1, -1, options.softcap)",
+        f"{_WS}torch_func_grad_with_a_window_and_a_softcap",
+    ),
+]
+
+VARLEN_FAULTS = [
+    Fault(
+        "varlen: keys where the queries begin",
+        FORWARD,
+        "k_source += tl.cast(first_k, tl.int64) * stride_kt * ALIGNMENT",
+        "k_source += tl.cast(first_q, tl.int64) * stride_kt * ALIGNMENT",
+        VARLEN,
+    ),
+    Fault(
+        "varlen: lse of the first sequence for all",
+        FORWARD,
+        "lse_row = tl.cast(h, tl.int64) * total_q + first_q",
+        "lse_row = tl.cast(h, tl.int64) * total_q",
+        VARLEN,
+    ),
+    Fault(
+        "varlen: dq where the keys begin",
+        BACKWARD,
+        "dq_ptr += tl.cast(first_q, tl.int64) * stride_dqt",
+        "dq_ptr += tl.cast(first_k, tl.int64) * stride_dqt",
+        VARLEN,
+    ),
+    Fault(
+        "varlen: dv of the first sequence for all",
+        BACKWARD,
+        "dv_ptr += tl.cast(first_k, tl.int64) * stride_dvt",
+        "dv_ptr += 0",
+        VARLEN,
+    ),
+    Fault(
+        "varlen: a sequence goes on into the next",
+        TILES,
+        "    return begin, end - begin",
+        "    return begin, tl.minimum(end + 1, total) - begin",
+        NEIGHBOURS,
+    ),
+    Fault(
+        "varlen: offsets not kept inside the tokens",
+        TILES,
+        "begin = tl.minimum(tl.maximum(tl.load(offsets_ptr + b), 0), total)",
+        "begin = tl.load(offsets_ptr + b)",
+        f"{_V}unchecked_offsets_lead_to_no_address_outside",
+    ),
+    Fault(
+        "varlen: sequences drop the same scores",
+        FORWARD,
+        "seed = tl.load(seed_ptr) if DROPOUT else 0",
+        "seed = tl.load(seed_ptr) if DROPOUT else 0\n    head = h if VARLEN else head",
+        f"{_V}each_sequence_and_head_drops_its_own_scores_and_the_backward_drops_them_too",
+    ),
+    Fault(
+        "varlen: batch stride of the tokens used",
+        TILES,
+        "strides=(0, *t.strides[1:])",
+        "strides=t.strides",
+        VARLEN,
+    ),
+    Fault("offsets: may decrease", OFFSETS, "if length < 0:", "if False:", BAD_OFFSETS),
+    Fault("offsets: may end early", OFFSETS, "if offsets[-1] != total:", "if False:", BAD_OFFSETS),
+    Fault(
+        "offsets: the longest is not compared",
+        OFFSETS,
+        "if most < found:",
+        "if False:",
+        f"{_V}a_bad_longest_length_is_named",
+    ),
+    Fault(
+        "offsets: looked at whether asked for or not",
+        OFFSETS,
+        "if check and not torch.compiler.is_compiling():",
+        "if not torch.compiler.is_compiling():",
+        f"{_V}values_are_looked_at_only_when_asked_for",
+    ),
+    Fault(
+        "sdpa: a sequence sees the keys at its queries' places",
+        SDPA,
+        "k_pack[:, keys], v[:, keys], options)",
+        "k_pack[:, queries], v[:, queries], options)",
+        VARLEN,
+    ),
+]
 
 FAULTS = [
     *INT8_FAULTS,
@@ -2725,6 +2997,8 @@ FAULTS = [
     *DECODE_FAULTS,
     *FLEX_FAULTS,
     *SPARSITY_FAULTS,
+    *WINDOW_FAULTS,
+    *VARLEN_FAULTS,
 ]
 
 # Faults that no test can see here, and why; killing one is an error too.
