@@ -122,6 +122,16 @@ def test_programs_of_a_plan_cover_the_queries(causal):
     ]
 
 
+def test_a_last_section_of_fewer_heads_has_rounds_too():
+    q = layout_of(torch.empty(2, 4097, 7, 64, device="meta"))
+    plan = forward_plan(torch.bfloat16, q, q, q, True, None, ROWS["64"][1], 30)
+    section, per_section, rounds = (
+        plan.arguments[name] for name in ("section", "per_section", "rounds")
+    )
+    assert (section, per_section) == (5, 4)  # 5 heads of 22 tiles, in rounds of 30
+    assert rounds == 2 * 4 + 3  # and 4 heads
+
+
 def loads(n_heads, weights, section, programs):
     """Key tiles of every program: the order of ``_tile``, written out."""
     found, i = [0] * programs, 0

@@ -401,8 +401,8 @@ FORWARD_FAULTS = [
     Fault(
         "forward: no guard against -inf - -inf",
         FORWARD,
-        'm_scaled = tl.where(m_new == float("-inf"), 0.0, m_scaled)',
-        "m_scaled = m_new * scale_log2",
+        'm_known = tl.where(m_new == float("-inf"), 0.0, m_new)',
+        "m_known = m_new",
         NO_KEYS,
     ),
     Fault(
@@ -1992,11 +1992,10 @@ LONG_ROW_FAULTS = [
     Fault(
         "hopper: no basic block ends ahead of the wait",
         HOPPER,
-        "        mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1, "
-        "pred=after < n_tiles)\n        acc, p = warpgroup_mma_wait(0, deps=[acc, p])\n",
-        "        acc, p = warpgroup_mma_wait(0, deps=[acc, p])\n"
-        "        mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1, "
-        "pred=after < n_tiles)\n",
+        "mbarrier.wait(k_full.index(after % STAGES), after // STAGES & 1, pred=n < last)\n"
+        "                acc, p = warpgroup_mma_wait(0, deps=[acc, p])\n",
+        "acc, p = warpgroup_mma_wait(0, deps=[acc, p])\n                "
+        "mbarrier.wait(k_full.index(after % STAGES), after // STAGES & 1, pred=n < last)\n",
         OVERLAP,
     ),
     Fault(
@@ -2051,15 +2050,22 @@ LONG_ROW_FAULTS = [
     Fault(
         "hopper: float32 too",
         CONFIGS,
-        'if target != "sm_90" or dtype == torch.float32:\n        return None',
-        'if target != "sm_90":\n        return None',
+        'target != "sm_90" or dtype == torch.float32 or length < 256',
+        'target != "sm_90" or length < 256',
         LONG_ROWS,
     ),
     Fault(
         "hopper: on every GPU",
         CONFIGS,
-        'if target != "sm_90" or dtype == torch.float32:\n        return None',
-        "if dtype == torch.float32:\n        return None",
+        'target != "sm_90" or dtype == torch.float32 or length < 256',
+        "dtype == torch.float32 or length < 256",
+        LONG_ROWS,
+    ),
+    Fault(
+        "hopper: short rows too",
+        CONFIGS,
+        "or dtype == torch.float32 or length < 256",
+        "or dtype == torch.float32",
         LONG_ROWS,
     ),
     Fault(
@@ -2075,6 +2081,34 @@ LONG_ROW_FAULTS = [
         "6: (o, config.block_m)",
         "6: (q, config.block_m)",
         f"{_H}programs_of_a_plan_cover_the_queries",
+    ),
+    Fault(
+        "hopper: no rounds for the last section of fewer heads",
+        HOPPER,
+        "sections * per_section + triton.cdiv(rest * n_m, programs)",
+        "sections * per_section",
+        f"{_H}a_last_section_of_fewer_heads_has_rounds_too",
+    ),
+    Fault(
+        "hopper: a section has a tile of each program",
+        HOPPER,
+        "per_section = triton.cdiv(section * n_m, programs)",
+        "per_section = 1",
+        f"{_H}programs_of_a_plan_cover_the_queries",
+    ),
+    Fault(
+        "hopper: keys of a section beyond L2",
+        HOPPER,
+        "if full * bytes_per_head <= SECTION_BYTES:",
+        "if True:",
+        f"{_H}sections_stay_in_the_second_level_cache",
+    ),
+    Fault(
+        "hopper: a head at a time",
+        HOPPER,
+        "heads = max(heads, full)",
+        "heads = 1",
+        f"{_H}causal_work_is_even",
     ),
 ]
 
@@ -2463,15 +2497,15 @@ SPARSITY_FAULTS = [
     Fault(
         "sparse: the other lanes of the heads are pruned",
         SPARSITY,
-        "heads[..., layout.d_std :] = True",
-        "heads[..., : layout.R] = True",
+        "W_packed, others = layout.take_low(W_packed)",
+        "others, W_packed = layout.take_low(W_packed)",
         PRUNED,
     ),
     Fault(
         "sparse: columns where they were not",
-        SPARSITY,
-        "return torch.cat(_low_and_other(layout, device)).argsort()",
-        "return torch.cat(_low_and_other(layout, device))",
+        LAYOUT,
+        "((std, self.d_std), (low, self.R))",
+        "((low, self.R), (std, self.d_std))",
         PRUNED,
     ),
     Fault(
