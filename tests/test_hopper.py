@@ -160,6 +160,15 @@ def test_causal_work_is_even(n_heads, T, D, queries):
     assert max(found) <= 1.1 * sum(found) / 132 + 1
 
 
+@pytest.mark.parametrize(
+    ("n_heads", "section"),
+    [(3, 3), (100, 66), (170, 66), (140, 70)],  # 66 heads of 8 tiles are 4 rounds of 132
+)
+def test_sections_fill_their_rounds_and_have_no_more_heads_than_there_are(n_heads, section):
+    """But of a few heads that would remain each section takes some."""
+    assert heads_per_section(n_heads, 8, 2**18, 132) == section
+
+
 def test_sections_stay_in_the_second_level_cache():
     assert heads_per_section(1000, 8, 2**20, 132) * 2**20 <= 1.5 * SECTION_BYTES
     assert heads_per_section(3, 1000, 2**30, 132) == 1

@@ -1978,6 +1978,7 @@ HOPPER_FAULTS = [
 _H = "tests/test_hopper.py::test_"
 LONG_ROWS = f"{_H}long_rows_of_16_bits_on_hopper_take_it"
 SUITS = f"{_H}what_suits_it_is_launched_with_it_and_nothing_else_is"
+FULL_ROUNDS = f"{_H}sections_fill_their_rounds_and_have_no_more_heads_than_there_are"
 OVERLAP = f"{_H}exponentials_run_while_a_product_does"
 
 # What the arithmetic of the kernel may do wrong only a GPU can tell.
@@ -2102,6 +2103,20 @@ LONG_ROW_FAULTS = [
         "if full * bytes_per_head <= SECTION_BYTES:",
         "if True:",
         f"{_H}sections_stay_in_the_second_level_cache",
+    ),
+    Fault(
+        "hopper: sections of equal size, whatever fills their rounds",
+        HOPPER,
+        "max(heads, triton.cdiv(n_heads, sections))",
+        "triton.cdiv(n_heads, sections)",
+        FULL_ROUNDS,
+    ),
+    Fault(
+        "hopper: more heads in a section than there are",
+        HOPPER,
+        "return min(n_heads, max(heads, triton.cdiv(n_heads, sections)))",
+        "return max(heads, triton.cdiv(n_heads, sections))",
+        FULL_ROUNDS,
     ),
     Fault(
         "hopper: a head at a time",
