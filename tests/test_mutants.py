@@ -16,7 +16,7 @@ def test_faults_have_names_of_their_own_and_excuses_are_for_faults():
 
 
 def test_what_a_fault_replaces_occurs_once():
-    """A fault that has lost its place is planted no more, and looks like one that is noticed."""
+    """A fault that has lost its place is no longer planted, and what it showed no longer shown."""
     texts = {file: (ROOT / file).read_text() for file in {fault.file for fault in FAULTS}}
     counts = {fault.name: texts[fault.file].count(fault.old) for fault in FAULTS}
     assert {name: count for name, count in counts.items() if count != 1} == {}
