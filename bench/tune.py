@@ -30,7 +30,7 @@ from bench.gate import RMS_FACTOR, ROW_FACTOR
 from bench.options import DTYPES, check_outputs, count, parser_of, seconds
 from bench.report import environment
 from bench.timing import Entrant, Timing, measure
-from ra_triton.kernels.configs import LaunchConfig, launch_config
+from ra_triton.kernels.configs import LaunchConfig, launch_config, warp_specialised
 from ra_triton.kernels.tiles import target_of
 from ref import reciprocal_attention as ref
 
@@ -82,6 +82,12 @@ def attention_candidates(warps: Sequence[int] = (4, 8)) -> list[LaunchConfig]:
     """Tiles of queries by keys."""
     sizes = itertools.product((64, 128), (32, 64, 128), warps, (2, 3, 4))
     return [LaunchConfig(m, w, s, block_n=n) for m, n, w, s in sizes]
+
+
+def warp_specialised_candidates() -> list[LaunchConfig]:
+    """Of the forward kernel for Hopper: warpgroups of 64 queries, keys, and buffers of keys."""
+    sizes = itertools.product((2, 3), (64, 128), (2, 3))
+    return [LaunchConfig(64, 4, s, block_n=n, groups=g) for g, n, s in sizes]
 
 
 def gradient_candidates() -> list[LaunchConfig]:
@@ -198,9 +204,8 @@ def compile_candidate(job: tuple[str, Problem, LaunchConfig]) -> str | None:
             launch(config)
     except Exception as error:
         return f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    kernel = next(
-        k for k in reversed(recorded) if k.name == KERNELS.get(problem.stage, problem.stage)
-    )
+    own = KERNELS.get(problem.stage, problem.stage)
+    kernel = next(k for k in reversed(recorded) if k.name in (own, f"{own}_hopper"))
     if kernel.spilled_bytes:
         return f"spills {kernel.spilled_bytes} bytes"
     return "serialised WGMMA" if kernel.serialised_wgmma else None
@@ -229,7 +234,12 @@ def tune(problem: Problem, budget: float, workers: int) -> list[dict[str, Any]]:
     name = target_of(device)
     shipped = launch_config(problem.stage, problem.D, DTYPES[problem.dtype], name, True)
     use_tma = name == "sm_90" and problem.dtype != "fp32"
-    candidates = [replace(c, use_tma=use_tma, pdl=shipped.pdl) for c in CANDIDATES[problem.stage]()]
+    candidates = CANDIDATES[problem.stage]()
+    if problem.stage == "attention_forward":
+        own = warp_specialised(problem.D, DTYPES[problem.dtype], name, problem.T, causal=True)
+        if own is not None:
+            candidates, shipped = [shipped, *candidates, *warp_specialised_candidates()], own
+    candidates = [replace(c, use_tma=use_tma, pdl=shipped.pdl) for c in candidates]
     candidates = list(dict.fromkeys([shipped, *candidates]))
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:

@@ -1,5 +1,6 @@
 """``bench/tune.py`` without a GPU: candidates, the gate before the clock, what it prints."""
 
+import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -25,6 +26,33 @@ def test_candidates_are_distinct_and_include_several_tiles(stage):
     candidates = tune.CANDIDATES[stage]()
     assert len(set(candidates)) == len(candidates) > 10
     assert len({(c.block_m, c.block_n) for c in candidates}) > 2
+
+
+HOPPER = """
+from bench import tune
+from dataclasses import replace
+problem = tune.Problem("attention_forward", "bf16", D=64, T=1024, B=1, H=2)
+for config in tune.warp_specialised_candidates():
+    config = replace(config, use_tma=True, pdl=True)
+    reason = tune.compile_candidate(("sm_90", problem, config))
+    print((config.groups, config.block_n, config.num_stages), reason, sep=": ")
+"""
+
+
+def test_candidates_for_hoppers_own_forward_compile_or_say_why_not():
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", HOPPER],
+        env={**env, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    found = dict(line.split(": ", 1) for line in run.stdout.splitlines())
+    assert len(found) == 8
+    assert "does not compile" in found["(3, 64, 2)"]  # the copies would wait for a warpgroup
+    assert found["(3, 64, 3)"] == found["(2, 128, 3)"] == found["(3, 128, 2)"] == "None"
 
 
 @pytest.fixture
