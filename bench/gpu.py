@@ -125,7 +125,7 @@ _ON_GPU = (
     ),
     "--device cuda --seconds 5",
     "--device cuda --seconds 2",
-    "--device cuda --seconds 0.5",
+    "--device cuda --length 4096 65536 --seconds 0.5",
 )
 _ON_CPU = (
     "tests/test_layout.py",
