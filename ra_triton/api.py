@@ -127,7 +127,14 @@ def ra_attention(
     W_packed, bias = _packed(layout, W_fused, bias, weight_layout)
     out = module.layer(x, W_packed, bias, layout, options, workspace, offsets).flatten(2)
     if key is not None:
-        prepared.keep(key, module.prepare_layer(x, W_packed, bias, layout, options))
+
+        def again(x: Tensor, W_packed: Tensor, bias: Tensor | None) -> Tensor:
+            return module.layer(x, W_packed, bias, layout, options, None).flatten(2)
+
+        call = None
+        if not needs_grad(x, W_packed, bias):
+            call = module.prepare_layer(x, W_packed, bias, layout, options)
+        prepared.keep(key, call or again)
     return out.squeeze(0) if flattened else out
 
 

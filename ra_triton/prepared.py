@@ -1,8 +1,8 @@
 """Calls that have been looked at before.
 
 How a call runs is decided by its options and by the layouts of its tensors, all but the addresses.
-An eager call without gradients is therefore checked and planned once; when it comes again it is
-known by its key, and what is left to do is to allocate and to launch.
+An eager call is therefore checked once; when it comes again it is known by its key. Without
+gradients it is planned then too, and what is left to do is to allocate and to launch.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ _known: dict[tuple[Any, ...], Call] = {}
 
 
 def key_of(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Everything that decides how an eager call without gradients runs; None for another call.
+    """Everything that decides how an eager call runs; None for another call.
 
     Args:
         tensors: what the call reads; None where there is none.
@@ -40,7 +40,6 @@ def key_of(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...
     if (
         first is None
         or first.device.type != DEVICE
-        or needs_grad(*tensors)
         or torch.is_autocast_enabled(DEVICE)
         or forward_ad._current_level >= 0
     ):
@@ -52,7 +51,7 @@ def key_of(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...
     if first.dtype is torch.float32:
         key.append(torch.get_float32_matmul_precision())
     # Types too: 1 is no bool, and 4.0 no rank, though they equal True and 4.
-    return (*key, options, *map(type, options))
+    return (*key, needs_grad(*tensors), options, *map(type, options))
 
 
 def known(key: tuple[Any, ...] | None) -> Call | None:
@@ -63,10 +62,8 @@ def known(key: tuple[Any, ...] | None) -> Call | None:
         return None
 
 
-def keep(key: tuple[Any, ...], call: Call | None) -> None:
+def keep(key: tuple[Any, ...], call: Call) -> None:
     """Let ``call`` run what has this key from now on."""
-    if call is None:
-        return
     if len(_known) >= CALLS:
         _known.clear()
     _known[key] = call

@@ -8,7 +8,7 @@ from budget import assert_bitwise
 from strategies import DEVICE, normal
 
 import ra_triton
-from ra_triton import launches, prepared
+from ra_triton import api, launches, prepared
 from ra_triton.backend import triton
 from ra_triton.layout import RALayout
 from ra_triton.options import AttentionOptions
@@ -149,6 +149,32 @@ def test_calls_that_something_looks_at_are_not_prepared(spied):
     with torch.no_grad():
         run(x, leaf)
     assert spied.prepared == 1
+
+
+def test_a_recorded_call_is_checked_once(spied, monkeypatch):
+    checked, check = [], api._projection_layout
+    monkeypatch.setattr(api, "_projection_layout", lambda *args: checked.append(0) or check(*args))
+    x, W = problem()
+    results = []
+    for _ in range(3):
+        leaves = x.clone().requires_grad_(), W.clone().requires_grad_()
+        out = run(*leaves)
+        results.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaves)))
+    assert len(checked) == 1
+    for got, first in zip(results[-1], results[0], strict=True):
+        assert_bitwise(got, first)
+    with torch.no_grad():
+        assert not run(*leaves).requires_grad
+    assert (len(checked), spied.prepared) == (2, 0)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+def test_dropout_draws_anew_in_a_known_call(spied, backend):
+    x, W = problem()
+    leaf = W.clone().requires_grad_()
+    first, second, third = (run(x, leaf, dropout_p=0.5, backend=backend) for _ in range(3))
+    assert not torch.equal(second, third)
+    assert not torch.equal(first, second)
 
 
 def test_no_more_calls_are_known_than_fit(spied, monkeypatch):

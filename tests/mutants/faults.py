@@ -1632,15 +1632,15 @@ HOST_FAULTS = [
     Fault(
         "prepared: options not in the key",
         PREPARED,
-        "(*key, options, *map",
-        "(*key, *map",
+        "options, *map",
+        "*map",
         IN_THE_KEY,
     ),
     Fault(
         "prepared: types of options not in the key",
         PREPARED,
-        "(*key, options, *map(type, options))",
-        "(*key, options)",
+        "options, *map(type, options))",
+        "options)",
         STILL_CHECKED,
     ),
     Fault(
@@ -1657,7 +1657,27 @@ HOST_FAULTS = [
         "if False:",
         f"{_R}the_precision_of_products_is_in_the_key",
     ),
-    Fault("prepared: with gradients", PREPARED, "or needs_grad(*tensors)", "or False", LOOKED_AT),
+    Fault(
+        "prepared: gradients not in the key",
+        PREPARED,
+        "needs_grad(*tensors), options",
+        "False, options",
+        LOOKED_AT,
+    ),
+    Fault(
+        "prepared: recorded calls looked at again",
+        API,
+        "prepared.keep(key, call or again)",
+        "call and prepared.keep(key, call)",
+        f"{_R}a_recorded_call_is_checked_once",
+    ),
+    Fault(
+        "prepared: recorded calls without their gradients",
+        API,
+        "if not needs_grad(x, W_packed, bias):",
+        "if True:",
+        f"{_R}a_recorded_call_is_checked_once",
+    ),
     Fault(
         "prepared: under autocast",
         PREPARED,
