@@ -132,7 +132,7 @@ def ra_attention(
             return module.layer(x, W_packed, bias, layout, options, None).flatten(2)
 
         call = None
-        if not needs_grad(x, W_packed, bias):
+        if not out.requires_grad:
             call = module.prepare_layer(x, W_packed, bias, layout, options)
         prepared.keep(key, call or again)
     return out.squeeze(0) if flattened else out

@@ -1674,7 +1674,7 @@ HOST_FAULTS = [
     Fault(
         "prepared: recorded calls without their gradients",
         API,
-        "if not needs_grad(x, W_packed, bias):",
+        "if not out.requires_grad:",
         "if True:",
         f"{_R}a_recorded_call_is_checked_once",
     ),
