@@ -16,7 +16,7 @@ from ra_triton.kernels.attention_forward_hopper import (
     REGISTERS,
     SECTION_BYTES,
     forward_plan,
-    heads_per_section,
+    heads_filling_rounds,
 )
 from ra_triton.kernels.configs import launch_config, warp_specialised
 from ra_triton.kernels.plans import layout_of
@@ -154,7 +154,7 @@ def loads(n_heads, weights, section, programs):
 )
 def test_causal_work_is_even(n_heads, T, D, queries):
     weights = [-(-min(T, T - tile * queries) // 128) for tile in range(-(-T // queries))]
-    section = heads_per_section(n_heads, len(weights), 4 * T * D, 132)
+    section = heads_filling_rounds(n_heads, len(weights), 4 * T * D, 132)
     found = loads(n_heads, weights, section, 132)
     assert sum(found) == n_heads * sum(weights)
     assert max(found) <= 1.1 * sum(found) / 132 + 1
@@ -166,12 +166,12 @@ def test_causal_work_is_even(n_heads, T, D, queries):
 )
 def test_sections_fill_their_rounds_and_have_no_more_heads_than_there_are(n_heads, section):
     """But of a few heads that would remain each section takes some."""
-    assert heads_per_section(n_heads, 8, 2**18, 132) == section
+    assert heads_filling_rounds(n_heads, 8, 2**18, 132) == section
 
 
 def test_sections_stay_in_the_second_level_cache():
-    assert heads_per_section(1000, 8, 2**20, 132) * 2**20 <= 1.5 * SECTION_BYTES
-    assert heads_per_section(3, 1000, 2**30, 132) == 1
+    assert heads_filling_rounds(1000, 8, 2**20, 132) * 2**20 <= 1.5 * SECTION_BYTES
+    assert heads_filling_rounds(3, 1000, 2**30, 132) == 1
 
 
 LOOK = """

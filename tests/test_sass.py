@@ -123,6 +123,17 @@ def test_the_hot_loop_is_the_inner_one_without_what_spins_inside():
     assert loop.matrix_flops == 2 * 16 * 8 * (16 + 8)
 
 
+def test_a_loop_around_the_hot_one_is_not_hot_however_short_the_rest_of_it_is():
+    """A program an SM has its last products outside the loop that has most of them."""
+    products = [line for line in AMPERE.splitlines() if "HMMA" in line]
+    store = "        /*00a0*/                   STG.E.128"
+    text = AMPERE.replace(store, "\n".join((*products, store)))
+    around, inner, _ = Program(text).loops()
+    assert around.matrix_flops == inner.matrix_flops
+    assert len(around.body) < len(inner.body)
+    assert Program(text).hot_loop() == inner
+
+
 def test_without_matrix_instructions_the_loop_with_most_arithmetic_is_hot():
     loop = Program(VECTOR).hot_loop()
     assert (loop.name, len(loop.body), loop.vector_flops) == (".L_x_0", 4, 192)

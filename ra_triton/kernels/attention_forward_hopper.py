@@ -420,7 +420,7 @@ def forward_plan(
     n_m = triton.cdiv(T_q, config.groups * config.block_m)
     programs = min(B * H * n_m, processors)
     bytes_per_head = 2 * T_k * D * dtype.itemsize * H_kv // H
-    section = heads_per_section(B * H, n_m, bytes_per_head, programs) if causal else B * H
+    section = heads_filling_rounds(B * H, n_m, bytes_per_head, programs) if causal else B * H
     per_section = triton.cdiv(section * n_m, programs)
     sections, rest = divmod(B * H, section)
     arguments = {
@@ -443,7 +443,7 @@ def forward_plan(
     return Plan(_attention_forward_hopper_kernel, (programs,), arguments, bulk)
 
 
-def heads_per_section(n_heads: int, n_m: int, bytes_per_head: int, programs: int) -> int:
+def heads_filling_rounds(n_heads: int, n_m: int, bytes_per_head: int, programs: int) -> int:
     """Heads whose ``n_m`` tiles each the programs take before those of other heads.
 
     As many as leave few programs without a tile in their last round, and fit in L2; more if only a

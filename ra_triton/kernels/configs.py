@@ -217,14 +217,14 @@ def warp_specialised(
     if target != "sm_90" or dtype == torch.float32 or length < 256:
         return None
     if head_dim == 64 and length < 2048:
-        if causal:  # T = 512: 134 us (171, 129), 1024: 202 us (243, 197)
+        if causal:  # T = 512: 136 us (171, 129), 1024: 202 us (243, 197)
             return LaunchConfig(64, 4, 3, block_n=64, use_tma=True, pdl=True, groups=3)
         # T = 1024, not causal: 311 us (429, 309)
         return LaunchConfig(64, 4, 3, block_n=128, use_tma=True, pdl=True, groups=2)
     # T = 2048: 329 us (397, 339), 4096: 616 us (747, 677), 16384: 2143 us (2668, 2496)
     if head_dim == 64:
         return LaunchConfig(64, 4, 2, block_n=128, use_tma=True, pdl=True, groups=3)
-    # T = 512: 109 us (138, 102), 1024: 148 us (204, 160), 2048: 249 us (314, 272),
+    # T = 512: 110 us (138, 102), 1024: 148 us (204, 160), 2048: 249 us (314, 272),
     # 4096: 430 us (597, 515), 16384: 1692 us (2106, 1974)
     if head_dim == 128:
         return LaunchConfig(64, 4, 2, block_n=128, use_tma=True, pdl=True, groups=2)
