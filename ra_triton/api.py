@@ -9,6 +9,7 @@ from ra_triton import prepared
 from ra_triton.backend import choose
 from ra_triton.checks import (
     autocast_dtype,
+    check_apart,
     check_attention_inputs,
     check_choice,
     check_decode_inputs,
@@ -401,13 +402,14 @@ def pack_qk_(
         ``(q, k)``, the same tensors, now packed.
 
     Raises:
-        ValueError: also when a gradient is needed, or when ``q`` or ``k`` is expanded.
+        ValueError: also when a gradient is needed, when ``q`` or ``k`` is expanded, or when they
+            share memory, which is noticed where their strides are the same.
     """
     call = _norm_rope_call(q, k, q_low, k_low, rope, position, rope_dims, qk_norm, norm_eps)
     check_no_overlap("q", q)
     check_no_overlap("k", k)
-    if q.numel() and not torch.compiler.is_compiling() and q.data_ptr() == k.data_ptr():
-        raise ValueError("k must not be the same memory as q: both are written")
+    if not torch.compiler.is_compiling():
+        check_apart("k", k, "q", q)
     if needs_grad(*call[:6]):
         raise ValueError("pack_qk_ is for inference; use pack_qk, or torch.no_grad()")
     module, _ = choose(backend, call[:6])

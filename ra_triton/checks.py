@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -75,6 +76,46 @@ def check_no_overlap(name: str, t: Tensor) -> None:
         stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)
     ):
         raise ValueError(f"{name} is written, so it must not be expanded, got strides {t.stride()}")
+
+
+def check_apart(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    """Two tensors that will be written, of as many dims and one dtype, share no element.
+
+    Noticed where they begin at one address, or have the same strides.
+    """
+    distance = other.data_ptr() - t.data_ptr()
+    layouts = t.shape, t.stride(), other.shape, other.stride()
+    if t.numel() and other.numel() and _meet(distance, t.element_size(), *layouts):
+        raise ValueError(f"{name} must share no memory with {other_name}: both are written")
+
+
+@lru_cache(maxsize=256)
+def _meet(
+    distance: int,  # in bytes
+    element_size: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    other_shape: tuple[int, ...],
+    other_strides: tuple[int, ...],
+) -> bool:
+    """Whether an index i in ``shape`` and a j in ``other_shape`` have one address."""
+    sizes = zip(strides, other_strides, shape, other_shape, strict=True)
+    dims = [dim for dim in sizes if max(dim[2:]) > 1]
+    if distance == 0 or distance % element_size or any(s != other for s, other, *_ in dims):
+        return distance == 0
+    # Of i - j along each dim the stride, the least and the most; longest strides first.
+    steps = sorted(((s, 1 - n_j, n_i - 1) for s, _, n_i, n_j in dims), reverse=True)
+
+    def reaches(distance: int, dim: int) -> bool:
+        if dim == len(steps):
+            return distance == 0
+        stride, least, most = steps[dim]
+        low, high = (sum(s * bounds[i] for s, *bounds in steps[dim + 1 :]) for i in (0, 1))
+        first = max(least, -((high - distance) // stride))
+        last = min(most, (distance - low) // stride)
+        return any(reaches(distance - n * stride, dim + 1) for n in range(first, last + 1))
+
+    return reaches(distance // element_size, 0)
 
 
 def check_project_inputs(

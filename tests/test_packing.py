@@ -12,6 +12,7 @@ from strategies import (
     WRITABLE_LAYOUTS,
     backend_dtypes,
     backends,
+    few_examples,
     head_dims,
     lay_out,
     lengths,
@@ -20,6 +21,7 @@ from strategies import (
 )
 
 import ra_triton
+from ra_triton.checks import check_apart
 
 
 def expected(q, k, q_low, k_low):
@@ -134,3 +136,30 @@ def test_pack_qk_is_differentiable_on_sdpa():
     assert_bitwise(dk, torch.cat((grads[1][..., :-2], zeros), -1))
     assert_bitwise(dk_low, grads[0][..., -2:])
     assert_bitwise(dq_low, grads[1][..., -2:])
+
+
+@few_examples
+@given(
+    strides=st.sampled_from([(200, 40, 8, 1), (40, 80, 8, 1), (90, 30, 4, 1)]),
+    H_kv=st.sampled_from([1, 3]),
+    offset=st.integers(-100, 100),
+)
+def test_operands_that_share_an_element_are_told_from_woven_ones(strides, H_kv, offset):
+    """Views of one buffer; of another one, of indices, they show which elements they share."""
+    places = torch.arange(900, device=DEVICE)
+    q = places.as_strided((2, 3, 3, 4), strides, 100)
+    k = places.as_strided((2, 3, H_kv, 4), strides, 100 + offset)
+    if torch.isin(q.contiguous(), k.contiguous()).any():
+        with pytest.raises(ValueError, match="k must share no memory with q"):
+            check_apart("k", k, "q", q)
+    else:
+        check_apart("k", k, "q", q)
+
+
+def test_q_and_k_that_share_memory_are_refused_and_nothing_is_written():
+    rows, low = torch.zeros(1, 4, 3, 16, device=DEVICE), torch.ones(1, 4, 2, 4, device=DEVICE)
+    same = rows[:, :, :2]
+    for k in (same, rows[:, :, 1:], rows.view(1, 12, 16)[:, :8].view(1, 4, 2, 16)):
+        with pytest.raises(ValueError, match="k must share no memory with q: both are written"):
+            ra_triton.pack_qk_(same, k, low, low)
+    assert not rows.any()

@@ -36,6 +36,7 @@ HOPPER_PROJECTION = "ra_triton/kernels/projection_hopper.py"
 PACKING = "ra_triton/kernels/packing.py"
 LAUNCHER, PREPARED = "ra_triton/kernels/launcher.py", "ra_triton/prepared.py"
 PLANS, CONFIGS = "ra_triton/kernels/plans.py", "ra_triton/kernels/configs.py"
+CHECKS = "ra_triton/checks.py"
 LAUNCHES, OPS, API = "ra_triton/launches.py", "ra_triton/ops.py", "ra_triton/api.py"
 OFFSETS = "ra_triton/offsets.py"
 LIBRARY, WORKSPACE = "ra_triton/library.py", "ra_triton/workspace.py"
@@ -1154,6 +1155,27 @@ LANE_FAULTS = [
         "return source.clone() if shared else source",
         "return source",
         "tests/test_packing.py::test_packing_a_buffer_whose_low_lanes_are_views_of_itself",
+    ),
+    Fault(
+        "pack_qk_: operands that share memory are written",
+        API,
+        'check_apart("k", k, "q", q)',
+        "pass",
+        "tests/test_packing.py::test_q_and_k_that_share_memory_are_refused_and_nothing_is_written",
+    ),
+    Fault(
+        "pack_qk_: only one address for both is noticed",
+        CHECKS,
+        "return reaches(distance // element_size, 0)",
+        "return False",
+        "tests/test_packing.py::test_operands_that_share_an_element_are_told_from_woven_ones",
+    ),
+    Fault(
+        "pack_qk_: woven operands are refused",
+        CHECKS,
+        "return reaches(distance // element_size, 0)",
+        "return True",
+        "tests/test_packing.py::test_operands_that_share_an_element_are_told_from_woven_ones",
     ),
     Fault(
         "layout: low lanes first",
