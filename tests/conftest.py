@@ -1,7 +1,8 @@
-"""Interpreter switch, NaN-poisoned allocation, seeds, hypothesis profiles, GPU marker."""
+"""The interpreter and its products, NaN-poisoned allocation, seeds, profiles, GPU marker."""
 
 import os
 
+import numpy as np
 import torch
 
 if not torch.cuda.is_available():
@@ -46,6 +47,37 @@ def _poisoned(allocate):
         return t
 
     return allocate_nan
+
+
+@pytest.fixture(autouse=True, scope="session")
+def products_in_a_fixed_order():
+    """``tl.dot`` of the interpreter without the BLAS behind ``np.matmul``.
+
+    A GPU adds up an element of a tile in one order, whatever the tile's other rows are. A BLAS
+    takes another order for another number of rows or another address, and another CPU another BLAS
+    kernel: bits that the kernels promise would then be lost to the interpreter.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        product = _product(a.data, b.data, d.data.dtype)
+        return TensorHandle(product + d.data, d.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", create_dot)
+        yield
+
+
+def _product(a, b, dtype):
+    """``a @ b``, each element summed over k from the first to the last.
+
+    NumPy's einsum orders its loops by the strides, so it gets the same strides each time.
+    """
+    a, b = (np.ascontiguousarray(t, dtype=dtype) for t in (a, b))
+    return np.einsum("...mk,...kn->...mn", a, b, optimize=False)
 
 
 @pytest.fixture(autouse=True, scope="session")

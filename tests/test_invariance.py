@@ -283,3 +283,44 @@ def test_programs_in_any_order_give_the_same_bits(monkeypatch, seed):
     for got, want in zip(run(), expected, strict=True):
         assert_bitwise(got, want)
     assert visited != sorted(visited)
+
+
+# The interpreter's products, which must not be what breaks a promise of the kernels
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the products are the interpreter's")
+@given(
+    rows=st.integers(1, 70),
+    depth=st.integers(1, 140),
+    columns=st.integers(16, 70),
+    offset=st.integers(0, 4),
+    transposed=st.booleans(),
+)
+def test_a_product_of_the_interpreter_sums_in_one_order(rows, depth, columns, offset, transposed):
+    """Whatever the tile's other rows, its addresses and strides; a BLAS fails each of these."""
+    a, b = normal(rows, depth), normal(depth, columns, seed=1)
+
+    def moved(t):
+        """The same numbers ``offset`` elements further, by columns where ``transposed``."""
+        t = t.mT if transposed else t
+        moved = torch.empty(t.numel() + offset)[offset:].view(t.shape).copy_(t)
+        return moved.mT if transposed else moved
+
+    whole = interpreted_dot(a, b)
+    assert_bitwise(interpreted_dot(moved(a), moved(b)), whole)
+    for row in (0, rows // 2, rows - 1):
+        assert_bitwise(interpreted_dot(a[row : row + 1], b), whole[row : row + 1])
+    assert_bitwise(interpreted_dot(a, b[:, -16:]), whole[:, -16:])
+    batch = interpreted_dot(torch.stack((a, -a)), torch.stack((b, b)))
+    assert_bitwise(batch, torch.stack((whole, -whole)))
+
+
+def interpreted_dot(a, b):
+    """``tl.dot(a, b)`` as the interpreter computes it."""
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle, interpreter_builder
+
+    a, b = (TensorHandle(t.numpy(), tl.float32) for t in (a, b))
+    zeros = torch.zeros(*a.data.shape[:-1], b.data.shape[-1]).numpy()
+    dot = interpreter_builder.create_dot(a, b, TensorHandle(zeros, tl.float32), None, None)
+    return torch.from_numpy(dot.data)

@@ -343,6 +343,7 @@ def test_rejected_tokens_leave_no_trace():
 
 def test_beams_go_on_from_the_sequence_that_they_continue():
     module, x = layer(backend="triton").eval(), normal(3, 9, C)
+    module.c_proj = torch.nn.Identity()  # a BLAS may sum another row of a batch in another order
     cache = KVCache(3, 20, H, D, device=DEVICE)
     in_pieces(module, x[:, :8], 8, cache)
     cache.reorder([2, 0, 2])
