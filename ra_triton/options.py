@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+NO_LIMIT = 2**30  # a window this wide is none: kernels add sides to positions in 32 bits
+
 
 @dataclass(frozen=True)
 class AttentionOptions:
@@ -11,7 +13,8 @@ class AttentionOptions:
     Attributes:
         causal: bottom-right aligned: query i sees keys up to ``i + T_k - T_q``.
         softmax_scale: multiplies the scores; ``None`` means ``1/sqrt(D)``.
-        window_size: ``(left, right)`` keys seen around the diagonal, both ends included; -1: all.
+        window_size: ``(left, right)`` keys seen around the diagonal, both ends included; -1, or
+            ``NO_LIMIT`` and more: all.
         softcap: scores become ``softcap * tanh(scores / softcap)``; 0 is off.
         dropout_p: probability of dropping an attention weight.
         return_lse: also return the logsumexp of the scaled scores.
@@ -53,8 +56,11 @@ class AttentionOptions:
 
     @property
     def reach(self) -> tuple[int, int]:
-        """``(left, right)`` after ``causal``: how far a query sees each way, -1 without limit."""
-        left, right = self.window_size
+        """``(left, right)`` after ``causal``: how far a query sees each way, -1 without limit.
+
+        A side of ``NO_LIMIT`` or more, which other libraries write for -1, is -1 here.
+        """
+        left, right = (-1 if side >= NO_LIMIT else side for side in self.window_size)
         return (left, 0) if self.causal else (left, right)
 
 

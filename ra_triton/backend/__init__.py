@@ -28,9 +28,9 @@ def choose(
 ) -> tuple[ModuleType, str]:
     """The backend that runs a call, and why.
 
-    An explicit backend runs or raises. ``"auto"`` takes Triton where it can and SDPA elsewhere; on
-    a GPU it warns once per reason when it cannot use Triton. It never takes FlexAttention, which
-    compiles on its first call, but names it where it is what can run the call.
+    An explicit backend runs or raises. ``"auto"`` takes Triton where it can and SDPA, which runs
+    every call, elsewhere; on a GPU it warns once per reason when it cannot use Triton. It never
+    takes FlexAttention, which compiles on its first call.
 
     Args:
         backend: one of ``CHOICES``.
@@ -47,26 +47,18 @@ def choose(
         reason = BACKENDS[backend].unsupported(tensors, options, head_dim)
         if reason is None:
             return BACKENDS[backend], "asked for"
-        others = [
+        other = next(
             name
             for name, module in BACKENDS.items()
             if name != backend and module.unsupported(tensors, options, head_dim) is None
-        ]
-        remedy = f"use backend={others[0]!r}" if others else "no other backend has it yet"
-        raise NotImplementedError(f"backend={backend!r}: {reason}; {remedy}")
+        )
+        raise NotImplementedError(f"backend={backend!r}: {reason}; use backend={other!r}")
 
     device = tensors[0].device  # type: ignore[union-attr]
     on_gpu = device.type == "cuda"
     no_triton = triton.unsupported(tensors, options, head_dim) if on_gpu else f"{device} tensors"
     if no_triton is None:
         return triton, "supported GPU, shapes and options"
-    no_sdpa = sdpa.unsupported(tensors, options, head_dim)
-    if no_sdpa is not None:
-        reasons = f"triton: {no_triton}; sdpa: {no_sdpa}"
-        no_flex = flex.unsupported(tensors, options, head_dim)
-        if no_flex is None:
-            raise NotImplementedError(f"backend='auto': {reasons}; use backend='flex'")
-        raise NotImplementedError(f"no backend can run this: {reasons}; flex: {no_flex}")
     if on_gpu:
         _warn_once(f"ra_triton runs on SDPA, not on its Triton kernels: {no_triton}")
     return sdpa, no_triton

@@ -1,16 +1,21 @@
 """PyTorch's own kernels: a linear layer and ``scaled_dot_product_attention``; trains anywhere.
 
 Packed operands make reciprocal attention plain attention, so this is exact, not an approximation.
+What those kernels lack (``softcap``, logsumexps, second derivatives) is plain torch in float32.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ra_triton import quantization
+from ra_triton.checks import autocast_dtype, needs_grad
 from ra_triton.layout import RALayout
 from ra_triton.norm_rope import NormRope
 from ra_triton.offsets import Offsets
@@ -18,15 +23,15 @@ from ra_triton.options import AttentionOptions
 from ra_triton.quantization import QuantizedWeight
 from ra_triton.workspace import Workspace
 
+MAX_PROGRAMS = 65_535  # along the second and the third axis of a CUDA grid
+ALIGNMENT = 16  # bytes that one load of PyTorch's CUDA kernels reads
+MAX_SCORES = 2**24  # that plain torch holds at once, 64 MiB in float32
+
 
 def unsupported(
     tensors: tuple[Tensor | None, ...], options: AttentionOptions | None, head_dim: int | None
 ) -> str | None:
-    """Why this backend cannot run the call, or None."""
-    if options is not None and options.softcap:
-        return "scaled_dot_product_attention has no softcap"
-    if options is not None and options.dropout_p and options.return_lse:
-        return "dropout_p together with return_lse is not available"
+    """None: it runs every call."""
     return None
 
 
@@ -55,32 +60,32 @@ def packed_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over ``[B, T, H, D]`` operands: ``(out, lse [B, H, Tq] or None)``.
 
-    ``return_lse`` costs a second pass over the scores, ``B * H * Tq * Tk`` of them in float32.
-    With ``offsets`` it is a loop over the sequences, whose bounds are read back from the device.
+    With ``softcap`` or ``return_lse`` it is plain torch, ``MAX_SCORES`` scores at a time. With
+    ``offsets`` it is a loop over the sequences, whose bounds are read back from the device.
     """
     if offsets is not None:
         return by_sequence(packed_attention, q_pack, k_pack, v, options, offsets)
-    T_q, T_k = q_pack.shape[1], k_pack.shape[1]
+    if q_pack.device.type == "cuda":
+        q_pack, k_pack, v = (_aligned(t) for t in (q_pack, k_pack, v))
+    return _attention(q_pack, k_pack, v, options)
+
+
+def _attention(
+    q_pack: Tensor, k_pack: Tensor, v: Tensor, options: AttentionOptions
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`packed_attention` of aligned operands, as those of a projection are."""
     q, k, v = (t.transpose(1, 2) for t in (q_pack, k_pack, v))  # [B, H, T, D]
-    mask = _mask(T_q, T_k, options, q.device)
-    if q.numel() == 0 or T_k == 0:
+    lse = None
+    if q.numel() == 0 or k.shape[2] == 0:
         # Zeros whatever q holds; the empty sums tie k and v to the autograd graph.
         out = q.masked_fill(q.new_ones((), dtype=torch.bool), 0.0) + 0 * (k.sum() + v.sum())
+        lse = out.float().sum(-1) - math.inf if options.return_lse else None
+    elif options.softcap or options.return_lse:
+        out, lse = by_mathematics(q, k, v, options)
     else:
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=options.dropout_p,
-            is_causal=options.causal and mask is None,
-            scale=options.softmax_scale,
-            **({} if q.shape[1] == k.shape[1] else {"enable_gqa": True}),
-        )
-    if mask is not None:
-        no_key = ~mask.any(dim=-1, keepdim=True)  # such a row gives 0
-        out = out.masked_fill(no_key, 0.0)
-    lse = logsumexp(q, k, options) if options.return_lse else None
+        out = _fused(q, k, v, _mask(q.shape[2], k.shape[2], options, q.device), options)
+        if needs_grad(q, k, v) and not options.dropout_p and not _transformed():
+            out = _DifferentiableTwice.apply(out, q, k, v, options)
     return out.transpose(1, 2), lse
 
 
@@ -118,7 +123,9 @@ def layer(
     if workspace is not None:
         out = workspace.buffer("packed", (*x.shape[:2], layout.columns), x.dtype, x.device)
     packed = layout.views(project(x, W_packed, bias, out))
-    return packed_attention(*packed, options, offsets)[0]
+    if offsets is not None:
+        return packed_attention(*packed, options, offsets)[0]
+    return _attention(*packed, options)[0]
 
 
 def prepare_layer(*_: object) -> None:
@@ -237,16 +244,11 @@ def _decode_masked(
         t.transpose(1, 2)  # [B, H, T, D]
         for t in (q_pack, k_pack.masked_fill(unused, 0.0), v.masked_fill(unused, 0.0))
     )
-    out = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask[:, None],
-        scale=options.softmax_scale,
-        **({} if q.shape[1] == k.shape[1] else {"enable_gqa": True}),
-    )
-    out = out.masked_fill(~mask[:, None].any(dim=-1, keepdim=True), 0.0)  # a row without keys
-    return out.transpose(1, 2)
+    if q.device.type == "cuda":
+        q = _aligned(q)  # k and v are copies
+    attend = _plain if options.softcap else _fused
+    out = attend(q, k, v, mask[:, None], options)
+    return (out if isinstance(out, Tensor) else out[0]).transpose(1, 2)
 
 
 def append_(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Tensor) -> None:
@@ -262,15 +264,25 @@ def append_(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Ten
     lengths.add_(T).clamp_(max=max_len)
 
 
+# Masks
+
+
 def _mask(T_q: int, T_k: int, options: AttentionOptions, device: torch.device) -> Tensor | None:
     """``[T_q, T_k]``, True where allowed; None where ``is_causal`` or nothing says the same."""
+    causal_alone = options.causal and T_q == T_k and options.reach[0] < 0
+    return None if causal_alone else _allowed(range(T_q), T_q, T_k, options, device)
+
+
+def _allowed(
+    queries: range, T_q: int, T_k: int, options: AttentionOptions, device: torch.device
+) -> Tensor | None:
+    """``[len(queries), T_k]``, True where allowed; None where everything is."""
     left, right = options.reach
-    causal_alone = options.causal and T_q == T_k and left < 0
-    if causal_alone or (left < 0 and right < 0):
+    if left < 0 and right < 0:
         return None
-    positions = torch.arange(T_q, device=device)[:, None] + (T_k - T_q)  # bottom-right
-    ahead = torch.arange(T_k, device=device) - positions
-    mask = torch.ones(T_q, T_k, dtype=torch.bool, device=device)
+    positions = torch.arange(queries.start, queries.stop, device=device)[:, None] + (T_k - T_q)
+    ahead = torch.arange(T_k, device=device) - positions  # bottom-right
+    mask = torch.ones_like(ahead, dtype=torch.bool)
     if left >= 0:
         mask &= ahead >= -left
     if right >= 0:
@@ -278,19 +290,239 @@ def _mask(T_q: int, T_k: int, options: AttentionOptions, device: torch.device) -
     return mask
 
 
-def logsumexp(q: Tensor, k: Tensor, options: AttentionOptions) -> Tensor:
-    """Natural logsumexp of the scores, ``[B, H, T_q]`` float32; ``q, k`` are ``[B, H, T, D]``.
+def _without_a_key(mask: Tensor) -> Tensor:
+    """``[..., T_q, 1]``, True for a query that sees nothing. It gives 0."""
+    return ~mask.any(dim=-1, keepdim=True)
 
-    A second pass over the scores, for kernels of PyTorch's that do not return it.
+
+# Plain torch
+
+
+def by_mathematics(
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
+) -> tuple[Tensor, Tensor | None]:
+    """``[B, H, T_q, D]`` over ``[B, H_kv, T_k, D]``, and ``[B, H, T_q]``, differentiable at will.
+
+    As many queries at once as have ``MAX_SCORES`` scores. Where there are more, their scores are
+    computed again in the backward pass, so that none are kept.
     """
-    mask = _mask(q.shape[2], k.shape[2], options, q.device)
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    (B, H, T_q), T_k = q.shape[:3], k.shape[2]
+    attend: Callable[..., Any] = _plain
+    step = T_q
+    if B * H * T_q * T_k > MAX_SCORES:
+        step = max(1, MAX_SCORES // (B * H * T_k))
+        if needs_grad(q, k, v) and not torch._C._are_functorch_transforms_active():
+            from torch.utils.checkpoint import checkpoint
+
+            random = options.dropout_p > 0
+            attend = partial(checkpoint, _plain, use_reentrant=False, preserve_rng_state=random)
+    parts = []
+    for first in range(0, T_q, step):
+        queries = range(first, min(first + step, T_q))
+        mask = _allowed(queries, T_q, T_k, options, q.device)
+        parts.append(attend(q[:, :, first : queries.stop], k, v, mask, options))
+    if len(parts) == 1:
+        return parts[0]
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, 2), torch.cat(lses, 2) if options.return_lse else None
+
+
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: AttentionOptions
+) -> tuple[Tensor, Tensor | None]:
+    """``dropout(softmax(mask(cap(scale * q kᵀ)))) v`` in float32, and the natural logsumexp."""
     scale = 1 / math.sqrt(q.shape[-1]) if options.softmax_scale is None else options.softmax_scale
-    scores = scale * (q.float() @ k.float().mT)
-    if options.softcap:  # flex_attention has it
-        scores = options.softcap * torch.tanh(scores / options.softcap)
-    if mask is None and options.causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    group, lse, blind = q.shape[1] // k.shape[1], None, None
+    with _no_autocast(q.device):
+        keys, values = (t.float().repeat_interleave(group, dim=1) for t in (k, v))
+        scores = scale * (q.float() @ keys.mT)
+        if options.softcap:
+            scores = options.softcap * torch.tanh(scores / options.softcap)
+        if mask is not None:
+            blind = _without_a_key(mask)
+            scores = scores.masked_fill(~(mask | blind), -math.inf)  # finite also for blind rows
+        weights = F.dropout(torch.softmax(scores, dim=-1), options.dropout_p)
+        out = (weights @ values).to(q.dtype)
+    if options.return_lse:
+        lse = torch.logsumexp(scores, dim=-1)
+    if blind is not None:
+        out = out.masked_fill(blind, 0.0)
+        lse = None if lse is None else lse.masked_fill(blind.squeeze(-1), -math.inf)
+    return out, lse
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    on = autocast_dtype(device) is not None
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+
+
+class _DifferentiableTwice(torch.autograd.Function):
+    """``out``, whose gradient is that of the fused kernel, or of plain torch if it is recorded.
+
+    No fused kernel of PyTorch's has a second derivative. Only the backward pass knows that one is
+    wanted: gradients are enabled there with ``create_graph=True`` alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, out: Tensor, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
+    ) -> Tensor:
+        """``out`` as it is."""
+        ctx.save_for_backward(q, k, v)
+        ctx.options = options
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        """To ``out``, or past it to ``q, k, v``."""
+        if not torch.is_grad_enabled():
+            return d_out, None, None, None, None
+        # Views of their own: a gradient shall not run on from one operand into another.
+        operands = [t.view_as(t) for t in ctx.saved_tensors]
+        out, _ = by_mathematics(*operands, ctx.options)
+        wanted = [t for t in operands if t.requires_grad]
+        found = iter(torch.autograd.grad(out, wanted, d_out, create_graph=True))
+        return None, *(next(found) if t.requires_grad else None for t in operands), None
+
+
+def _transformed() -> bool:
+    """Whether a compiler or torch.func looks at the call; neither records a backward pass."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+# PyTorch's kernels
+
+
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: AttentionOptions
+) -> Tensor:
+    """``scaled_dot_product_attention`` of ``[B, H, T, D]`` operands: with a kernel that is right.
+
+    ``mask`` is ``[T_q, T_k]`` or ``[B, 1, T_q, T_k]``; without one ``options.causal`` counts.
+    """
+    blind = None
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    return torch.logsumexp(scores, dim=-1)
+        blind = _without_a_key(mask)
+        mask = mask | blind  # kernels differ in what they make of such a row and of its gradient
+    if q.device.type == "cuda":
+        if k.shape[1] != q.shape[1] and _wants_equal_heads(q.dtype, mask):
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+        with nullcontext() if mask is None else _no_cudnn():
+            out = _in_pieces(q, k, v, mask, options, MAX_PROGRAMS)
+    else:
+        out = _sdpa(q, k, v, mask, options)
+    return out if blind is None else out.masked_fill(blind, 0.0)
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: AttentionOptions
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=options.dropout_p,
+        is_causal=options.causal and mask is None,
+        scale=options.softmax_scale,
+        **({} if q.shape[1] == k.shape[1] else {"enable_gqa": True}),
+    )
+
+
+def _wants_equal_heads(dtype: torch.dtype, mask: Tensor | None) -> bool:
+    """Whether the one kernel that keeps no scores knows no grouped heads.
+
+    Flash attention does, but it is for 16 bits without a mask.
+    """
+    return dtype == torch.float32 or mask is not None
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """``t [B, T, H, D]``, or a copy where rows of whole loads lie off a load's alignment.
+
+    The kernels do not look, and a misaligned load ends the process's CUDA context. Rows that are
+    not whole loads they refuse, or PyTorch pads them. A compiler sees no addresses: it copies.
+    """
+    size = t.element_size()
+    if t.shape[-1] * size % ALIGNMENT or not t.numel():
+        return t
+    if not torch.compiler.is_compiling():
+        rows = zip(t.stride()[:-1], t.shape[:-1], strict=True)
+        offsets = [_address(t), *(step * size for step, n in rows if n > 1)]
+        if not any(offset % ALIGNMENT for offset in offsets):
+            return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def _address(t: Tensor) -> int:
+    """Where ``t`` begins; without memory, for a tracer, its place in its storage."""
+    try:
+        return t.data_ptr()
+    except RuntimeError:  # a FakeTensor, or a wrapper of torch.func
+        return t.storage_offset() * t.element_size()
+
+
+def _no_cudnn() -> AbstractContextManager[Any]:
+    """The kernels that are allowed now, without cuDNN's, if that leaves one.
+
+    cuDNN gives gradients of NaN with some masks (github.com/pytorch/pytorch/issues/196678).
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    names = _others_than_cudnn()
+    return sdpa_kernel([getattr(SDPBackend, name) for name in names]) if names else nullcontext()
+
+
+def _others_than_cudnn() -> tuple[str, ...]:
+    """Members of ``SDPBackend`` that are allowed now; none where cuDNN's is not, or is alone."""
+    found = torch.backends.cuda
+    if not found.cudnn_sdp_enabled():
+        return ()
+    others = {
+        "FLASH_ATTENTION": found.flash_sdp_enabled(),
+        "EFFICIENT_ATTENTION": found.mem_efficient_sdp_enabled(),
+        "MATH": found.math_sdp_enabled(),
+    }
+    return tuple(name for name, allowed in others.items() if allowed)
+
+
+# See backend/triton.py: a tracer takes the answer and need not see how it was found.
+_others_than_cudnn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _in_pieces(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    options: AttentionOptions,
+    most: int,
+) -> Tensor:
+    """:func:`_sdpa` on at most ``most`` heads of sequences at once."""
+    B, H, H_kv = q.shape[0], q.shape[1], k.shape[1]
+    if most >= B * H:
+        return _sdpa(q, k, v, mask, options)
+    batches = []
+    for sequences, groups in _pieces(B, H, H_kv, most):
+        part = mask if mask is None or mask.dim() == 2 else mask[sequences]
+        heads = [
+            _sdpa(q[sequences, of_q], k[sequences, of_k], v[sequences, of_k], part, options)
+            for of_q, of_k in groups
+        ]
+        batches.append(torch.cat(heads, 1))
+    return torch.cat(batches)
+
+
+def _pieces(
+    B: int, H: int, H_kv: int, most: int
+) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
+    """Sequences, and of each the heads ``(of queries, of keys)``, at most ``most`` at once."""
+    group = H // H_kv
+    sequences, heads = max(1, most // H), max(1, most // group)
+    firsts = range(0, H_kv, heads)
+    for b in range(0, B, sequences):
+        ends = [(first, min(first + heads, H_kv)) for first in firsts]
+        yield (
+            slice(b, b + sequences),
+            [(slice(i * group, j * group), slice(i, j)) for i, j in ends],
+        )
