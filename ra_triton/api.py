@@ -1,5 +1,6 @@
 """Public functions: check the arguments, choose a backend, call it."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -316,6 +317,10 @@ def which_backend(q_pack: Tensor, k_pack: Tensor, v: Tensor, **options: Any) -> 
     Raises:
         TypeError: an unknown option; and whatever :func:`packed_attention` would raise.
     """
+    known = [field.name for field in fields(AttentionOptions)]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"which_backend has no option {name!r}, only {', '.join(known)}")
     q_pack, k_pack, v = _autocast(q_pack, k_pack, v)
     check_attention_inputs(q_pack, k_pack, v)
     module, reason = choose(

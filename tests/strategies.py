@@ -261,14 +261,3 @@ def projection_cases(draw, dtypes=(torch.float32,), sizes=head_dims, **fixed) ->
         seed=draw(st.integers(0, 3)),
     )
     return replace(case, **fixed)
-
-
-def aligned_for(backend: str, case, layout: str = "contiguous"):
-    """The case and the layout of dO, contiguous where PyTorch's CUDA kernels are to differentiate.
-
-    On unaligned operands their float32 backward ends in "misaligned address", and every later CUDA
-    call of the process with it (torch 2.11, H200).
-    """
-    if backend == "sdpa" and DEVICE.type == "cuda":
-        return replace(case, layouts=("contiguous",) * len(case.layouts)), "contiguous"
-    return case, layout

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from budget import assert_bitwise
-from strategies import DEVICE, backends, normal
+from strategies import backends, normal
 
 import ra_triton
 from ra_triton.backend import BACKENDS as MODULES
@@ -308,22 +308,6 @@ def test_reordering_a_weight_refuses_what_is_none(function, error, match, weight
         function(weight, R, n_head=n_head)
 
 
-@pytest.mark.usefixtures("no_launch")
-def test_sdpa_refuses_softcap_and_names_the_backend_that_has_it():
-    match = "no softcap; use backend='triton'"
-    with pytest.raises(NotImplementedError, match=match):
-        ra_triton.packed_attention(**attention_arguments(), softcap=2.0, backend="sdpa")
-    with pytest.raises(NotImplementedError, match=match):
-        ra_triton.ra_attention(**projection_arguments(), softcap=2.0, backend="sdpa")
-
-
-@pytest.mark.usefixtures("no_launch")
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="there Triton runs it")
-def test_auto_says_why_it_has_no_softcap_on_a_cpu_and_who_has():
-    with pytest.raises(NotImplementedError, match=r"sdpa: .*no softcap; use backend='flex'"):
-        ra_triton.packed_attention(**attention_arguments(), softcap=2.0)
-
-
 @pytest.mark.parametrize("window_size", [(-1, -1), (-1, 0), (-1, 7), [-1, -1]])
 @backends
 def test_windows_that_say_no_more_than_causal_are_taken(backend, window_size):
@@ -351,18 +335,12 @@ def test_more_rows_than_the_kernels_can_count_are_refused(call):
         function(**{**arguments(), name: many})
 
 
-def test_dropout_with_lse_is_refused_where_it_is_missing():
-    match = r"dropout_p together with return_lse.*use backend='triton'"
-    with pytest.raises(NotImplementedError, match=match):
-        ra_triton.packed_attention(
-            **attention_arguments(), dropout_p=0.5, return_lse=True, backend="sdpa"
-        )
-
-
 def test_unknown_options_are_refused_everywhere():
     for function, arguments, _ in CALLS.values():
         with pytest.raises(TypeError, match=re.escape("softmax")):
             function(**arguments(), softmax=1.0)
+    with pytest.raises(TypeError, match="which_backend has no option 'cap', only causal, softmax_"):
+        ra_triton.which_backend(**attention_arguments(), causal=True, cap=1.0)
 
 
 def test_arguments_after_the_tensors_are_keyword_only():

@@ -66,11 +66,19 @@ def test_which_backend_gives_its_reason_and_takes_all_options():
         assert (name, reason) == ("triton", "supported GPU, shapes and options")
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="there Triton runs it")
-def test_which_backend_raises_what_the_call_would():
+@pytest.mark.parametrize(
+    "options", [{"softcap": 1.0}, {"dropout_p": 0.5, "return_lse": True}, {"window_size": (2, 2)}]
+)
+def test_auto_trains_with_every_option(options):
     q, k, v = AttentionCase(T_q=5, T_k=5).tensors()
-    with pytest.raises(NotImplementedError, match=r"softcap; use backend='flex'"):
-        ra_triton.which_backend(q, k, v, softcap=1.0)
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    said = ra_triton.which_backend(*leaves, **options)
+    assert said.partition(":")[0] == ("sdpa" if DEVICE.type == "cpu" else "triton")
+    out = ra_triton.packed_attention(*leaves, **options)
+    out = out[0] if isinstance(out, tuple) else out
+    for grad in torch.autograd.grad(out.square().sum(), leaves):
+        assert grad.isfinite().all()
+        assert (grad != 0).any()
 
 
 def test_no_grad_and_detached_weights_run_on_triton():

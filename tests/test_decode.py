@@ -312,7 +312,7 @@ BAD = [
     ({"window_size": (1, 2, 3)}, TypeError, "window_size must be"),
     ({"softmax_scale": -1.0}, ValueError, "softmax_scale must be"),
     ({"softcap": -5.0}, ValueError, "softcap must be"),
-    ({"softcap": 5.0, "backend": "sdpa"}, NotImplementedError, "no softcap; use backend='triton'"),
+    ({"backend": "flex"}, NotImplementedError, "block masks .* use backend='(triton|sdpa)'"),
     ({"q_pack": normal(3, 1, 2, 16)}, ValueError, "k_pack must be"),
     ({"q_pack": normal(2, 1, 2, 16).half()}, TypeError, "k_pack must be torch.float16"),
     ({"k_pack": normal(2, 9, 3, 16)}, ValueError, "number of heads that divides"),

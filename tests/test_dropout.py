@@ -58,7 +58,7 @@ def equal_scores(B=2, H=4, T_q=64, T_k=64, D=64):
 def check_case(backend, case, p, layout="contiguous"):
     """The forward and every gradient: what was dropped forward is dropped backward."""
     tensors, do = case.tensors(), case.gradient(layout)
-    keep = mask_of(backend, *tensors[:2], p, causal=case.causal)
+    keep = mask_of(backend, *tensors[:2], p, causal=case.causal, softcap=case.softcap)
     leaves = [t.detach().requires_grad_() for t in tensors]
     out = attend(backend, *leaves, p, **case.options)
     options = {"keep": keep, "dropout_p": p, **case.options}

@@ -273,15 +273,6 @@ def test_training_on_a_cpu_is_refused_with_a_backend_that_has_it():
         ra_triton.ra_attention(q[:, :, 0], W, n_head=1, backend="flex")
 
 
-@on_cpu
-def test_softcap_under_auto_names_flex_and_where_it_cannot_train_says_why():
-    q, k, v = AttentionCase(T_q=5, T_k=5).tensors()
-    with pytest.raises(NotImplementedError, match=r"softcap; use backend='flex'"):
-        ra_triton.packed_attention(q, k, v, softcap=2.0)
-    with pytest.raises(NotImplementedError, match=r"no backend.*flex: .*no backward on a CPU"):
-        ra_triton.packed_attention(q.requires_grad_(), k, v, softcap=2.0)
-
-
 def test_devices_and_head_dims_are_checked_first(monkeypatch):
     options = AttentionOptions()
     monkeypatch.setattr(flex, "find_spec", lambda name: name)

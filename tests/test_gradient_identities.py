@@ -13,7 +13,6 @@ from strategies import (
     GRADIENT_LAYOUTS,
     NAN,
     AttentionCase,
-    aligned_for,
     attention_cases,
     backend_dtypes,
     backends,
@@ -65,7 +64,6 @@ def identity_terms(backend, case):
 @given(case=attention_cases(spikes=(), values="normal"))
 def test_operands_and_gradients_pair_up(backend, case):
     """Per head and lane:  Σ q dq = Σ k dk,  Σ dk = 0,  Σ dv = Σ do,  Σ v dv = Σ o do."""
-    case, _ = aligned_for(backend, case)
     (q, k, v, do), (dq, dk, dv), (sq, sk, sv), (delta, lse) = identity_terms(backend, case)
     out = ra_triton.packed_attention(*case.tensors(), backend=backend, **case.options).double()
     of_out = attention_budget(*case.tensors(), **case.options)[0].sigma
@@ -244,7 +242,7 @@ def test_grouped_heads_have_the_query_gradient_of_repeated_heads():
 @given(data=st.data())
 def test_inputs_are_never_written(backend, data):
     case = data.draw(attention_cases())
-    case, layout = aligned_for(backend, case, data.draw(gradient_layouts))
+    layout = data.draw(gradient_layouts)
     tensors = [*case.tensors(), case.gradient(layout)]
     before = [(t._version, t.clone()) for t in tensors]
     backward(backend, tensors[:3], tensors[3], **case.options)

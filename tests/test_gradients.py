@@ -18,7 +18,6 @@ from strategies import (
     HEAD_LAYOUTS,
     AttentionCase,
     ProjectionCase,
-    aligned_for,
     attention_cases,
     backend_dtypes,
     backends,
@@ -57,7 +56,6 @@ def attention_gradients(backend, tensors, do, dlse=None, **options):
 
 
 def check_attention(case, backend, layout="contiguous"):
-    case, layout = aligned_for(backend, case, layout)
     tensors, do = case.tensors(), case.gradient(layout)
     grads = attention_gradients(backend, tensors, do, **case.options)
     budgets = attention_gradient_budgets(*tensors, do, **case.options)
@@ -252,7 +250,6 @@ def test_a_projection_of_nothing_has_a_weight_gradient_of_zero(backend, B, T, C)
     layout=gradient_layouts,
 )
 def test_gradients_of_ra_attention_are_those_of_its_stages(backend, case, causal, layout):
-    case, layout = aligned_for(backend, case, layout)
     tensors = case.tensors()
     do = normal(case.B, case.T, case.H_kv * case.group, case.D, dtype=case.dtype, seed=50)
     do = GRADIENT_LAYOUTS[layout](do)
@@ -298,6 +295,6 @@ def test_errors_of_the_layer_are_within_the_promise_of_eager_pytorch(backend, dt
 @backends
 @pytest.mark.parametrize("layout", HEAD_LAYOUTS)
 def test_gradients_are_dense_whatever_the_layout_of_the_operand(backend, layout):
-    case, _ = aligned_for(backend, AttentionCase(2, 9, 9, layouts=(layout,) * 3))
+    case = AttentionCase(2, 9, 9, layouts=(layout,) * 3)
     for grad in attention_gradients(backend, case.tensors(), case.gradient()).values():
         assert grad.numel() == grad.untyped_storage().nbytes() // grad.element_size()

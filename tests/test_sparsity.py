@@ -159,7 +159,7 @@ def call(x=None, W=None, R=4, **options):
         (ValueError, "workspace cannot be used with a sparse", {"workspace": Workspace()}),
         (ValueError, "x needs a gradient", {"x": torch.zeros(2, 9, 24, requires_grad=True)}),
         (ValueError, "bias needs a gradient", {"bias": torch.zeros(96, requires_grad=True)}),
-        (NotImplementedError, "softcap", {"softcap": 2.0, "backend": "sdpa"}),
+        (NotImplementedError, "dropout_p", {"dropout_p": 0.5, "backend": "flex"}),
     ],
 )
 def test_wrong_calls_are_refused(error, match, arguments):

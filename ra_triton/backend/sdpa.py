@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from ra_triton import quantization
 from ra_triton.checks import autocast_dtype, needs_grad
@@ -65,7 +66,7 @@ def packed_attention(
     """
     if offsets is not None:
         return by_sequence(packed_attention, q_pack, k_pack, v, options, offsets)
-    if q_pack.device.type == "cuda":
+    if _on_cuda(q_pack):
         q_pack, k_pack, v = (_aligned(t) for t in (q_pack, k_pack, v))
     return _attention(q_pack, k_pack, v, options)
 
@@ -84,8 +85,8 @@ def _attention(
         out, lse = by_mathematics(q, k, v, options)
     else:
         out = _fused(q, k, v, _mask(q.shape[2], k.shape[2], options, q.device), options)
-        if needs_grad(q, k, v) and not options.dropout_p and not _transformed():
-            out = _DifferentiableTwice.apply(out, q, k, v, options)
+        if needs_grad(q, k, v) and not _transformed():
+            out = _Differentiable.apply(out, q, k, v, options)
     return out.transpose(1, 2), lse
 
 
@@ -244,7 +245,7 @@ def _decode_masked(
         t.transpose(1, 2)  # [B, H, T, D]
         for t in (q_pack, k_pack.masked_fill(unused, 0.0), v.masked_fill(unused, 0.0))
     )
-    if q.device.type == "cuda":
+    if _on_cuda(q):
         q = _aligned(q)  # k and v are copies
     attend = _plain if options.softcap else _fused
     out = attend(q, k, v, mask[:, None], options)
@@ -307,6 +308,7 @@ def by_mathematics(
     computed again in the backward pass, so that none are kept.
     """
     (B, H, T_q), T_k = q.shape[:3], k.shape[2]
+    k, v = k.float(), v.float()  # before they are read in steps: gradients add up in float32
     attend: Callable[..., Any] = _plain
     step = T_q
     if B * H * T_q * T_k > MAX_SCORES:
@@ -334,15 +336,15 @@ def _plain(
     scale = 1 / math.sqrt(q.shape[-1]) if options.softmax_scale is None else options.softmax_scale
     group, lse, blind = q.shape[1] // k.shape[1], None, None
     with _no_autocast(q.device):
-        keys, values = (t.float().repeat_interleave(group, dim=1) for t in (k, v))
-        scores = scale * (q.float() @ keys.mT)
+        k, v = (t.float().repeat_interleave(group, dim=1) for t in (k, v))
+        scores = scale * (q.float() @ k.mT)
         if options.softcap:
             scores = options.softcap * torch.tanh(scores / options.softcap)
         if mask is not None:
             blind = _without_a_key(mask)
             scores = scores.masked_fill(~(mask | blind), -math.inf)  # finite also for blind rows
         weights = F.dropout(torch.softmax(scores, dim=-1), options.dropout_p)
-        out = (weights @ values).to(q.dtype)
+        out = (weights @ v).to(q.dtype)
     if options.return_lse:
         lse = torch.logsumexp(scores, dim=-1)
     if blind is not None:
@@ -356,11 +358,12 @@ def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
-class _DifferentiableTwice(torch.autograd.Function):
+class _Differentiable(torch.autograd.Function):
     """``out``, whose gradient is that of the fused kernel, or of plain torch if it is recorded.
 
-    No fused kernel of PyTorch's has a second derivative. Only the backward pass knows that one is
-    wanted: gradients are enabled there with ``create_graph=True`` alone.
+    No fused kernel of PyTorch's has a second derivative, and on a GPU each reads the gradient of
+    ``out`` as it reads its operands. Only the backward pass knows what it gets: that gradient, and
+    with ``create_graph=True`` gradients that are enabled. (What dropout dropped is the kernel's.)
     """
 
     @staticmethod
@@ -375,8 +378,8 @@ class _DifferentiableTwice(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         """To ``out``, or past it to ``q, k, v``."""
-        if not torch.is_grad_enabled():
-            return d_out, None, None, None, None
+        if ctx.options.dropout_p or not torch.is_grad_enabled():
+            return _aligned(d_out) if _on_cuda(d_out) else d_out, None, None, None, None
         # Views of their own: a gradient shall not run on from one operand into another.
         operands = [t.view_as(t) for t in ctx.saved_tensors]
         out, _ = by_mathematics(*operands, ctx.options)
@@ -386,11 +389,15 @@ class _DifferentiableTwice(torch.autograd.Function):
 
 
 def _transformed() -> bool:
-    """Whether a compiler or torch.func looks at the call; neither records a backward pass."""
+    """Whether a compiler or torch.func looks at the call: they differentiate what they see."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 # PyTorch's kernels
+
+
+def _on_cuda(t: Tensor) -> bool:
+    return t.device.type == "cuda"
 
 
 def _fused(
@@ -404,7 +411,7 @@ def _fused(
     if mask is not None:
         blind = _without_a_key(mask)
         mask = mask | blind  # kernels differ in what they make of such a row and of its gradient
-    if q.device.type == "cuda":
+    if _on_cuda(q):
         if k.shape[1] != q.shape[1] and _wants_equal_heads(q.dtype, mask):
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         with nullcontext() if mask is None else _no_cudnn():
@@ -438,7 +445,7 @@ def _wants_equal_heads(dtype: torch.dtype, mask: Tensor | None) -> bool:
 
 
 def _aligned(t: Tensor) -> Tensor:
-    """``t [B, T, H, D]``, or a copy where rows of whole loads lie off a load's alignment.
+    """``t [..., D]``, or a copy where rows of whole loads lie off a load's alignment.
 
     The kernels do not look, and a misaligned load ends the process's CUDA context. Rows that are
     not whole loads they refuse, or PyTorch pads them. A compiler sees no addresses: it copies.
@@ -449,17 +456,19 @@ def _aligned(t: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         rows = zip(t.stride()[:-1], t.shape[:-1], strict=True)
         offsets = [_address(t), *(step * size for step, n in rows if n > 1)]
-        if not any(offset % ALIGNMENT for offset in offsets):
+        if t.stride(-1) == 1 and not any(offset % ALIGNMENT for offset in offsets):
             return t
     return t.clone(memory_format=torch.contiguous_format)
 
 
 def _address(t: Tensor) -> int:
-    """Where ``t`` begins; without memory, for a tracer, its place in its storage."""
-    try:
-        return t.data_ptr()
-    except RuntimeError:  # a FakeTensor, or a wrapper of torch.func
-        return t.storage_offset() * t.element_size()
+    """Where ``t`` begins; its place in its storage where it has no memory of its own."""
+    if type(t) in (Tensor, Parameter):  # not a tracer's
+        try:
+            return t.data_ptr()
+        except RuntimeError:  # a wrapper of torch.func
+            pass
+    return t.storage_offset() * t.element_size()
 
 
 def _no_cudnn() -> AbstractContextManager[Any]:
