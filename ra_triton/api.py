@@ -66,7 +66,8 @@ def ra_attention(
             :func:`quantize_weight` or :func:`sparsify_weight` returns, for inference; R and heads
             that are given must be its. The product of a sparse one is PyTorch's on every backend.
         R: reciprocal rank, ``0 <= R <= D``.
-        n_head: query heads; ``None`` means heads of 64.
+        n_head: query heads; ``None`` means heads of 64, GPT-2's. Columns cannot tell: a model
+            with heads of another size has to pass it.
         n_kv_head: key/value heads (GQA); ``None`` means ``n_head``.
         bias: ``[N]`` in the order of ``W_fused``'s columns.
         weight_layout: ``"split"`` for ``[Q_std|K_std|V|Q_low|K_low]``, ``"packed"`` for
@@ -158,7 +159,7 @@ def project(
         x: ``[B, T, C]``, last stride 1.
         W_fused: ``[C, N]``, ``N = (n_head + 2 * n_kv_head) * D``, or a quantized or sparse weight.
         R: reciprocal rank, ``0 <= R <= D``.
-        n_head: query heads ``H``; ``None`` means heads of 64.
+        n_head: query heads ``H``; ``None`` means heads of 64, see :func:`ra_attention`.
         n_kv_head: key/value heads ``H_kv``; ``None`` means ``n_head``.
         bias: ``[N]`` in the order of ``W_fused``'s columns.
         weight_layout: ``"split"`` or ``"packed"``, see :func:`ra_attention`.

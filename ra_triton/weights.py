@@ -86,6 +86,8 @@ def compose_weights(
         raise ValueError(
             f"W_recip must be [H, D, R] with H = {n_head} heads, got {tuple(W_recip.shape)}"
         )
+    for name, gate in (("w_std", w_std), ("w_rec", w_rec)):
+        _check_gate(name, gate, n_head, W_q.device)
     layout = RALayout.from_columns((n_head + 2 * H_kv) * D, W_recip.shape[-1], n_head, H_kv)
 
     q, k, v = (w.unflatten(-1, (-1, D)) for w in (W_q, W_k, W_v))  # [C, H or H_kv, D]
@@ -100,11 +102,11 @@ def compose_weights(
         q_low = q_low.unflatten(1, (H_kv, group)).mean(2)
     W_fused = layout.join_columns(
         {
-            "q_std": _gated("w_std", w_std, q[..., : layout.d_std]),
+            "q_std": _gated(w_std, q[..., : layout.d_std]),
             "k_std": k[..., : layout.d_std],
             "v": v,
             "q_low": q_low,
-            "k_low": _gated("w_rec", w_rec, k_low),
+            "k_low": _gated(w_rec, k_low),
         }
     )
     return layout.pack(W_fused) if weight_layout == "packed" else W_fused
@@ -118,7 +120,8 @@ def pack_weight(
     Args:
         W_fused: ``[..., N]`` with ``N = (n_head + 2 * n_kv_head) * D``, in split order.
         R: reciprocal rank, ``0 <= R <= D``.
-        n_head: query heads; ``None`` means heads of 64.
+        n_head: query heads; ``None`` means heads of 64, GPT-2's. Columns cannot tell: a model
+            with heads of another size has to pass it.
         n_kv_head: key/value heads; ``None`` means ``n_head``.
 
     Returns:
@@ -213,22 +216,25 @@ def _layout_of(w: Tensor, R: int, n_head: int | None, n_kv_head: int | None) -> 
     return RALayout.from_columns(w.shape[-1], R, n_head, n_kv_head)
 
 
-def _gated(name: str, gate: Tensor | float | None, lanes: Tensor) -> Tensor:
+def _check_gate(name: str, gate: Tensor | float | None, n_head: int, device: torch.device) -> None:
+    """None, a number, a scalar tensor or ``[H]`` on ``device``."""
+    if isinstance(gate, Tensor):
+        check_float_tensor(name, gate, dtypes=None)
+        if gate.dim() and gate.device != device:
+            raise ValueError(f"{name} must be on {device} like W_q, got {gate.device}")
+        if gate.dim() and gate.shape != (n_head,):
+            raise ValueError(
+                f"{name} must be a scalar or one value per head [{n_head}], got {tuple(gate.shape)}"
+            )
+    elif gate is not None and (isinstance(gate, bool) or not isinstance(gate, (int, float))):
+        raise TypeError(f"{name} must be a tensor, a number or None, got {gate!r}")
+
+
+def _gated(gate: Tensor | float | None, lanes: Tensor) -> Tensor:
     """``gate * lanes``: ``lanes [C, H, lanes]``, gate a number, a scalar tensor or ``[H]``."""
     if gate is None:
         return lanes
     if not isinstance(gate, Tensor):
-        if isinstance(gate, bool) or not isinstance(gate, (int, float)):
-            raise TypeError(f"{name} must be a tensor, a number or None, got {gate!r}")
         return lanes * gate
-    check_float_tensor(name, gate, dtypes=None)
-    if gate.dim() and gate.device != lanes.device:
-        raise ValueError(f"{name} must be on {lanes.device} like W_q, got {gate.device}")
-    if gate.dim() == 0:
-        return lanes * gate.to(lanes.dtype)
-    if gate.shape != (lanes.shape[1],):
-        raise ValueError(
-            f"{name} must be a scalar or one value per head [{lanes.shape[1]}], "
-            f"got {tuple(gate.shape)}"
-        )
-    return lanes * gate.to(lanes.dtype)[:, None]
+    gate = gate.to(lanes.dtype)
+    return lanes * (gate[:, None] if gate.dim() else gate)

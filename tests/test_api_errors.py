@@ -1,14 +1,21 @@
 """Bad arguments: the right exception, a message that names the argument, and nothing launched."""
 
+import ast
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from budget import assert_bitwise
-from strategies import backends, normal
+from strategies import DEVICE, backends, normal
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ra_triton
 from ra_triton.backend import BACKENDS as MODULES
+from ra_triton.nn import KVCache, RACausalSelfAttention
+from ra_triton.weights import factor_weight
+from ra_triton.workspace import Workspace
 
 H, D, C = 2, 16, 12
 
@@ -284,11 +291,21 @@ def argument_cases():
             yield pytest.param(function, arguments, error, match, bad, id=label)
 
 
+class NothingComputed(TorchDispatchMode):
+    """Any operator that does more than make a view is a failure."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if not operator.is_view:
+            pytest.fail(f"{operator} before all arguments are checked")
+        return operator(*args, **(kwargs or {}))
+
+
 @pytest.mark.usefixtures("no_launch")
 @pytest.mark.parametrize(("function", "arguments", "error", "match", "bad"), list(argument_cases()))
 def test_a_bad_argument_is_named(function, arguments, error, match, bad):
-    with pytest.raises(error, match=match):
-        function(**{**arguments(), **bad})
+    given = {**arguments(), **bad}
+    with NothingComputed(), pytest.raises(error, match=match):
+        function(**given)
 
 
 @pytest.mark.parametrize("function", [ra_triton.pack_weight, ra_triton.unpack_weight])
@@ -347,3 +364,257 @@ def test_arguments_after_the_tensors_are_keyword_only():
     q, k, v = attention_arguments().values()
     with pytest.raises(TypeError, match="positional"):
         ra_triton.packed_attention(q, k, v, True)
+
+
+# Remedies: what an error names as the way out is one
+
+
+def layer(*, requires_grad=False, n_head=H, **options):
+    """``ra_attention`` over a small weight."""
+    x = normal(2, 5, C).requires_grad_(requires_grad)
+    return ra_triton.ra_attention(x, options.pop("W", weight()), n_head=n_head, **options)
+
+
+def attention(requires_grad=False, size=D, T_q=5, **options):
+    q, k, v = (normal(2, T, H, size).requires_grad_(requires_grad) for T in (T_q, 5, 5))
+    return ra_triton.packed_attention(q, k, v, **options)
+
+
+def decoded(T_q=1, size=D, requires_grad=False, function=ra_triton.decode_attention, **options):
+    q, k, v = (normal(2, T, H, size).requires_grad_(requires_grad) for T in (T_q, 40, 40))
+    lengths = torch.full((2,), 40, dtype=torch.int32, device=DEVICE)
+    return function(
+        q, k, v, *([lengths] if function is ra_triton.decode_attention else []), **options
+    )
+
+
+def weight():
+    return normal(C, 3 * H * D, seed=1)
+
+
+def twice(backend, **options):
+    """A gradient of a gradient."""
+    x = normal(2, 5, C).requires_grad_()
+    y = ra_triton.ra_attention(x, weight(), n_head=H, backend=backend, **options)
+    (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    return torch.autograd.grad(g.square().sum(), x)
+
+
+def without_gradients(call):
+    def run(**options):
+        with torch.no_grad():
+            return call(requires_grad=True, **options)
+
+    return run
+
+
+def compose(**options):
+    W_k = W_v = normal(C, D)
+    return ra_triton.compose_weights(**composing_arguments() | {"W_k": W_k, "W_v": W_v} | options)
+
+
+def pack(function=ra_triton.pack_qk, requires_grad=False, **options):
+    tensors = {n: t.requires_grad_(requires_grad) for n, t in packing_arguments().items()}
+    return function(**tensors, **options)
+
+
+def rotated(size, **options):
+    q, k = normal(1, 5, H, size), normal(1, 5, H, size)
+    return ra_triton.pack_qk(q, k, rope=(torch.ones(9, 8, device=DEVICE),) * 2, **options)
+
+
+def projected(out=False, requires_grad=False):
+    out = torch.empty(2, 5, 3 * H, D, device=DEVICE) if out else None
+    x = normal(2, 5, C).requires_grad_(requires_grad)
+    return ra_triton.project(x, weight(), n_head=H, out=out)
+
+
+def cached(dtype=torch.float32, requires_grad=False):
+    cache = KVCache(2, 9, H, D, device=DEVICE)
+    k, v = (normal(2, 5, H, D).requires_grad_(requires_grad) for _ in "kv")
+    return cache.append(k, v)
+
+
+def module(train=False, grad=False):
+    layer = RACausalSelfAttention(2 * D, H, dropout=0.5).to(DEVICE).train(train)
+    cache = KVCache(2, 9, H, D, device=DEVICE)
+    with torch.set_grad_enabled(grad):
+        return layer(normal(2, 5, 2 * D), cache)
+
+
+def int8(**how):
+    return ra_triton.quantize_weight(weight(), 4, n_head=H, **{"which": "all"} | how)
+
+
+def sparse():
+    return ra_triton.sparsify_weight(weight(), 4, n_head=H, which="all")
+
+
+def forward_mode(**options):
+    x = normal(2, 5, C)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, normal(2, 5, C, seed=2))
+        return ra_triton.ra_attention(dual, weight(), n_head=H, backend="triton")
+
+
+def reverse_mode():
+    x = normal(2, 5, C).requires_grad_()
+    return ra_triton.ra_attention(x, weight(), n_head=H, backend="triton").sum().backward()
+
+
+def factored(R, n_kv_head):
+    W = normal(C, (H + 2 * n_kv_head) * D)
+    return factor_weight(W, R, n_head=H, n_kv_head=n_kv_head)
+
+
+def free_of_groups():
+    layer = RACausalSelfAttention(2 * D, H, n_kv_head=1, parametrisation="free").to(DEVICE)
+    return layer(normal(2, 5, 2 * D))
+
+
+REMEDIES = {  # what fails, how its error names the way out, the way out
+    "flex, dropout": (
+        lambda: attention(dropout_p=0.5, backend="flex"),
+        r"no dropout_p; use backend='triton'",
+        [lambda: attention(dropout_p=0.5, backend="triton")],
+    ),
+    "flex, decoding": (
+        lambda: decoded(backend="flex"),
+        r"block masks .*use backend='triton'",
+        [lambda: decoded(backend="triton")],
+    ),
+    "flex, decoding many": (
+        lambda: decoded(17, backend="flex"),
+        r"block masks .*use backend='sdpa'",
+        [lambda: decoded(17, backend="sdpa", softcap=3.0)],
+    ),
+    "triton, decoding many": (
+        lambda: decoded(17, backend="triton", softcap=3.0),
+        r"at most 16 queries, got 17; use backend='sdpa'",
+        [lambda: decoded(17, backend="sdpa", softcap=3.0)],
+    ),
+    "triton, small heads": (
+        lambda: attention(True, 8, softcap=3.0, backend="triton"),
+        r"head dim 8 .*use backend='sdpa'",
+        [lambda: attention(True, 8, softcap=3.0, backend="sdpa").sum().backward()],
+    ),
+    "triton, everything": (
+        lambda: attention(size=136, softcap=3.0, dropout_p=0.5, return_lse=True, backend="triton"),
+        r"head dim 136 .*use backend='sdpa'",
+        [lambda: attention(size=136, softcap=3.0, dropout_p=0.5, return_lse=True, backend="sdpa")],
+    ),
+    "triton, twice": (
+        lambda: twice("triton"),
+        r"cannot differentiate twice; use backend='sdpa'",
+        [lambda: twice("sdpa"), lambda: twice("sdpa", softcap=3.0)],
+    ),
+    "triton, forward mode": (forward_mode, "use reverse mode", [reverse_mode]),
+    "decoding, gradient": (
+        lambda: decoded(requires_grad=True),
+        r"no gradient; use torch.no_grad\(\), or packed_attention",
+        [
+            without_gradients(decoded),
+            lambda: decoded(requires_grad=True, function=ra_triton.packed_attention),
+        ],
+    ),
+    "in place, gradient": (
+        lambda: pack(ra_triton.pack_qk_, True),
+        r"use pack_qk, or torch.no_grad\(\)",
+        [
+            lambda: pack(requires_grad=True),
+            lambda: without_gradients(pack)(function=ra_triton.pack_qk_),
+        ],
+    ),
+    "out, gradient": (
+        lambda: projected(True, True),
+        r"use torch.no_grad\(\)",
+        [lambda: without_gradients(projected)(out=True)],
+    ),
+    "workspace, gradient": (
+        lambda: layer(requires_grad=True, workspace=Workspace()),
+        r"use torch.no_grad\(\), or pass workspace=None",
+        [
+            lambda: without_gradients(layer)(workspace=Workspace()),
+            lambda: layer(requires_grad=True, workspace=None),
+        ],
+    ),
+    "int8, gradient": (
+        lambda: layer(requires_grad=True, W=int8()),
+        r"use torch.no_grad\(\), or the weight that it was made of",
+        [lambda: without_gradients(layer)(W=int8()), lambda: layer(requires_grad=True)],
+    ),
+    "sparse, gradient": (
+        lambda: layer(requires_grad=True, W=sparse()),
+        r"use torch.no_grad\(\), or the weight that it was made of",
+        [lambda: without_gradients(layer)(W=sparse()), lambda: layer(requires_grad=True)],
+    ),
+    "int8, dtype": (
+        lambda: ra_triton.ra_attention(normal(2, 5, C).half(), int8(which="reciprocal"), n_head=H),
+        r"use W_fused.to\(dtype=torch.float16\)",
+        [
+            lambda: ra_triton.ra_attention(
+                normal(2, 5, C).half(),
+                int8(which="reciprocal").to(dtype=torch.float16),
+                n_head=H,
+            )
+        ],
+    ),
+    "cache, gradient": (
+        lambda: cached(requires_grad=True),
+        r"use no_grad\(\)",
+        [without_gradients(cached)],
+    ),
+    "module and cache, gradient": (lambda: module(grad=True), r"use no_grad\(\)", [module]),
+    "module and cache, dropout": (lambda: module(train=True), r"call eval\(\)", [module]),
+    "strides": (
+        lambda: ra_triton.packed_attention(*(strided_last(normal(2, 5, H, D)) for _ in "qkv")),
+        r"call \.contiguous\(\) on it",
+        [
+            lambda: ra_triton.packed_attention(
+                *(strided_last(normal(2, 5, H, D)).contiguous() for _ in "qkv")
+            )
+        ],
+    ),
+    "heads of no width": (
+        lambda: layer(n_head=None),
+        r"do not make heads of 64 .*; pass n_head",
+        [layer],
+    ),
+    "grouped heads": (compose, r"pass n_kv_head", [lambda: compose(n_kv_head=1)]),
+    "factors of groups": (
+        lambda: factored(4, 1),
+        r"take R=0 or the free parametrisation",
+        [lambda: factored(0, 1), free_of_groups],
+    ),
+    "odd lanes": (lambda: rotated(17), r"pass rope_dims", [lambda: rotated(17, rope_dims=16)]),
+}
+
+
+@pytest.mark.parametrize("case", REMEDIES)
+def test_what_an_error_names_as_the_way_out_is_one(case):
+    wrong, match, remedies = REMEDIES[case]
+    with pytest.raises((ValueError, TypeError, NotImplementedError, RuntimeError), match=match):
+        wrong()
+    for remedy in remedies:
+        remedy()
+
+
+def test_every_error_that_names_a_way_out_is_among_them():
+    known = " ".join(match.replace("\\", "") for _, match, _ in REMEDIES.values())
+    known += "use the dense weight"  # what every GPU takes, said where one takes no sparse weight
+    way_out, found = re.compile(r"[;:,] ((?:use|call|pass|take) .*)"), []
+    for path in Path(ra_triton.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise):
+                found += [(path.name, words) for words in way_out.findall(_words(node))]
+    assert len(found) > 15
+    assert [(name, words) for name, words in found if words.rstrip("=()'") not in known] == []
+
+
+def _words(node):
+    """The constant parts of a message, in the order of the source."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    if isinstance(node, ast.FormattedValue):
+        return ""
+    return "".join(map(_words, ast.iter_child_nodes(node)))

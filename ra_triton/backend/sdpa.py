@@ -381,8 +381,8 @@ class _Differentiable(torch.autograd.Function):
         if ctx.options.dropout_p or not torch.is_grad_enabled():
             return _aligned(d_out) if _on_cuda(d_out) else d_out, None, None, None, None
         # Views of their own: a gradient shall not run on from one operand into another.
-        operands = [t.view_as(t) for t in ctx.saved_tensors]
-        out, _ = by_mathematics(*operands, ctx.options)
+        q, k, v = operands = [t.view_as(t) for t in ctx.saved_tensors]
+        out, _ = by_mathematics(q, k, v, ctx.options)
         wanted = [t for t in operands if t.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, d_out, create_graph=True))
         return None, *(next(found) if t.requires_grad else None for t in operands), None
@@ -468,7 +468,7 @@ def _address(t: Tensor) -> int:
             return t.data_ptr()
         except RuntimeError:  # a wrapper of torch.func
             pass
-    return t.storage_offset() * t.element_size()
+    return int(t.storage_offset()) * t.element_size()
 
 
 def _no_cudnn() -> AbstractContextManager[Any]:

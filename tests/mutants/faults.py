@@ -1211,14 +1211,14 @@ LANE_FAULTS = [
         "gate w_rec on both sides",
         WEIGHTS,
         '"q_low": q_low,',
-        '"q_low": _gated("w_rec", w_rec, q_low),',
+        '"q_low": _gated(w_rec, q_low),',
         COMPOSED,
     ),
     Fault(
         "gate w_std on both sides",
         WEIGHTS,
         '"k_std": k[..., : layout.d_std]',
-        '"k_std": _gated("w_std", w_std, k[..., : layout.d_std])',
+        '"k_std": _gated(w_std, k[..., : layout.d_std])',
         COMPOSED,
     ),
     Fault(
