@@ -104,7 +104,7 @@ def packed_attention(
             _vary(t, (0, 2))
         out, lse = _compiled(Configuration.of(q, k, options, with_lse))(q, k, v, with_lse, numbers)
     if options.return_lse and not with_lse:
-        lse = sdpa.by_mathematics(q, k, v, options)[1]
+        lse = sdpa.logsumexp(q, k, options)
     out = out.transpose(1, 2)
     if blind:
         out = F.pad(out, (0, 0, 0, 0, blind, 0))

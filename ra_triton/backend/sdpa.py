@@ -61,8 +61,9 @@ def packed_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over ``[B, T, H, D]`` operands: ``(out, lse [B, H, Tq] or None)``.
 
-    With ``softcap`` or ``return_lse`` it is plain torch, ``MAX_SCORES`` scores at a time. With
-    ``offsets`` it is a loop over the sequences, whose bounds are read back from the device.
+    With ``softcap`` it is plain torch, ``MAX_SCORES`` scores at a time; ``return_lse`` costs such a
+    pass over the scores beside it. With ``offsets`` it is a loop over the sequences, whose bounds
+    are read back from the device.
     """
     if offsets is not None:
         return by_sequence(packed_attention, q_pack, k_pack, v, options, offsets)
@@ -81,12 +82,13 @@ def _attention(
         # Zeros whatever q holds; the empty sums tie k and v to the autograd graph.
         out = q.masked_fill(q.new_ones((), dtype=torch.bool), 0.0) + 0 * (k.sum() + v.sum())
         lse = out.float().sum(-1) - math.inf if options.return_lse else None
-    elif options.softcap or options.return_lse:
-        out, lse = by_mathematics(q, k, v, options)
+    elif options.softcap or (options.dropout_p and options.return_lse):
+        out, lse = _by_mathematics(q, k, v, options)
     else:
         out = _fused(q, k, v, _mask(q.shape[2], k.shape[2], options, q.device), options)
         if needs_grad(q, k, v) and not _transformed():
             out = _Differentiable.apply(out, q, k, v, options)
+        lse = logsumexp(q, k, options) if options.return_lse else None
     return out.transpose(1, 2), lse
 
 
@@ -299,58 +301,82 @@ def _without_a_key(mask: Tensor) -> Tensor:
 # Plain torch
 
 
-def by_mathematics(
+def _by_mathematics(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor | None]:
-    """``[B, H, T_q, D]`` over ``[B, H_kv, T_k, D]``, and ``[B, H, T_q]``, differentiable at will.
-
-    As many queries at once as have ``MAX_SCORES`` scores. Where there are more, their scores are
-    computed again in the backward pass, so that none are kept.
-    """
-    (B, H, T_q), T_k = q.shape[:3], k.shape[2]
-    k, v = k.float(), v.float()  # before they are read in steps: gradients add up in float32
-    attend: Callable[..., Any] = _plain
-    step = T_q
-    if B * H * T_q * T_k > MAX_SCORES:
-        step = max(1, MAX_SCORES // (B * H * T_k))
-        if needs_grad(q, k, v) and not torch._C._are_functorch_transforms_active():
-            from torch.utils.checkpoint import checkpoint
-
-            random = options.dropout_p > 0
-            attend = partial(checkpoint, _plain, use_reentrant=False, preserve_rng_state=random)
-    parts = []
-    for first in range(0, T_q, step):
-        queries = range(first, min(first + step, T_q))
-        mask = _allowed(queries, T_q, T_k, options, q.device)
-        parts.append(attend(q[:, :, first : queries.stop], k, v, mask, options))
+    """Output and logsumexp of ``[B, H, T, D]`` operands; autograd may record any order of it."""
+    parts = _in_steps(_plain, q, (k, v), options)
     if len(parts) == 1:
         return parts[0]
     outs, lses = zip(*parts, strict=True)
     return torch.cat(outs, 2), torch.cat(lses, 2) if options.return_lse else None
 
 
+def logsumexp(q: Tensor, k: Tensor, options: AttentionOptions) -> Tensor:
+    """Natural logsumexp of the scores, ``[B, H, T_q]`` float32: kernels of PyTorch's lack it."""
+    parts = _in_steps(_logsumexp, q, (k,), options)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _in_steps(
+    compute: Callable[..., Any], q: Tensor, others: tuple[Tensor, ...], options: AttentionOptions
+) -> list[Any]:
+    """``compute(q, *others, mask, options)`` of as many queries at once as have ``MAX_SCORES``.
+
+    Where there are more, their scores are computed again in the backward pass: none are kept.
+    """
+    (B, H, T_q), T_k = q.shape[:3], others[0].shape[2]
+    others = tuple(t.float() for t in others)  # gradients of steps add up in float32
+    step = T_q
+    if B * H * T_q * T_k > MAX_SCORES:
+        step = max(1, MAX_SCORES // (B * H * T_k))
+        if needs_grad(q, *others) and not torch._C._are_functorch_transforms_active():
+            from torch.utils.checkpoint import checkpoint
+
+            random = options.dropout_p > 0
+            compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=random)
+    parts = []
+    for first in range(0, T_q, step):
+        queries = range(first, min(first + step, T_q))
+        mask = _allowed(queries, T_q, T_k, options, q.device)
+        parts.append(compute(q[:, :, first : queries.stop], *others, mask, options))
+    return parts
+
+
 def _plain(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: AttentionOptions
 ) -> tuple[Tensor, Tensor | None]:
     """``dropout(softmax(mask(cap(scale * q kᵀ)))) v`` in float32, and the natural logsumexp."""
-    scale = 1 / math.sqrt(q.shape[-1]) if options.softmax_scale is None else options.softmax_scale
-    group, lse, blind = q.shape[1] // k.shape[1], None, None
     with _no_autocast(q.device):
-        k, v = (t.float().repeat_interleave(group, dim=1) for t in (k, v))
-        scores = scale * (q.float() @ k.mT)
-        if options.softcap:
-            scores = options.softcap * torch.tanh(scores / options.softcap)
-        if mask is not None:
-            blind = _without_a_key(mask)
-            scores = scores.masked_fill(~(mask | blind), -math.inf)  # finite also for blind rows
+        scores = _scores(q, k, mask, options)
         weights = F.dropout(torch.softmax(scores, dim=-1), options.dropout_p)
+        v = v.float().repeat_interleave(q.shape[1] // v.shape[1], dim=1)
         out = (weights @ v).to(q.dtype)
-    if options.return_lse:
-        lse = torch.logsumexp(scores, dim=-1)
-    if blind is not None:
-        out = out.masked_fill(blind, 0.0)
-        lse = None if lse is None else lse.masked_fill(blind.squeeze(-1), -math.inf)
-    return out, lse
+    if mask is not None:
+        out = out.masked_fill(_without_a_key(mask), 0.0)
+    return out, _row_sums(scores, mask) if options.return_lse else None
+
+
+def _logsumexp(q: Tensor, k: Tensor, mask: Tensor | None, options: AttentionOptions) -> Tensor:
+    with _no_autocast(q.device):
+        return _row_sums(_scores(q, k, mask, options), mask)
+
+
+def _row_sums(scores: Tensor, mask: Tensor | None) -> Tensor:
+    lse = torch.logsumexp(scores, dim=-1)
+    return lse if mask is None else lse.masked_fill(_without_a_key(mask).squeeze(-1), -math.inf)
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, options: AttentionOptions) -> Tensor:
+    """``[B, H, T_q, T_k]`` float32; -inf where not allowed, but in rows without a key finite."""
+    scale = 1 / math.sqrt(q.shape[-1]) if options.softmax_scale is None else options.softmax_scale
+    k = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = scale * (q.float() @ k.mT)
+    if options.softcap:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~(mask | _without_a_key(mask)), -math.inf)
+    return scores
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -382,7 +408,7 @@ class _Differentiable(torch.autograd.Function):
             return _aligned(d_out) if _on_cuda(d_out) else d_out, None, None, None, None
         # Views of their own: a gradient shall not run on from one operand into another.
         q, k, v = operands = [t.view_as(t) for t in ctx.saved_tensors]
-        out, _ = by_mathematics(q, k, v, ctx.options)
+        out, _ = _by_mathematics(q, k, v, ctx.options)
         wanted = [t for t in operands if t.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, d_out, create_graph=True))
         return None, *(next(found) if t.requires_grad else None for t in operands), None

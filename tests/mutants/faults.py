@@ -1237,12 +1237,13 @@ LANE_FAULTS = [
     ),
 ]
 
+_SD = "tests/test_sdpa.py::test_"
 SDPA_FAULTS = [
     Fault(
         "sdpa: rows without keys as they come",
         SDPA,
-        "out = out.masked_fill(no_key, 0.0)",
-        "out = out.masked_fill(no_key & False, 0.0)",
+        "return out if blind is None else out.masked_fill(blind, 0.0)",
+        "return out",
         f"{NO_KEYS} {WINDOWS} {GRADIENT_T_Q_T_K}",
     ),
     Fault(
@@ -1262,15 +1263,15 @@ SDPA_FAULTS = [
     Fault(
         "sdpa: is_causal for every length",
         SDPA,
-        "options.causal and T_q == T_k and left < 0",
-        "options.causal and left < 0",
+        "options.causal and T_q == T_k and options.reach",
+        "options.causal and options.reach",
         T_Q_T_K,
     ),
     Fault(
         "sdpa: lse of interleaved heads",
         SDPA,
-        "k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)",
-        "k.repeat(1, q.shape[1] // k.shape[1], 1, 1)",
+        "k = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)",
+        "k = k.float().repeat(1, q.shape[1] // k.shape[1], 1, 1)",
         GROUPS,
     ),
     Fault(
@@ -1279,6 +1280,132 @@ SDPA_FAULTS = [
         "    if R:\n",
         "    if True:\n",
         f"{PACK_IN_PLACE} tests/test_packing.py::test_empty_tensors",
+    ),
+    Fault(
+        "sdpa: rows without keys of plain torch as they come",
+        SDPA,
+        "out = out.masked_fill(_without_a_key(mask), 0.0)",
+        "out = out + 0",
+        f"{_SD}softcap_of_every_dtype",
+    ),
+    Fault(
+        "sdpa: gradients of steps add up in half precision",
+        SDPA,
+        "others = tuple(t.float() for t in others)",
+        "others = tuple(others)",
+        f"{_SD}softcap_of_every_dtype",
+    ),
+    Fault(
+        "sdpa: another dropout when scores are computed again",
+        SDPA,
+        "preserve_rng_state=random",
+        "preserve_rng_state=False",
+        f"{_SD}dropout_under_a_cap_drops_the_same_again_backward",
+    ),
+    Fault(
+        "sdpa: all scores are kept",
+        SDPA,
+        "compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=random)",
+        "pass",
+        f"{_SD}no_scores_are_kept_for_the_backward_pass",
+    ),
+    Fault(
+        "sdpa: autocast rounds scores",
+        SDPA,
+        "on = autocast_dtype(device) is not None",
+        "on = False",
+        f"{_SD}autocast_does_not_round_the_scores",
+    ),
+    Fault(
+        "sdpa: no second derivative",
+        SDPA,
+        "if ctx.options.dropout_p or not torch.is_grad_enabled():",
+        "if True:",
+        f"{_SD}second_derivatives_are_as_exact_as_eager_pytorchs",
+    ),
+    Fault(
+        "sdpa: a recorded gradient runs on into another operand",
+        SDPA,
+        "[t.view_as(t) for t in ctx.saved_tensors]",
+        "list(ctx.saved_tensors)",
+        f"{_SD}recorded_gradients_of_operands_that_depend_on_each_other",
+    ),
+    Fault(
+        "sdpa: addresses are not looked at",
+        SDPA,
+        "offsets = [_address(t), *",
+        "offsets = [*",
+        f"{_SD}rows_of_whole_loads_are_aligned",
+    ),
+    Fault(
+        "sdpa: strides are not looked at",
+        SDPA,
+        "for step, n in rows if n > 1)",
+        "for step, n in rows if n < 1)",
+        f"{_SD}rows_of_whole_loads_are_aligned",
+    ),
+    Fault(
+        "sdpa: the gradient of the output as it comes",
+        SDPA,
+        "_aligned(d_out) if _on_cuda(d_out) else d_out",
+        "d_out",
+        f"{_SD}the_gradient_of_the_output_is_aligned_too",
+    ),
+    Fault(
+        "sdpa: cuDNN with a mask",
+        SDPA,
+        "with nullcontext() if mask is None else _no_cudnn():",
+        "with nullcontext():",
+        f"{_SD}a_mask_takes_every_kernel_that_the_user_allows_but_cudnns",
+    ),
+    Fault(
+        "sdpa: kernels that the user forbids",
+        SDPA,
+        "for name, allowed in others.items() if allowed)",
+        "for name, allowed in others.items())",
+        f"{_SD}a_mask_takes_every_kernel_that_the_user_allows_but_cudnns",
+    ),
+    Fault(
+        "sdpa: grouped heads in float32",
+        SDPA,
+        "return dtype == torch.float32 or mask is not None",
+        "return mask is not None",
+        f"{_SD}grouped_heads_become_equal_where_no_fused_kernel_knows_groups",
+    ),
+    Fault(
+        "sdpa: heads beyond a grid",
+        SDPA,
+        "heads = max(1, most // H), max(1, most // group)",
+        "heads = max(1, most // H), H_kv",
+        f"{_SD}pieces_cover_each_head_of_each_sequence_once",
+    ),
+    Fault(
+        "sdpa: the first sequences' mask for all",
+        SDPA,
+        "else mask[sequences]",
+        "else mask[: sequences.stop - sequences.start]",
+        f"{_SD}pieces_of_a_large_batch_are_the_whole",
+    ),
+    Fault(
+        "options: a window as wide as an integer gets",
+        "ra_triton/options.py",
+        "-1 if side >= NO_LIMIT else side",
+        "side",
+        f"{_SD}options_have_one_name_for_no_window",
+    ),
+    Fault(
+        "compose: gates are not checked first",
+        WEIGHTS,
+        "_check_gate(name, gate, n_head, W_q.device)",
+        "pass",
+        "tests/test_api_errors.py::test_a_bad_argument_is_named",
+    ),
+    Fault(
+        "which_backend: an unknown option is the dataclass's",
+        API,
+        "if name not in known:",
+        "if False:",
+        "tests/test_api_errors.py::test_unknown_options_are_refused_everywhere",
     ),
 ]
 
@@ -3148,9 +3275,6 @@ EXPECTED_SURVIVORS = {
     ),
     "dk, dv: rows past the end have lse 0": (
         "equivalent: dO is loaded as 0 there, and with it dv, dP, delta and dS are 0"
-    ),
-    "sdpa: rows without keys as they come": (
-        "PyTorch 2.13's CPU kernels give 0 by themselves; no promise of theirs"
     ),
     "tail of N: weight not masked": (
         "reads past the weight, but into columns that are not stored; memcheck on a GPU sees it"
