@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from budget import assert_bitwise
-from strategies import DEVICE, AttentionCase, backends, normal
+from budget import assert_attention_close, assert_bitwise
+from gradient_budget import attention_gradient_budgets, check_gradients
+from strategies import DEVICE, AttentionCase, backends, forward_backends, normal
 
 import ra_triton
 from ra_triton import backend as registry
@@ -117,6 +118,55 @@ def test_an_explicit_backend_trains(backend):
     ra_triton.ra_attention(x, W, n_head=1, backend=backend).sum().backward()
     assert W.grad.isfinite().all()
     assert (W.grad != 0).any()
+
+
+# The same answers
+
+
+GRID = [  # (T_q, T_k), causal, window, softcap, group
+    ((20, 20), True, (-1, -1), 0.0, 1),
+    ((20, 20), False, (4, 2), 2.0, 2),
+    ((20, 20), True, (4, 2), 2.0, 2),
+    ((7, 21), True, (-1, -1), 2.0, 2),
+    ((7, 21), False, (4, 2), 0.0, 1),
+    ((7, 21), False, (-1, -1), 2.0, 1),
+    ((21, 7), True, (4, 2), 0.0, 2),
+    ((21, 7), False, (-1, -1), 2.0, 1),
+    ((21, 7), True, (2**31, 0), 2.0, 1),
+    ((20, 20), False, (2**40, 2**63 - 1), 0.0, 2),
+]
+grid = pytest.mark.parametrize(
+    "case",
+    [
+        AttentionCase(2, T_q, T_k, 2, group, causal=causal, window=window, softcap=softcap)
+        for (T_q, T_k), causal, window, softcap, group in GRID
+    ],
+    ids=[str(row) for row in GRID],
+)
+
+
+@forward_backends
+@grid
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_every_backend_gives_what_the_definition_says(backend, with_lse, case):
+    tensors = case.tensors()
+    options = case.options | {"dropout_p": 0.0, "backend": backend}
+    results = ra_triton.packed_attention(*tensors, return_lse=with_lse, **options)
+    out, lse = results if with_lse else (results, None)
+    assert_attention_close(out, *tensors, **({"lse": lse} if with_lse else {}), **case.options)
+
+
+@backends
+@grid
+def test_every_backend_that_trains_has_the_gradients_of_the_definition(backend, case):
+    tensors, do = case.tensors(), case.gradient()
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out, lse = ra_triton.packed_attention(*leaves, return_lse=True, backend=backend, **case.options)
+    dlse = normal(*lse.shape, seed=9) * lse.isfinite()
+    grads = torch.autograd.grad((out, lse), leaves, (do, dlse))
+    budgets = attention_gradient_budgets(*tensors, do, dlse, **case.options)
+    named = dict(zip(("dq", "dk", "dv"), grads, strict=True))
+    check_gradients(named, budgets, dtype=case.dtype, case=case)
 
 
 # Autocast

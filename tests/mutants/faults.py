@@ -2580,8 +2580,8 @@ FLEX_FAULTS = [
     Fault(
         "flex: logsumexp of scores that are not capped",
         SDPA,
-        "    if options.softcap:  # flex_attention has it",
-        "    if False:",
+        "    if options.softcap:\n        scores",
+        "    if False:\n        scores",
         FLEX_CAPS,
     ),
     Fault(
@@ -2639,8 +2639,7 @@ FLEX_FAULTS = [
         FLEX,
         "if needs_grad(*tensors) else None",
         "if False else None",
-        f"{_F}training_on_a_cpu_is_refused_with_a_backend_that_has_it "
-        f"{_F}softcap_under_auto_names_flex_and_where_it_cannot_train_says_why",
+        f"{_F}training_on_a_cpu_is_refused_with_a_backend_that_has_it",
     ),
     Fault(
         "flex: head dims of any size on a GPU",
