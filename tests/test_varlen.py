@@ -99,9 +99,9 @@ def recipes(draw, backend) -> Sequences:
     queries = draw(st.lists(st.sampled_from(LENGTHS), min_size=n, max_size=n))
     keys = draw(st.one_of(st.just(queries), st.permutations(queries)))
     H_kv, group = draw(HEADS)
-    softcap = draw(st.sampled_from([0.0, 0.0, 2.0])) if backend == "triton" else 0.0
+    softcap = draw(st.sampled_from([0.0, 0.0, 2.0]))
     dtypes = dtypes_for(backend) if backend == "triton" else [torch.float32]
-    sides = st.sampled_from([-1, -1, 0, 3, 16])
+    sides = st.sampled_from([-1, -1, 0, 3, 16, 2**31])
     case = AttentionCase(
         H_kv=H_kv,
         group=group,
