@@ -259,17 +259,21 @@ def as_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("D", [4, 16, 18, 64])
 @pytest.mark.parametrize(
-    "layout", ["contiguous", "sliced", "offset", "transposed", "head_major", "fused", "expanded"]
+    "layout",
+    ["contiguous", "sliced", "offset", "apart", "transposed", "head_major", "fused", "expanded"],
 )
 def test_rows_of_whole_loads_are_aligned(dtype, D, layout):
-    t = lay_out(normal(2, 3, 2, D, dtype=dtype), layout)
+    if layout == "apart":  # rows that begin well, and step off
+        t = normal(2, 3, 2, D + 1, dtype=dtype)[..., :D]
+    else:
+        t = lay_out(normal(2, 3, 2, D, dtype=dtype), layout)
     found = sdpa._aligned(t)
     assert_bitwise(found, t)
     whole = D * t.element_size() % 16 == 0
     offsets = [found.data_ptr(), *(step * t.element_size() for step in found.stride()[:-1])]
     if whole:
         assert not any(offset % 16 for offset in offsets)
-    moved = layout in ("sliced", "offset") and whole
+    moved = layout in ("sliced", "offset", "apart") and whole
     assert (found is not t) == moved
     lanes_apart = torch.stack((t, t), -1)[..., 0]
     assert not whole or sdpa._aligned(lanes_apart).stride(-1) == 1
