@@ -273,17 +273,17 @@ def append_(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Ten
 def _mask(T_q: int, T_k: int, options: AttentionOptions, device: torch.device) -> Tensor | None:
     """``[T_q, T_k]``, True where allowed; None where ``is_causal`` or nothing says the same."""
     causal_alone = options.causal and T_q == T_k and options.reach[0] < 0
-    return None if causal_alone else _allowed(range(T_q), T_q, T_k, options, device)
+    return None if causal_alone else _allowed(0, T_q, T_q, T_k, options, device)
 
 
 def _allowed(
-    queries: range, T_q: int, T_k: int, options: AttentionOptions, device: torch.device
+    first: int, last: int, T_q: int, T_k: int, options: AttentionOptions, device: torch.device
 ) -> Tensor | None:
-    """``[len(queries), T_k]``, True where allowed; None where everything is."""
+    """``[last - first, T_k]`` of these queries, True where allowed; None where everything is."""
     left, right = options.reach
     if left < 0 and right < 0:
         return None
-    positions = torch.arange(queries.start, queries.stop, device=device)[:, None] + (T_k - T_q)
+    positions = torch.arange(first, last, device=device)[:, None] + (T_k - T_q)
     ahead = torch.arange(T_k, device=device) - positions  # bottom-right
     mask = torch.ones_like(ahead, dtype=torch.bool)
     if left >= 0:
@@ -327,19 +327,18 @@ def _in_steps(
     """
     (B, H, T_q), T_k = q.shape[:3], others[0].shape[2]
     others = tuple(t.float() for t in others)  # gradients of steps add up in float32
-    step = T_q
-    if B * H * T_q * T_k > MAX_SCORES:
-        step = max(1, MAX_SCORES // (B * H * T_k))
-        if needs_grad(q, *others) and not torch._C._are_functorch_transforms_active():
-            from torch.utils.checkpoint import checkpoint
+    if B * H * T_q * T_k <= MAX_SCORES:  # no loop: a compiler would unroll it for each length
+        return [compute(q, *others, _allowed(0, T_q, T_q, T_k, options, q.device), options)]
+    if needs_grad(q, *others) and not torch._C._are_functorch_transforms_active():
+        from torch.utils.checkpoint import checkpoint
 
-            random = options.dropout_p > 0
-            compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=random)
-    parts = []
+        random = options.dropout_p > 0
+        compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=random)
+    step, parts = max(1, MAX_SCORES // (B * H * T_k)), []
     for first in range(0, T_q, step):
-        queries = range(first, min(first + step, T_q))
-        mask = _allowed(queries, T_q, T_k, options, q.device)
-        parts.append(compute(q[:, :, first : queries.stop], *others, mask, options))
+        last = min(first + step, T_q)
+        mask = _allowed(first, last, T_q, T_k, options, q.device)
+        parts.append(compute(q[:, :, first:last], *others, mask, options))
     return parts
 
 
