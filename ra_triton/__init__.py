@@ -1,5 +1,8 @@
 """Reciprocal attention as one flash attention over packed operands, in Triton."""
 
+import importlib as _importlib
+import typing as _typing
+
 from ra_triton.api import (
     decode_attention,
     pack_qk,
@@ -14,6 +17,9 @@ from ra_triton.sparsity import SparseWeight, sparsify_weight
 from ra_triton.varlen import packed_attention_varlen
 from ra_triton.weights import compose_weights, pack_weight, unpack_weight
 
+if _typing.TYPE_CHECKING:
+    from ra_triton import nn
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -21,6 +27,7 @@ __all__ = [
     "SparseWeight",
     "compose_weights",
     "decode_attention",
+    "nn",
     "pack_qk",
     "pack_qk_",
     "pack_weight",
@@ -33,3 +40,17 @@ __all__ = [
     "unpack_weight",
     "which_backend",
 ]
+
+
+if not _typing.TYPE_CHECKING:  # to a type checker, such a function would make every name an attribute
+
+    def __getattr__(name: str) -> object:
+        """``ra_triton.nn`` without an import of its own, imported when it is first used."""
+        if name == "nn":
+            return _importlib.import_module("ra_triton.nn")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """With ``nn``, whether it was used or not."""
+    return sorted({*globals(), "nn"})
