@@ -1,7 +1,7 @@
 """Public functions: check the arguments, choose a backend, call it."""
 
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,12 +24,15 @@ from ra_triton.checks import (
 from ra_triton.layout import RALayout
 from ra_triton.norm_rope import NormRope, QKNorm, Rope, check_norm_rope
 from ra_triton.offsets import Offsets, checked, longest_of
-from ra_triton.options import AttentionOptions, DecodeOptions
+from ra_triton.options import AttentionKeywords, AttentionOptions, DecodeOptions
 from ra_triton.quantization import QuantizedWeight, check_quantized_inputs
 from ra_triton.sparsity import SparseWeight, check_sparse_inputs
 from ra_triton.sparsity import project as sparse_project
 from ra_triton.weights import WEIGHT_LAYOUTS
 from ra_triton.workspace import Workspace
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing's, from Python 3.11 on
 
 
 def ra_attention(
@@ -201,6 +204,33 @@ def project(
     return layout.views(module.project(x, W_packed, bias, out))
 
 
+@overload
+def packed_attention(
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: "Unpack[AttentionKeywords]",
+) -> Tensor: ...
+@overload
+def packed_attention(
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    **options: "Unpack[AttentionKeywords]",
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def packed_attention(
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool,
+    **options: "Unpack[AttentionKeywords]",
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def packed_attention(
     q_pack: Tensor,
     k_pack: Tensor,

@@ -2,6 +2,18 @@
 
 import math
 from dataclasses import dataclass
+from typing import TypedDict
+
+
+class AttentionKeywords(TypedDict, total=False):
+    """What the overloads of an attention function have in common, for type checkers."""
+
+    causal: bool
+    softmax_scale: float | None
+    window_size: tuple[int, int]
+    softcap: float
+    dropout_p: float
+    backend: str
 
 NO_LIMIT = 2**30  # a window this wide is none: kernels add sides to positions in 32 bits
 

@@ -1,5 +1,7 @@
 """Attention over sequences of different lengths that lie one after the other, without padding."""
 
+from typing import TYPE_CHECKING, Literal, overload
+
 from torch import Tensor
 
 from ra_triton.api import _autocast
@@ -11,9 +13,54 @@ from ra_triton.checks import (
     check_unit_stride,
 )
 from ra_triton.offsets import checked
-from ra_triton.options import AttentionOptions
+from ra_triton.options import AttentionKeywords, AttentionOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing's, from Python 3.11 on
 
 
+@overload
+def packed_attention_varlen(
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: Literal[False] = ...,
+    check: bool = ...,
+    **options: "Unpack[AttentionKeywords]",
+) -> Tensor: ...
+@overload
+def packed_attention_varlen(
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: Literal[True],
+    check: bool = ...,
+    **options: "Unpack[AttentionKeywords]",
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def packed_attention_varlen(
+    q_pack: Tensor,
+    k_pack: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    return_lse: bool,
+    check: bool = ...,
+    **options: "Unpack[AttentionKeywords]",
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def packed_attention_varlen(
     q_pack: Tensor,
     k_pack: Tensor,

@@ -180,9 +180,7 @@ class RACausalSelfAttention(nn.Module):
                 x, W_fused, self.R, **heads, bias=bias, weight_layout="packed", **options
             )
         else:
-            out = packed_attention(*self.operands(x), **options)
-            assert isinstance(out, Tensor)
-            y = out.flatten(2)
+            y = packed_attention(*self.operands(x), **options).flatten(2)
         return self.resid_dropout(self.c_proj(y))
 
     def operands(self, x: Tensor, position: int | Tensor = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,9 +244,7 @@ class RACausalSelfAttention(nn.Module):
         cache.append(k, v, backend=self.backend)
         if before:
             k, v = (t[:, : before + q.shape[1]] for t in (cache.k_pack, cache.v))
-        out = packed_attention(q, k, v, backend=self.backend)
-        assert isinstance(out, Tensor)  # no logsumexp was asked for
-        return out
+        return packed_attention(q, k, v, backend=self.backend)
 
     def _decode(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
         """A few tokens after what each sequence has: ``[B, T, H, D]``."""
