@@ -21,7 +21,7 @@ import ra_triton
 from bench import train_tiny
 from bench.data import VOCAB_SIZE, batch_of, load_text
 from bench.gpt import GPT, GPTConfig
-from bench.options import check_outputs, count, parser_of
+from bench.options import check_outputs, count, parser_of, use_few_threads
 from bench.report import environment
 from ra_triton import QuantizedWeight, SparseWeight
 from ra_triton.nn import RACausalSelfAttention
@@ -113,6 +113,7 @@ def main(
     if not args.out.is_dir():
         parser.error(f"--out: no such folder: {args.out}")
     check_outputs(parser, {}, "tqdm")
+    use_few_threads()
     try:
         trained = _train(args)
         fields = measure(trained)

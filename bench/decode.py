@@ -29,6 +29,7 @@ from bench.options import (
     DTYPES,
     add_machine_options,
     check_outputs,
+    check_runnable,
     count,
     parser_of,
     resolve_machine,
@@ -205,6 +206,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     resolve_machine(parser, args)
     check_outputs(parser, {"json": args.json})
+    reasons = {name: _unavailable(name, args.device) for name in args.providers or ()}
+    check_runnable(parser, "providers", reasons)
     H, H_kv, _ = args.heads = args.heads or HEADS[args.device]
     if H % H_kv:
         parser.error(f"--heads: {H} query heads must be a multiple of {H_kv} key heads")
@@ -258,7 +261,7 @@ def measure_case(
         return [DecodeRow(*sizes, name, SKIPPED, "out of memory") for name in names]
     rows, entrants = [], []
     for name in names:
-        reason = ON_GPU_ALONE.get(name) if device.type == "cpu" else None
+        reason = _unavailable(name, device.type)
         entrant, status, note = None, SKIPPED, reason or ""
         if reason is None:
             make = partial(PROVIDERS[name], problem)
@@ -271,6 +274,11 @@ def measure_case(
         if row.provider in timings:
             row.fill(timings[row.provider], problem.nbytes, copy_gbps)
     return rows
+
+
+def _unavailable(name: str, device: str) -> str | None:
+    """Why a provider cannot run on a device type, or None."""
+    return ON_GPU_ALONE.get(name) if device == "cpu" else None
 
 
 def gate_of(problem: Problem) -> Gate:

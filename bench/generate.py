@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench.data import VOCAB_SIZE, load_text
 from bench.gpt import GPT, GPTConfig
-from bench.options import check_outputs, parser_of, resolve_device
+from bench.options import check_outputs, parser_of, resolve_device, use_few_threads
 from bench.sampling import sampler
 from bench.train_tiny import add_training_options, curve, train
 
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompt = list(args.prompt.encode())
     if not 0 < len(prompt) < args.block:
         parser.error(f"--prompt must have 1 to {args.block - 1} bytes, got {len(prompt)}")
+    use_few_threads()
     config = GPTConfig(args.block, VOCAB_SIZE, args.layers, args.heads, args.width, args.dropout)
     try:
         sampler(args.temperature, args.top_k, None)  # raises now, not after a minute

@@ -26,6 +26,7 @@ from bench.options import (
     DTYPES,
     add_machine_options,
     check_outputs,
+    check_runnable,
     count,
     parser_of,
     resolve_machine,
@@ -34,7 +35,6 @@ from bench.providers import PROVIDERS, make_problem
 from bench.report import (
     ERROR,
     FAILED_GATE,
-    SKIPPED,
     aligned,
     environment,
     header,
@@ -88,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     resolve_machine(parser, args)
     on_gpu = args.device == "cuda"
     check_outputs(parser, {"json": args.json})
+    named = args.providers or ()
+    reasons = {name: PROVIDERS[name].reason_to_skip(args.device, "op") for name in named}
+    check_runnable(parser, "providers", reasons)
     shapes = [SHAPES[name] for name in args.shape or (["call", "gpt2"] if on_gpu else ["call"])]
     for shape in shapes:
         if args.R > shape.D:
@@ -137,11 +140,8 @@ def _prepare(
     rows, entrants = [], []
     for name in args.providers:
         provider = PROVIDERS[name]
-        reason = provider.reason_to_skip(device.type, "op")
-        entrant, status, note = None, SKIPPED, reason or ""
-        if reason is None:
-            make = partial(provider.make, problem)
-            entrant, status, note = admit(name, make, gate, problem.dout, provider.context)
+        make = partial(provider.make, problem)
+        entrant, status, note = admit(name, make, gate, problem.dout, provider.context)
         rows.append(HostRow(*sizes, args.dtype, name, provider.plain, kind, status, note))
         if entrant is not None:
             if kind == "recorded":

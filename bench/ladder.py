@@ -24,6 +24,7 @@ from bench.options import (
     DTYPES,
     add_machine_options,
     check_outputs,
+    check_runnable,
     parser_of,
     resolve_machine,
 )
@@ -57,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     resolve_machine(parser, args)
     check_outputs(parser, {"json": args.json, "plot": args.plot}, "tqdm")
+    train_alone = set(args.phases) == {"train"}
+    reasons = {name: _unavailable(name, args.device, train_alone) for name in args.rungs or ()}
+    check_runnable(parser, "rungs", reasons)
+    args.rungs = args.rungs or list(RUNGS)
     shape = SHAPES[args.shape or ("gpt2" if args.device == "cuda" else "cpu")]
     if shape.D < 8:
         parser.error(f"the rung v3-R8 needs a head dim of 8 or more, {shape.name} has {shape.D}")
@@ -122,9 +127,7 @@ def _prepare(
     rung = RUNGS[name]
     dtype = rung.dtype or dtype
     entrant: Entrant | None = None
-    reason = rung.unavailable(device.type)
-    if reason is None and phase == "train":
-        reason = rung.forward_only or None
+    reason = _unavailable(name, device.type, phase == "train")
     if reason is not None:
         status, note = SKIPPED, reason
     else:
@@ -138,6 +141,12 @@ def _prepare(
     plain = name == BASELINE  # what the ratios are over
     case = _case(factors.shape, rung)
     return Row.of(case, "layer", phase, dtype, name, plain, status, note), entrant
+
+
+def _unavailable(name: str, device: str, train: bool) -> str | None:
+    """Why a rung cannot run on a device type, or cannot train; or None."""
+    rung = RUNGS[name]
+    return rung.unavailable(device) or (train and rung.forward_only) or None
 
 
 def _gate(
@@ -186,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = parser_of("ladder.py", __doc__)
     add: Any = parser.add_argument
     add("--shape", choices=SHAPES, metavar="NAME", help=", ".join(SHAPES))
-    add("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS), metavar="NAME", help=_listing())
+    add("--rungs", nargs="+", choices=RUNGS, metavar="NAME", help=f"default all: {_listing()}")
     add("--pass", dest="phases", nargs="+", choices=PHASES, default=list(PHASES), help="both")
     add_machine_options(parser)
     add("--json", type=Path, metavar="FILE", help="write every row")

@@ -2,12 +2,15 @@
 
 import argparse
 import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+FEW_THREADS = 4
 BENCH_EXTRA = "python -m pip install -e '.[bench]'"
 
 
@@ -42,11 +45,11 @@ def resolve_device(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 def check_outputs(
     parser: argparse.ArgumentParser, files: dict[str, Path | None], *packages: str
 ) -> None:
-    """Missing packages and folders are told before minutes of timing, not after.
+    """What could not be written is an error before minutes of timing, not after.
 
     Args:
         parser: what reports the error.
-        files: path by the name of its option; None if it was not given.
+        files: path by the name of its option; None if it was not given. ``plot`` is a picture.
         packages: what it cannot run without, besides matplotlib for ``--plot``.
     """
     for package in (*packages, *["matplotlib"] * bool(files.get("plot"))):
@@ -55,8 +58,44 @@ def check_outputs(
         except ImportError:
             parser.error(f"{package} is not installed: {BENCH_EXTRA}")
     for option, path in files.items():
-        if path is not None and not path.parent.is_dir():
+        if path is None:
+            continue
+        if not path.parent.is_dir():
             parser.error(f"--{option}: no such folder: {path.parent}")
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            parser.error(f"--{option}: cannot write to {path}")
+        if option == "plot":
+            _check_picture(parser, path)
+
+
+def _check_picture(parser: argparse.ArgumentParser, path: Path) -> None:
+    """The suffix is a format that matplotlib writes."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        known = ", ".join(f".{suffix}" for suffix in sorted(formats))
+        parser.error(f"--plot: {path.name!r} must end in one of {known}")
+
+
+def check_runnable(
+    parser: argparse.ArgumentParser, option: str, reasons: Mapping[str, str | None]
+) -> None:
+    """Whatever the user named and this machine cannot run is an error at once.
+
+    Args:
+        parser: what reports the error.
+        option: its name.
+        reasons: by what was named: why it cannot run here, or None.
+    """
+    for name, reason in reasons.items():
+        if reason is not None:
+            parser.error(f"--{option} {name}: {reason}")
+
+
+def use_few_threads() -> None:
+    """At most four threads: in models this small more of them wait for each other."""
+    torch.set_num_threads(min(FEW_THREADS, torch.get_num_threads()))
 
 
 def count(least: int) -> Any:

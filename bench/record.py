@@ -20,7 +20,7 @@ from typing import Any
 
 from bench.decode import DecodeRow
 from bench.host import HostRow
-from bench.options import parser_of
+from bench.options import check_outputs, parser_of
 from bench.report import Row, header, number, remark, subject, summary
 from bench.shapes import PHASES
 
@@ -113,12 +113,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = _parser()
     args = parser.parse_args(argv)
+    if not args.out.is_dir():
+        parser.error(f"--out: no such folder: {args.out}")
     try:
         record = Record.of(args.files)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if not args.out.is_dir():
-        parser.error(f"--out: no such folder: {args.out}")
+    check_outputs(parser, {}, *["matplotlib"] * args.plots)
     for path in write(record, args.out, args.plots):
         print(path)
     return 0

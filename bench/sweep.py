@@ -24,6 +24,7 @@ from bench.options import (
     DTYPES,
     add_machine_options,
     check_outputs,
+    check_runnable,
     count,
     parser_of,
     resolve_machine,
@@ -32,7 +33,6 @@ from bench.providers import NO_TRITON_HERE, PROVIDERS, available, make_problem
 from bench.report import (
     ERROR,
     FAILED_GATE,
-    SKIPPED,
     Row,
     add_ratios,
     environment,
@@ -73,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     check_outputs(parser, {"json": args.json, "csv": args.csv, "plot": args.plot}, "tqdm")
+    named = args.providers or ()
+    reasons = {name: PROVIDERS[name].reason_to_skip(args.device, args.stage) for name in named}
+    check_runnable(parser, "providers", reasons)
 
     env = environment(device)
     title = header(env, subject(args.stage, args.phase, args.dtype))
@@ -91,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from bench.plot import plot
 
         plot(args.plot, title, rows)
+    if device.type == "cpu":
+        print("\n`make gpu` times the Triton kernels, on a machine with a GPU.")
     bad = [row for row in rows if row.status in (FAILED_GATE, ERROR)]
     for row in bad:
         print(f"{row.provider} at T={row.T} R={row.R}: {row.status}: {row.note}", file=sys.stderr)
@@ -134,12 +139,8 @@ def _prepare(case: Case, args: argparse.Namespace, device: torch.device) -> Prep
     rows, entrants = [], []
     for name in case.providers:
         provider = PROVIDERS[name]
-        reason = provider.reason_to_skip(device.type, stage)
-        if reason is None:
-            make = partial(provider.make, problem)
-            entrant, status, note = admit(name, make, gate, problem.dout, provider.context)
-        else:
-            entrant, status, note = None, SKIPPED, reason
+        make = partial(provider.make, problem)
+        entrant, status, note = admit(name, make, gate, problem.dout, provider.context)
         rows.append(Row.of(case, stage, phase, dtype, name, provider.plain, status, note))
         if entrant is not None:
             entrants.append(entrant)

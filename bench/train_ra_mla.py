@@ -136,6 +136,8 @@ def _report(argv: Sequence[str]) -> int:
     from bench.study.report import write_report
 
     try:
+        if args.out.suffix != ".md":
+            raise ValueError(f"--out must be a .md file, got {args.out}")
         if not args.out.parent.is_dir():
             raise FileNotFoundError(f"no such folder: {args.out.parent}")
         print(write_report(args.runs, args.out, args.title, args.note))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bench.data import VOCAB_SIZE, Text, batch_of, load_text
 from bench.gpt import GPT, AttentionMaker, CausalSelfAttention, GPTConfig
-from bench.options import check_outputs, count, parser_of
+from bench.options import check_outputs, count, parser_of, use_few_threads
 from bench.study.probe import observe
 from ra_triton.backend import CHOICES
 from ra_triton.nn import RACausalSelfAttention
@@ -57,8 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_outputs(parser, {}, "tqdm")
     if not args.prompt:
         parser.error("--prompt must have at least one byte")
+    use_few_threads()
     config = GPTConfig(args.block, VOCAB_SIZE, args.layers, args.heads, args.width, args.dropout)
     try:
+        for backend in args.backend:  # whatever cannot train here says so before another trains
+            GPT(config, attention_maker(args, backend)).loss(torch.zeros(1, 2, dtype=torch.int64))
         text = load_text(args.text, min_bytes=args.block + 1)
         runs = {
             backend: train(config, text, args, backend)
@@ -86,9 +89,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(config: GPTConfig, text: Text, args: argparse.Namespace, backend: str) -> Run:
-    """Train a new model: AdamW, linear warm-up, cosine decay to a tenth."""
+    """Train a new model: AdamW, linear warm-up, cosine decay to a tenth.
+
+    Progress goes to stderr: a bar on a terminal, else a line at each point of the curve.
+    """
     from tqdm import trange
 
+    sizes = f"{args.steps} steps of {args.batch} x {args.block} bytes"
+    say = partial(print, file=sys.stderr, flush=True)
+    say(f"training on {backend}: {sizes}, {torch.get_num_threads()} threads")
     torch.manual_seed(args.seed)
     model = GPT(config, attention_maker(args, backend))
     run, batches = Run(model), _generator(args.seed)
@@ -108,6 +117,8 @@ def train(config: GPTConfig, text: Text, args: argparse.Namespace, backend: str)
         for step in bar:
             if step in curve_steps(args.steps):
                 run.val[step] = validation_loss(model, text.val, args)
+                if bar.disable:
+                    say(f"step {step}: validation loss {run.val[step]:.3f}")
             began = time.perf_counter()
             loss = model.loss(batch_of(text.train, args.batch, config.block_size + 1, batches))
             optimizer.zero_grad()
