@@ -3,14 +3,14 @@
     python bench/huggingface.py gpt2 folded --attention composed -R 4
 
 loads ``gpt2/`` into reciprocal attention and writes what that computes to ``folded/``, which stock
-code runs. Nothing is downloaded, and no tokenizer is touched. Needs ``safetensors``, but not
+code runs; each tensor keeps its dtype. Nothing is downloaded, and no tokenizer is touched. Needs ``safetensors``, but not
 ``transformers``; a ``pytorch_model.bin`` is read too, as tensors alone.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,6 @@ def load_gpt2(
     sizes = {ours: config[theirs] for theirs, ours in SIZES.items()}
     gpt_config = GPTConfig(**sizes, dropout=dropout)
     state = _read_state(directory)
-    if not any(name.startswith(BODY) for name in state):  # saved without its head
-        state = {BODY + name: t for name, t in state.items()}
     if EMBEDDING in state:
         head = state.setdefault(HEAD, state[EMBEDDING])
         if not torch.equal(head, state[EMBEDDING]):
@@ -86,12 +84,15 @@ def load_gpt2(
     return from_gpt2(model, state, orientation="conv1d").eval()
 
 
-def save_gpt2(model: GPT, directory: Path | str) -> None:
+def save_gpt2(
+    model: GPT, directory: Path | str, dtypes: Mapping[str, torch.dtype] | None = None
+) -> None:
     """Write ``config.json`` and ``model.safetensors``, which transformers loads as a GPT-2.
 
     Args:
         model: with any attention that folds into GPT-2.
         directory: made if missing; files of these names are overwritten.
+        dtypes: of tensors by their names, as :func:`dtypes_of` reads them; the model's otherwise.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -100,18 +101,24 @@ def save_gpt2(model: GPT, directory: Path | str) -> None:
     save_file = _safetensors().save_file
     state = to_gpt2(model, orientation="conv1d")
     del state[HEAD]  # tied: the embedding
+    dtypes = dtypes or {}
+    tensors = {name: t.to("cpu", dtypes.get(name, t.dtype)) for name, t in state.items()}
     config = {theirs: getattr(model.config, ours) for theirs, ours in SIZES.items()}
     config |= {name: values[0] for name, values in COMPUTES.items()}
     end = END_OF_TEXT if config["vocab_size"] == END_OF_TEXT + 1 else None
     config |= {f"{name}_pdrop": model.config.dropout for name in ("attn", "embd", "resid")}
     config |= {"bos_token_id": end, "eos_token_id": end, "n_inner": None, "model_type": "gpt2"}
     config |= {"architectures": ["GPT2LMHeadModel"]}
-    config["dtype"] = str(state[EMBEDDING].dtype).removeprefix("torch.")
+    config["dtype"] = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: t.cpu().contiguous() for name, t in state.items()}
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    save_file({name: t.contiguous() for name, t in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def dtypes_of(directory: Path | str) -> dict[str, torch.dtype]:
+    """The dtype of each tensor of a checkpoint, by its name."""
+    return {name: t.dtype for name, t in _read_state(Path(directory)).items()}
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -131,6 +138,14 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _read_state(directory: Path) -> dict[str, Tensor]:
+    """All tensors, by their names in a model with a head."""
+    state = _read_files(directory)
+    if not any(name.startswith(BODY) for name in state):  # saved without its head
+        state = {BODY + name: t for name, t in state.items()}
+    return state
+
+
+def _read_files(directory: Path) -> dict[str, Tensor]:
     """All tensors, from one file or from the shards that an index names."""
     readers: dict[str, Callable[[Path], dict[str, Tensor]]] = {
         "model.safetensors": lambda path: _safetensors().load_file(path),
@@ -173,14 +188,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--attention", choices=ATTENTIONS, default="free")
     parser.add_argument("-R", type=int, default=4, help="reciprocal rank")
     args = parser.parse_args(argv)
+    if args.target.exists() and args.target.resolve() == args.source.resolve():
+        parser.error(f"target must be another directory than the source, got {args.target}")
     try:
+        _safetensors()  # without it nothing could be written
         model = load_gpt2(args.source, args.attention, R=args.R)
-        save_gpt2(model, args.target)
+        save_gpt2(model, args.target, dtypes_of(args.source))
     except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     count = sum(p.numel() for p in model.parameters())
     print(f"{args.source} → {args.attention}, R={args.R}, {count:,} parameters → {args.target}")
+    print("each tensor in its dtype of the source")
     return 0
 
 

@@ -219,3 +219,39 @@ def test_the_command_line_folds_a_directory(ours, tmp_path, capsys):
     assert_bitwise(logits(load_gpt2(target), ids), logits(load_gpt2(ours), ids))
     assert main([str(tmp_path / "nowhere"), str(target)]) == 1
     assert "error: no such file" in capsys.readouterr().err
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_command_line_does_not_overwrite_its_source(ours, tmp_path, capsys):
+    before = files_of(ours)
+    (tmp_path / "link").symlink_to(ours)
+    for target in (ours, ours / ".." / ours.name, tmp_path / "link"):
+        with pytest.raises(SystemExit) as stop:
+            main([str(ours), str(target)])
+        assert stop.value.code == 2
+        assert "target must be another directory than the source" in capsys.readouterr().err
+    assert files_of(ours) == before
+
+
+@attentions
+def test_the_command_line_keeps_the_dtype_of_each_tensor(attention, ours, tmp_path, capsys):
+    """Also where a checkpoint mixes them, and has no prefix before its names."""
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    state = safetensors.load_file(ours / "model.safetensors")
+    mixed = {name: t.to(dtypes[i % 3]) for i, (name, t) in enumerate(sorted(state.items()))}
+    bare = {name.removeprefix("transformer."): t for name, t in mixed.items()}
+    safetensors.save_file(bare, ours / "model.safetensors")
+    before, target = files_of(ours), tmp_path / "folded"
+    assert main([str(ours), str(target), "--attention", attention]) == 0
+    assert files_of(ours) == before
+    after = safetensors.load_file(target / "model.safetensors")
+    assert {name: t.dtype for name, t in after.items()} == {n: t.dtype for n, t in mixed.items()}
+    if attention == "plain":
+        for name, t in mixed.items():
+            assert_bitwise(after[name], t, name)
+    embedding = str(mixed["transformer.wte.weight"].dtype).removeprefix("torch.")
+    assert json.loads((target / "config.json").read_text())["dtype"] == embedding
+    assert "each tensor in its dtype" in capsys.readouterr().out
