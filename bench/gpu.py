@@ -154,11 +154,8 @@ def run_all(wanted: Sequence[Part], folder: Path, seconds: float) -> list[Outcom
 
 def run(part: Part, folder: Path, limit: float) -> Outcome:
     """Run one part: interrupted at its limit, and killed where it does not heed that."""
-    environment = {**os.environ, "PYTHONPATH": _with_root(os.environ.get("PYTHONPATH"))}
     start = time.monotonic()
-    process = subprocess.Popen(
-        part.full_command(folder), cwd=ROOT, env=environment, start_new_session=True
-    )
+    process = subprocess.Popen(part.full_command(folder), cwd=ROOT, start_new_session=True)
     try:
         code = process.wait(limit)
         status = "ok" if code == 0 else f"failed: exit status {code}"
@@ -223,11 +220,6 @@ def _script(name: str, *options: str) -> tuple[str, ...]:
 
 def _output_option(suffix: str, file: str) -> list[str]:
     return [f"--junitxml={file}"] if suffix == "xml" else ["--json", file]
-
-
-def _with_root(path: str | None) -> str:
-    """The repository on Python's path, so that it need not be installed."""
-    return os.pathsep.join(filter(None, (str(ROOT), path)))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,8 +3,8 @@
     python bench/huggingface.py gpt2 folded --attention composed -R 4
 
 loads ``gpt2/`` into reciprocal attention and writes what that computes to ``folded/``, which stock
-code runs; each tensor keeps its dtype. Nothing is downloaded, and no tokenizer is touched. Needs ``safetensors``, but not
-``transformers``; a ``pytorch_model.bin`` is read too, as tensors alone.
+code runs; each tensor keeps its dtype. Nothing is downloaded, and no tokenizer is touched. Needs
+``safetensors``, but not ``transformers``; a ``pytorch_model.bin`` is read too, as tensors alone.
 """
 
 import argparse
@@ -112,7 +112,11 @@ def save_gpt2(
     config["dtype"] = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: t.contiguous() for name, t in tensors.items()},
+        directory / "model.safetensors",
+        {"format": "pt"},
+    )
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -1,9 +1,13 @@
 """The interpreter and its products, NaN-poisoned allocation, seeds, profiles, GPU marker."""
 
 import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the scripts here; pytest has it already
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is decorated

@@ -8,8 +8,9 @@ Without PyTorch's caching each tensor is an allocation of its own, so that an ac
 seen. The kernels should be in Triton's cache: run the script once without the sanitizer first.
 """
 
-import sys
+import argparse
 
+import conftest  # noqa: F401  puts the repository's root on the path
 import torch
 from torch import Tensor
 
@@ -98,4 +99,6 @@ def decode(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 if __name__ == "__main__":
-    main([int(index) for index in sys.argv[1:]])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("shapes", nargs="*", type=int, help="indices; default all")
+    main(parser.parse_args().shapes)

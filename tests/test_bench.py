@@ -1,6 +1,5 @@
 import csv
 import json
-import os
 import subprocess
 import sys
 import time
@@ -61,16 +60,14 @@ def problem(stage="op", dtype=torch.float32, R=4, shape=TINY, phase="forward"):
 def test_script_prints_a_table_from_any_directory(tmp_path):
     command = [sys.executable, str(ROOT / "bench" / "sweep.py"), *FAST]
     command += ["--shape", "cpu", "--T", "64", "--R", "0", "4", "--csv", "rows.csv"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
-    )
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert "vs plain" in run.stdout
     assert run.stdout.count("ra-sdpa ") == 2
     assert run.stdout.count("timed only on a GPU") == 1
     assert torch.__version__ in run.stdout
     assert "gate" not in run.stderr  # no progress bar where nobody looks
+    assert run.stdout.endswith("`make gpu` times the Triton kernels, on a machine with a GPU.\n")
     with (tmp_path / "rows.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["R"] for row in rows] == ["0", "0", "4", "4"]
@@ -138,11 +135,21 @@ def test_list_names_shapes_and_reasons(capsys):
         (["--R", "65", "--shape", "gpt2"], "exceeds the head dim 64 of gpt2"),
         (["--D", "100", "--shape", "gpt2"], "choose D from"),
         (["--json", "/no/such/folder/x.json"], "no such folder"),
+        (["--csv", "/dev"], "--csv: cannot write to /dev"),
+        (["--plot", "x.foo"], "--plot: x.foo must end in one of .avif, "),
+        (["--plot", "x"], "--plot: x must end in one of .avif, "),
+        (["--providers", "plain-sdpa", "plain-cudnn"], "--providers plain-cudnn: needs a CUDA"),
+        (["--providers", "ra-triton"], "--providers ra-triton: the Triton kernels are verified"),
+        (
+            ["--providers", "plain-seed", "--stage", "attention"],
+            "--providers plain-seed: has no stage attention of its own",
+        ),
         (["--seconds", "-1"], "expected a number >= 0"),
         (["--seconds", "nan"], "expected a number >= 0"),
     ],
 )
-def test_bad_options_say_what_is_available(option, expected, capsys):
+def test_bad_options_say_what_is_available(option, expected, capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "make_problem", None)  # nothing has begun
     with pytest.raises(SystemExit) as stop:
         sweep.main([*FAST, *option])
     assert stop.value.code == 2
@@ -220,21 +227,26 @@ def test_an_interrupt_keeps_what_is_timed(monkeypatch, capsys, tmp_path):
     assert "stopped" in capsys.readouterr().err
 
 
-def test_a_provider_that_cannot_run_here_is_skipped_with_its_reason(capsys):
-    args = [*FAST, "--shape", "tiny", "--providers", "ra-sdpa", "plain-cudnn", "ra-triton"]
-    assert sweep.main(args) == 0
+def test_without_plain_attention_there_is_no_ratio(capsys):
+    assert sweep.main([*FAST, "--shape", "tiny", "--providers", "ra-sdpa"]) == 0
     out = capsys.readouterr().out
-    assert "skipped: needs a CUDA device" in out
-    assert "skipped: the Triton kernels are verified here" in out
     ra_sdpa = next(line for line in out.splitlines() if "ra-sdpa" in line)
-    assert " - " in ra_sdpa  # no plain provider, so no ratio
+    assert " - " in ra_sdpa
     assert "of the time of the fastest plain" not in out
 
 
-def test_the_seed_baseline_is_a_layer_and_has_no_attention_stage(capsys):
-    args = [*FAST, "--shape", "tiny", "--stage", "attention", "--providers", "plain-seed"]
-    assert sweep.main(args) == 0
-    assert "skipped: has no stage attention of its own" in capsys.readouterr().out
+def test_a_kernel_that_sdpa_lacks_is_skipped_with_its_reason(monkeypatch, capsys):
+    """Which shapes and dtypes a kernel of PyTorch's takes shows only when it is called."""
+
+    def refuse(out):
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    plant(monkeypatch, refuse)
+    assert sweep.main([*FAST, "--shape", "tiny", "--providers", "planted", "plain-sdpa"]) == 0
+    assert "skipped: no such SDPA kernel for this dtype, shape and GPU" in capsys.readouterr().out
+
+
+def test_the_seed_baseline_is_a_layer_and_has_no_attention_stage():
     assert "plain-seed" in providers.available("cuda", "op")
     assert "plain-seed" not in providers.available("cuda", "attention")
 

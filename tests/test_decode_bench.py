@@ -79,6 +79,14 @@ def test_an_interrupt_keeps_what_is_timed(monkeypatch, tmp_path, capsys):
     assert "stopped" in capsys.readouterr().err
 
 
+def test_a_provider_without_a_gpu_is_an_error_at_once(monkeypatch, capsys):
+    monkeypatch.setattr(decode, "measure", None)
+    with pytest.raises(SystemExit) as stop:
+        decode.main([*FAST, "--providers", "sdpa", "flex"])
+    assert stop.value.code == 2
+    assert "--providers flex: needs a CUDA device" in capsys.readouterr().err
+
+
 def test_heads_that_do_not_group_are_told(capsys):
     with pytest.raises(SystemExit):
         decode.main([*FAST, "--heads", "5", "2", "16"])

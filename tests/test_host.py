@@ -93,6 +93,9 @@ def test_a_wrong_provider_gets_no_number(monkeypatch, capsys):
     assert "planted, train: failed the gate" in captured.err
 
 
-def test_a_provider_without_a_gpu_says_why(capsys):
-    assert host.main([*FAST, "--providers", "ra-triton"]) == 0
-    assert "skipped: the Triton kernels are verified here" in capsys.readouterr().out
+def test_a_provider_without_a_gpu_is_an_error_at_once(monkeypatch, capsys):
+    monkeypatch.setattr(host, "measure_kind", None)
+    with pytest.raises(SystemExit) as stop:
+        host.main([*FAST, "--providers", "plain-sdpa", "ra-triton"])
+    assert stop.value.code == 2
+    assert "--providers ra-triton: the Triton kernels are verified" in capsys.readouterr().err

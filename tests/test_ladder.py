@@ -196,6 +196,27 @@ def test_plot_is_written(tmp_path):
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("phases", [["train"], ["forward", "train"]])
+def test_a_rung_that_cannot_run_at_all_is_an_error_at_once(phases, monkeypatch, capsys):
+    monkeypatch.setattr(ladder, "run_phase", lambda *args: [])
+    monkeypatch.setattr(ladder, "table", lambda rows: "")
+    forward_only = next(name for name in HERE if RUNGS[name].forward_only)
+    for name, reason in (
+        (next(name for name in RUNGS if name not in HERE), "GPU"),
+        (forward_only, "forward only"),
+    ):
+        arguments = [*FAST, "--pass", *phases, "--rungs", "baseline", name]
+        if name == forward_only and "forward" in phases:
+            assert ladder.main(arguments) == 0
+            continue
+        with pytest.raises(SystemExit) as stop:
+            ladder.main(arguments)
+        assert stop.value.code == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert f"--rungs {name}: " in error
+        assert reason in error
+
+
 def test_a_head_too_small_for_rank_8_is_an_error(monkeypatch, capsys):
     monkeypatch.setitem(SHAPES, "tiny", replace(TINY, D=4))
     with pytest.raises(SystemExit):

@@ -4,10 +4,11 @@ The committed number is the global RMS of error over budget for one fixed case; 
 varies by a few percent, and an accumulator in too small a dtype costs more than the limit.
 """
 
+import argparse
 import json
 from pathlib import Path
 
-import conftest  # noqa: F401  sets the interpreter switch when this file runs as a script
+import conftest  # noqa: F401  sets the interpreter switch and the path when this is a script
 import pytest
 import torch
 from budget import attention_budget, projection_budget, rms, z_scores
@@ -125,6 +126,7 @@ def test_the_limit_notices_an_accumulator_in_bfloat16():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     entries = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     entries |= {case: float(f"{measure(case):.4g}") for case in CASES}
     RECORD.write_text(json.dumps(dict(sorted(entries.items())), indent=1) + "\n")

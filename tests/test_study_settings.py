@@ -1,6 +1,5 @@
 """The study's command line, presets, TOML and data: what runs, and what is told in one line."""
 
-import os
 import re
 import subprocess
 import sys
@@ -98,7 +97,6 @@ def test_the_list_names_arms_and_presets(tmp_path):
     run = subprocess.run(  # from any folder
         [sys.executable, str(ROOT / "bench" / "train_ra_mla.py"), "--list"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,

@@ -1,6 +1,5 @@
 """The training example: it learns, it repeats, its data are split cleanly, its errors are clear."""
 
-import os
 import re
 import subprocess
 import sys
@@ -92,13 +91,31 @@ def test_the_script_runs_from_any_directory(tmp_path, folder):
             folder,
         ],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert run.returncode == 0, run.stderr
     assert losses(run.stdout).keys() == {0, 1}
+
+
+def test_a_backend_that_cannot_train_here_says_so_before_another_trains(
+    folder, capsys, monkeypatch
+):
+    monkeypatch.setattr(train_tiny, "train", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        train_tiny.main([*TINY, "--text", str(folder), "--backend", "sdpa", "flex"])
+    assert stop.value.code == 2
+    assert "backend='flex'" in capsys.readouterr().err
+
+
+def test_training_says_at_once_what_it_does_and_goes_on_saying_it(folder, capsys):
+    """Where there is no terminal for a bar."""
+    assert train_tiny.main([*TINY, "--steps", "2", "--text", str(folder)]) == 0
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first.startswith("training on sdpa: 2 steps of ")
+    assert [line.partition(":")[0] for line in others] == ["step 0", "step 1"]
 
 
 # Data
