@@ -3,14 +3,21 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+TEST_TIME := 6 minutes on two cores without a GPU
+TEST_ALL_TIME := 12 minutes on two cores without a GPU
 
-.PHONY: sweep test gpu ladder study generate static mutants lint types clean
+.PHONY: sweep test test-all gpu ladder study generate static mutants lint types clean
 
 sweep: $(VENV)/.installed            ## measure reciprocal attention against plain attention
 	$(BIN)/python bench/sweep.py $(ARGS)
 
-test: $(VENV)/.installed             ## hold the kernels against the reference
+test: $(VENV)/.installed             ## hold the kernels against the reference, without the slow tests
+	$(if $(ARGS),,@echo "$(TEST_TIME); make test-all runs what is left out")
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-all: $(VENV)/.exchange          ## all tests, also those that compare with Hugging Face's models
+	$(if $(ARGS),,@echo "$(TEST_ALL_TIME)")
+	$(BIN)/python -m pytest -n 2 -m "slow or not slow" $(ARGS)
 
 gpu: $(VENV)/.installed              ## what a GPU has to show: tests, times, and a page of them
 	$(BIN)/python bench/gpu.py $(ARGS)
@@ -44,4 +51,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ra_triton needs Python 3.10 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	touch $@
+
+$(VENV)/.exchange: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[exchange]'
 	touch $@

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 60.0  # seconds for the tests of one fault
 BASELINE_LIMIT = 1800.0  # seconds for all of them, unfaulted
 PYTEST = (sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider")
+PYTEST += ("-m", "slow or not slow")
 PASSED, FAILED = 0, 1  # pytest's exit status; 2 and up: it could not run the tests
 FINE = {"killed", "excused"}
 
