@@ -180,7 +180,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError("safetensors is needed: pip install 'ra_triton[exchange]'") from error
+        raise ImportError("safetensors is needed: pip install safetensors") from error
     return safetensors.torch
 
 

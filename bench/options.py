@@ -11,7 +11,6 @@ import torch
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 FEW_THREADS = 4
-BENCH_EXTRA = "python -m pip install -e '.[bench]'"
 
 
 def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -56,7 +55,7 @@ def check_outputs(
         try:
             __import__(package)
         except ImportError:
-            parser.error(f"{package} is not installed: {BENCH_EXTRA}")
+            parser.error(f"{package} is not installed: python -m pip install {package}")
     for option, path in files.items():
         if path is None:
             continue

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.options import check_outputs
 from bench.study.arms import ARMS, count_parameters
 from bench.study.probe import NonFiniteError
 from bench.study.runlog import LOG, has_ended, read_log
@@ -33,8 +34,6 @@ from bench.study.trainer import train
 from bench.study.training import load_data, model_config
 from bench.study.world import World, join_world
 
-BENCH_EXTRA = "python -m pip install -e '.[bench]'"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 1 if a run met a NaN or an infinity."""
@@ -46,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         print(_listing())
         return 0
-    _need(parser, "tqdm")
+    check_outputs(parser, {}, "tqdm")
     try:
         study = _study(args)
         if args.out is None:
@@ -132,7 +131,7 @@ def _report(argv: Sequence[str]) -> int:
     parser.add_argument("--title", default="Quality of reciprocal attention")
     parser.add_argument("--note", default="", help="a paragraph: what departs from the protocol")
     args = parser.parse_args(argv)
-    _need(parser, "matplotlib")
+    check_outputs(parser, {}, "matplotlib")
     from bench.study.report import write_report
 
     try:
@@ -162,13 +161,6 @@ def _listing() -> str:
             difference = count_parameters(arm, 4, model_config(s)) / plain - 1
             lines.append(f"  {'':15} {arm:13} {difference:+.2%}")
     return "\n".join(lines)
-
-
-def _need(parser: argparse.ArgumentParser, package: str) -> None:
-    try:
-        __import__(package)
-    except ImportError:
-        parser.error(f"{package} is not installed: {BENCH_EXTRA}")
 
 
 def _parser() -> argparse.ArgumentParser:

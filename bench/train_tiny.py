@@ -98,7 +98,7 @@ def train(config: GPTConfig, text: Text, args: argparse.Namespace, backend: str)
 
     sizes = f"{args.steps} steps of {args.batch} x {args.block} bytes"
     say = partial(print, file=sys.stderr, flush=True)
-    say(f"training on {backend}: {sizes}, {torch.get_num_threads()} threads")
+    say(f"training on {backend}: {sizes}, CPU threads: {torch.get_num_threads()}")
     torch.manual_seed(args.seed)
     model = GPT(config, attention_maker(args, backend))
     run, batches = Run(model), _generator(args.seed)

@@ -101,4 +101,7 @@ def decode(q: Tensor, k: Tensor, v: Tensor) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("shapes", nargs="*", type=int, help="indices; default all")
-    main(parser.parse_args().shapes)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("PyTorch sees no CUDA device here, and the sanitizer is for one")
+    main(arguments.shapes)

@@ -194,7 +194,7 @@ def test_a_missing_package_says_what_to_install(ours, tmp_path, monkeypatch):
     model = load_gpt2(ours)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     for call in (lambda: load_gpt2(ours), lambda: save_gpt2(model, tmp_path / "out")):
-        with pytest.raises(ImportError, match=r"safetensors is needed: pip install .*exchange"):
+        with pytest.raises(ImportError, match="safetensors is needed: pip install safetensors"):
             call()
 
 
