@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import ra_triton
 from bench.gate import Gate, admit
 from bench.options import (
     DTYPES,
@@ -48,6 +47,7 @@ from bench.report import (
     write_json,
 )
 from bench.timing import FLUSH_BYTES, Entrant, Timing, measure
+from ra_triton import decode_attention
 from ref import reciprocal_attention as ref
 
 LENGTHS = {"cuda": (1024, 4096, 16384, 65536), "cpu": (256, 1024)}
@@ -105,7 +105,7 @@ def _ra(backend: str, problem: Problem) -> Layer:
     """``decode_attention``; the host knows no length, as in a captured step."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ra_triton.decode_attention(q, k, v, problem.lengths, backend=backend)
+        return decode_attention(q, k, v, problem.lengths, backend=backend)
 
     return problem.layer(attend)
 

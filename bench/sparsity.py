@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import ra_triton
 from bench import accuracy
 from bench.accuracy import Trained
-from ra_triton import SparseWeight, sparsity
+from ra_triton import SparseWeight, sparsify_weight, sparsity
 from ra_triton.nn import RACausalSelfAttention
 from ra_triton.nn.composed import ComposedLinear
 
@@ -47,7 +46,7 @@ def measure(trained: Trained) -> dict[str, Any]:
 def pruned(layer: RACausalSelfAttention, which: str) -> SparseWeight:
     """Prune a layer's weight in place."""
     options: Any = {"which": which, "n_head": layer.n_head, "weight_layout": "packed"}
-    sparse = ra_triton.sparsify_weight(accuracy.fused(layer)[0], layer.R, **options)
+    sparse = sparsify_weight(accuracy.fused(layer)[0], layer.R, **options)
     accuracy.set_weight(layer, sparse.dense())
     return sparse
 
