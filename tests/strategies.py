@@ -1,6 +1,9 @@
 """Recipes for tensors: hypothesis draws sizes, layouts, values and a seed, never elements."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +34,16 @@ backend_dtypes = pytest.mark.parametrize(
         for dtype in dtypes_for(backend)
     ],
 )
+
+
+def quick(values: Iterable[Any], count: int = 1) -> list[Any]:
+    """Parameters of which `make test` takes the first ``count``, and `make test-all` all."""
+    slow = partial(pytest.param, marks=pytest.mark.slow)
+    return [
+        value if i < count else slow(*value) if isinstance(value, tuple) else slow(value)
+        for i, value in enumerate(values)
+    ]
+
 
 # For tests that run several kernels an example.
 few_examples = settings(max_examples=settings().max_examples * 2 // 5)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from budget import assert_bitwise
-from strategies import DEVICE, backends, normal
+from strategies import DEVICE, backends, normal, quick
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import ra_triton
@@ -44,7 +44,7 @@ def leaf(t):
     return t.detach().requires_grad_()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", quick(LAYOUTS))
 def test_opcheck_of_attention(layout):
     q, k, v = (leaf(layout(normal(2, 7, 3, 16, seed=seed))) for seed in range(3))
     torch.library.opcheck(library.attention, (q, k, v, None, True, None, 0.0))
@@ -52,7 +52,7 @@ def test_opcheck_of_attention(layout):
     torch.library.opcheck(library.attention, (q, k, v, seed, False, 0.3, 0.2))
 
 
-@pytest.mark.parametrize("layout", [contiguous, tokens_first, sliced, offset])
+@pytest.mark.parametrize("layout", quick([contiguous, tokens_first, sliced, offset]))
 def test_opcheck_of_projection_and_layer(layout):
     x, W = leaf(layout(normal(2, 7, 24))), leaf(normal(24, 3 * 2 * 16))
     bias = leaf(normal(96))
@@ -81,7 +81,7 @@ def assert_compiles(function, make_inputs):
 
 
 @backends
-@pytest.mark.parametrize("weight_layout", ["split", "packed"])
+@pytest.mark.parametrize("weight_layout", quick(["packed", "split"]))
 def test_ra_attention_compiles(backend, weight_layout):
     W, bias = normal(24, 3 * 2 * 20, scale=0.2), normal(120)
 
@@ -94,7 +94,7 @@ def test_ra_attention_compiles(backend, weight_layout):
 
 
 @backends
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("causal", quick([True, False]))
 def test_packed_attention_compiles(backend, causal):
     def function(q, k, v):
         out, lse = ra_triton.packed_attention(

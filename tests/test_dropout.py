@@ -16,6 +16,7 @@ from strategies import (
     dtypes_for,
     fewest_examples,
     normal,
+    quick,
 )
 
 import ra_triton
@@ -80,7 +81,7 @@ def test_output_and_gradients_match_the_definition_given_the_mask(backend, data,
 
 @backends
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("T_q", "T_k"), [(1, 1), (5, 37), (37, 5), (33, 33)])
+@pytest.mark.parametrize(("T_q", "T_k"), quick([(5, 37), (1, 1), (37, 5), (33, 33)]))
 def test_lengths_and_grouped_heads(backend, causal, T_q, T_k):
     check_case(backend, AttentionCase(2, T_q, T_k, 2, 2, causal=causal), 0.3)
 
@@ -197,7 +198,7 @@ def test_the_mask_does_not_depend_on_the_options_of_the_call():
     assert torch.equal(mask_of("triton", q[..., :16], k[..., :16], 0.4, causal=False), full)
 
 
-@pytest.mark.parametrize(("block_m", "block_n"), [(16, 16), (64, 16), (16, 64), (32, 32)])
+@pytest.mark.parametrize(("block_m", "block_n"), quick([(16, 64), (64, 16), (16, 16), (32, 32)]))
 def test_the_mask_does_not_depend_on_the_tiles(block_m, block_n):
     from ra_triton.kernels.attention_backward import attention_backward
     from ra_triton.kernels.attention_forward import attention_forward

@@ -14,7 +14,7 @@ from budget import assert_attention_close, assert_bitwise
 from gradient_budget import attention_gradient_budgets, check_gradients
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import DEVICE, AttentionCase, few_examples, normal
+from strategies import DEVICE, AttentionCase, few_examples, normal, quick
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
@@ -169,6 +169,7 @@ COMPILED = flex._compiled  # before the fixture of the session replaces it
 
 
 @on_cpu
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiled_flex_attention")
 def test_one_compilation_serves_all_lengths_caps_and_windows():
     def run(T_q, T_k, window_size, softcap):
@@ -184,6 +185,7 @@ def test_one_compilation_serves_all_lengths_caps_and_windows():
 
 
 @on_cpu
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiled_flex_attention")
 def test_the_compiled_layer_in_half_precision():
     x = normal(2, 140, 24, dtype=torch.bfloat16)
@@ -224,7 +226,7 @@ def test_each_configuration_has_compiled_code_of_its_own():
 
 
 @on_cpu
-@pytest.mark.parametrize("T_k", [None, 7])
+@pytest.mark.parametrize("T_k", quick([None, 7]))
 def test_the_layer_compiles_within_a_model(T_k):
     W = torch.nn.Parameter(normal(24, 3 * 2 * 20, scale=0.2))
 

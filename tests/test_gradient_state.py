@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 from budget import assert_bitwise
-from strategies import DEVICE, AttentionCase, backends, normal
+from strategies import DEVICE, AttentionCase, backends, normal, quick
 from torch.utils.checkpoint import checkpoint
 
 import ra_triton
@@ -153,7 +153,7 @@ def test_a_retained_graph_gives_the_same_gradients_again(backend):
 
 
 @backends
-@pytest.mark.parametrize(("order", "dropout_p"), [((0, 1, 2), 0.0), ((1, 2, 0), 0.5)])
+@pytest.mark.parametrize(("order", "dropout_p"), quick([((1, 2, 0), 0.5), ((0, 1, 2), 0.0)]))
 def test_interleaved_micro_batches_do_not_meet(backend, order, dropout_p):
     batches = [layer_inputs(seed) for seed in range(3)]
     grad = normal(2, 17, H * D, seed=5)
@@ -215,7 +215,7 @@ def test_a_hook_may_call_the_op_inside_the_backward(backend):
 
 
 @backends
-@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("dropout_p", quick([0.5, 0.0]))
 @pytest.mark.parametrize("autocast", [False, True])
 def test_checkpointing_gives_the_same_gradients(backend, dropout_p, autocast):
     grad = normal(2, 17, H * D, seed=5)

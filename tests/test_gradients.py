@@ -27,6 +27,7 @@ from strategies import (
     gradient_layouts,
     normal,
     projection_cases,
+    quick,
     small_head_dims,
 )
 
@@ -160,7 +161,7 @@ def test_gradients_reach_lse(backend, with_do, T_q, T_k):
 
 
 @backend_dtypes
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("causal", quick([True, False]))
 def test_errors_are_within_the_promise_of_eager_pytorch(backend, dtype, causal):
     if backend == "sdpa" and DEVICE.type == "cuda" and dtype == torch.float32:
         pytest.skip("PyTorch's own float32 kernel is 2.8 times less precise than eager on an H200")
@@ -270,7 +271,7 @@ def test_gradients_of_ra_attention_are_those_of_its_stages(backend, case, causal
 
 
 @backend_dtypes
-@pytest.mark.parametrize("weight_layout", ["split", "packed"])
+@pytest.mark.parametrize("weight_layout", quick(["packed", "split"]))
 def test_errors_of_the_layer_are_within_the_promise_of_eager_pytorch(backend, dtype, weight_layout):
     case = ProjectionCase(2, 70, 48, 1, 2, D=32, dtype=dtype, with_bias=True)
     inputs, heads = case.tensors(), case.heads

@@ -213,6 +213,7 @@ def machine_code():
     return json.loads(run.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "keys"),
     [("D=64 causal=True", 128), ("D=64 causal=True T=1024", 64), ("D=128 causal=True", 128)],

@@ -18,7 +18,7 @@ from gradient_budget import (
     check_gradients,
     projection_gradient_budgets,
 )
-from strategies import DEVICE, NAN, AttentionCase, ProjectionCase, normal
+from strategies import DEVICE, NAN, AttentionCase, ProjectionCase, normal, quick
 
 import ra_triton
 from ra_triton.kernels.configs import LaunchConfig
@@ -60,7 +60,7 @@ def with_and_without_bulk_copies(run, **tiles):
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="Hopper alone has bulk copies")
-@pytest.mark.parametrize(("T_q", "T_k"), [(40, 40), (5, 37), (37, 5)])
+@pytest.mark.parametrize(("T_q", "T_k"), quick([(5, 37), (40, 40), (37, 5)]))
 @pytest.mark.parametrize(("D", "causal"), [(32, True), (20, False)])
 def test_attention_reads_the_same_through_bulk_copies(T_q, T_k, D, causal):
     from ra_triton.kernels.attention_backward import attention_backward
@@ -80,7 +80,7 @@ def test_attention_reads_the_same_through_bulk_copies(T_q, T_k, D, causal):
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="Hopper alone has bulk copies")
-@pytest.mark.parametrize("tokens", [35, 2100])  # the latter in two splits
+@pytest.mark.parametrize("tokens", quick([35, 2100]))  # the latter in two splits
 def test_projection_reads_the_same_through_bulk_copies(tokens):
     from ra_triton.kernels.projection import projection
     from ra_triton.kernels.projection_backward import weight_gradient
@@ -149,7 +149,7 @@ def test_packing_more_key_heads_than_query_heads(backend):
     assert_bitwise(k_pack, torch.cat((k[..., :12], q_low), -1))
 
 
-@pytest.mark.parametrize("layout", ["sliced", "head_major"])
+@pytest.mark.parametrize("layout", quick(["sliced", "head_major"]))
 @pytest.mark.parametrize("which", range(4), ids=["q", "k", "v", "dO"])
 def test_gradients_with_one_operand_in_another_layout(which, layout):
     layouts = ["contiguous"] * 4
@@ -279,7 +279,7 @@ FAR_CASES = {
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="sparse buffers exist in CPU memory only")
-@pytest.mark.parametrize("case", FAR_CASES)
+@pytest.mark.parametrize("case", quick(FAR_CASES))
 def test_further_offsets_beyond_two_to_the_thirty_first(case):
     from test_offsets import SCRIPT
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from strategies import DEVICE
+from strategies import DEVICE, quick
 
 SCRIPT = """
 import sys, torch, ra_triton
@@ -90,7 +90,7 @@ CASES = {
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="sparse buffers exist in CPU memory only")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(CASES, 2))
 def test_offsets_beyond_two_to_the_thirty_first(case):
     root = Path(__file__).parent.parent
     done = subprocess.run(

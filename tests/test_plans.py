@@ -45,6 +45,7 @@ def test_heads_are_cut_into_equal_sections_that_fit(heads, share, expected):
     assert tiles.heads_per_section(heads, bytes_per_head) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 def test_sections_of_heads_change_no_bit(monkeypatch, fresh_plans, causal):
     q, k, v = (normal(2, 40, heads, 16, seed=heads).requires_grad_() for heads in (10, 5, 5))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from budget import assert_bitwise
+from strategies import quick
 
 from bench import train_ra_mla
 from bench.data import load_corpus
@@ -57,7 +58,7 @@ def lines(folder, kind):
 # Arms
 
 
-@pytest.mark.parametrize(("preset", "R"), [("cpu", 4), ("cpu", 8), ("h200", 4)])
+@pytest.mark.parametrize(("preset", "R"), quick([("cpu", 4), ("cpu", 8), ("h200", 4)], 2))
 def test_every_arm_has_the_parameters_of_the_baseline_within_a_percent(preset, R):
     s = PRESETS[preset].base
     config = GPTConfig(s.block, s.vocab_size, s.n_layer, s.n_head, s.n_embd, bias=s.bias)
@@ -346,6 +347,7 @@ def test_a_loss_that_is_nan_stops_the_run(corpus, tmp_path, monkeypatch):
 # Two processes
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does_with_the_double_batch(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("for i in range(10): print(i)\n" * 100)

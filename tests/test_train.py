@@ -79,6 +79,7 @@ def test_two_backends_are_printed_side_by_side(folder, capsys):
         assert "largest difference between two losses of one step: 0\n" in output
 
 
+@pytest.mark.slow
 def test_the_script_runs_from_any_directory(tmp_path, folder):
     run = subprocess.run(
         [
