@@ -31,7 +31,7 @@ study: $(VENV)/.installed            ## train small GPTs that differ in their at
 generate: $(VENV)/.installed         ## train a tiny GPT for a minute on the CPU, then let it write
 	$(BIN)/python bench/generate.py $(ARGS)
 
-mutants: $(VENV)/.installed          ## plant faults in the source; the suite has to notice each
+mutants: $(VENV)/.exchange           ## plant faults in the source; the suite has to notice each
 	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 lint: $(VENV)/.installed

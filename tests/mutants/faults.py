@@ -3239,6 +3239,73 @@ VARLEN_FAULTS = [
     ),
 ]
 
+NEWCOMER_FAULTS = [
+    Fault(
+        "README: the packed weight takes the split one's name",
+        "README.md",
+        "W_packed = ra_triton.compose_weights(",
+        "W_fused = W_packed = ra_triton.compose_weights(",
+        "tests/test_readme.py",
+    ),
+    Fault(
+        "nn: not an attribute of the package",
+        "ra_triton/__init__.py",
+        'if name == "nn":',
+        'if name == "NN":',
+        "tests/test_imports.py::test_nn_is_an_attribute_that_is_imported_when_it_is_used",
+    ),
+    Fault(
+        "overloads: a keyword that they lack",
+        "ra_triton/options.py",
+        "    dropout_p: float\n    backend: str\n",
+        "    backend: str\n",
+        "tests/test_types.py",
+    ),
+    Fault(
+        "scripts: the root is not on the path",
+        "bench/bench.py",
+        "sys.path[0] = str(Path(__file__).parents[1])",
+        "sys.path[0] = str(Path(__file__).parents[0])",
+        "tests/test_scripts.py",
+    ),
+    Fault(
+        "a provider that cannot run here is not refused",
+        "bench/options.py",
+        "        if reason is not None:\n            parser.error(f",
+        "        if reason is None:\n            parser.error(f",
+        "tests/test_bench.py::test_bad_options_say_what_is_available "
+        "tests/test_host.py::test_a_provider_without_a_gpu_is_an_error_at_once",
+    ),
+    Fault(
+        "--plot: any suffix goes",
+        "bench/options.py",
+        "if path.suffix[1:].lower() not in formats:",
+        "if not formats:",
+        "tests/test_bench.py::test_bad_options_say_what_is_available",
+    ),
+    Fault(
+        "train_tiny: a backend that cannot train is met after another has trained",
+        "bench/train_tiny.py",
+        "            small.loss(torch.zeros(1, 2, dtype=torch.int64))\n",
+        "",
+        "tests/test_train.py::test_a_backend_that_cannot_train_here_says_so_before_another_trains",
+    ),
+    Fault(
+        "huggingface: writes over its source",
+        "bench/huggingface.py",
+        "args.target.resolve() == args.source.resolve()",
+        "False",
+        "tests/test_huggingface.py",
+    ),
+    Fault(
+        "huggingface: dtypes of the source are lost",
+        "bench/huggingface.py",
+        "dtypes.get(name, t.dtype)",
+        "t.dtype",
+        "tests/test_huggingface.py",
+    ),
+]
+
 FAULTS = [
     *INT8_FAULTS,
     *TILE_FAULTS,
@@ -3258,6 +3325,7 @@ FAULTS = [
     *SPARSITY_FAULTS,
     *WINDOW_FAULTS,
     *VARLEN_FAULTS,
+    *NEWCOMER_FAULTS,
 ]
 
 # Faults that no test can see here, and why; killing one is an error too.
