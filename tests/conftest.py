@@ -107,6 +107,13 @@ def _seeded():
     torch.manual_seed(0)
 
 
+def pytest_configure(config):
+    """A slow test that is named, ``file::test``, runs; only -m of pyproject.toml leaves it out."""
+    named = any("::" in argument for argument in config.args)
+    if named and config.option.markexpr == "not slow":
+        config.option.markexpr = ""
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
