@@ -17,7 +17,7 @@ test: $(VENV)/.installed             ## hold the kernels against the reference, 
 
 test-all: $(VENV)/.exchange          ## all tests, also those that compare with Hugging Face's models
 	$(if $(ARGS),,@echo "$(TEST_ALL_TIME)")
-	$(BIN)/python -m pytest -n 2 -m "slow or not slow" $(ARGS)
+	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(BIN)/python -m pytest -n 2 -m "slow or not slow" $(ARGS)
 
 gpu: $(VENV)/.installed              ## what a GPU has to show: tests, times, and a page of them
 	$(BIN)/python bench/gpu.py $(ARGS)

@@ -102,7 +102,9 @@ def save_gpt2(
     state = to_gpt2(model, orientation="conv1d")
     del state[HEAD]  # tied: the embedding
     dtypes = dtypes or {}
-    tensors = {name: t.to("cpu", dtypes.get(name, t.dtype)) for name, t in state.items()}
+    tensors = {
+        name: t.to("cpu", dtypes.get(name, t.dtype)).contiguous() for name, t in state.items()
+    }
     config = {theirs: getattr(model.config, ours) for theirs, ours in SIZES.items()}
     config |= {name: values[0] for name, values in COMPUTES.items()}
     end = END_OF_TEXT if config["vocab_size"] == END_OF_TEXT + 1 else None
@@ -112,11 +114,7 @@ def save_gpt2(
     config["dtype"] = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: t.contiguous() for name, t in tensors.items()},
-        directory / "model.safetensors",
-        {"format": "pt"},
-    )
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -93,7 +93,7 @@ def check_runnable(
 
 
 def use_few_threads() -> None:
-    """At most four threads: in models this small more of them wait for each other."""
+    """At most four threads: an operation of a model this small is too short to share among more."""
     torch.set_num_threads(min(FEW_THREADS, torch.get_num_threads()))
 
 

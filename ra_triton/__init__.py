@@ -42,9 +42,8 @@ __all__ = [
 ]
 
 
-if (
-    not _typing.TYPE_CHECKING
-):  # to a type checker, such a function would make every name an attribute
+# To a type checker, such a function would make every name an attribute.
+if not _typing.TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
         """``ra_triton.nn`` without an import of its own, imported when it is first used."""

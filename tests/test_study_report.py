@@ -166,6 +166,7 @@ def test_missing_and_double_runs_are_told(runs, tmp_path, capsys):
         ([str(runs), str(runs), "--out", page], "two runs are called"),
         ([str(runs / "ra+mla-R4-fp32-s0"), "--out", page], "no run has finished yet"),
         ([str(runs), "--out", str(tmp_path / "none" / "page.md")], "no such folder"),
+        ([str(runs), "--out", str(tmp_path / "page.png")], "--out must be a .md file"),
     ]:
         with pytest.raises(SystemExit):
             train_ra_mla.main(["report", *arguments])
