@@ -39,6 +39,7 @@ for config in tune.warp_specialised_candidates():
 """
 
 
+@pytest.mark.slow
 def test_candidates_for_hoppers_own_forward_compile_or_say_why_not():
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
@@ -88,6 +89,7 @@ def test_a_wrong_candidate_does_not(stage, monkeypatch):
     assert "eager PyTorch's is" in reason
 
 
+@pytest.mark.slow
 def test_a_candidate_that_spills_or_does_not_compile_is_dropped_with_the_reason():
     code = """
 from bench.tune import Problem, compile_candidate

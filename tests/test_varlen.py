@@ -18,6 +18,7 @@ from strategies import (
     few_examples,
     lay_out,
     normal,
+    quick,
     small_head_dims,
 )
 from test_compile import assert_compiles, leaf
@@ -188,7 +189,7 @@ def test_no_sequences_and_no_tokens(backend):
 
 
 @backends
-@pytest.mark.parametrize("value", [NAN, float("inf")])
+@pytest.mark.parametrize("value", quick([NAN, float("inf")]))
 @pytest.mark.parametrize("causal", [True, False])
 def test_nothing_passes_from_one_sequence_to_the_next(backend, value, causal):
     s = Sequences((20, 9, 30), (20, 9, 30), AttentionCase(H_kv=1, group=2, causal=causal))
@@ -249,7 +250,7 @@ def test_each_sequence_and_head_drops_its_own_scores_and_the_backward_drops_them
 
 @backends
 @pytest.mark.parametrize("shape", [(23, 24), (1, 23, 24)])
-@pytest.mark.parametrize("max_seqlen", [17, 40, None])
+@pytest.mark.parametrize("max_seqlen", quick([None, 17, 40]))
 def test_ra_attention_over_flattened_tokens_is_that_of_its_stages(backend, shape, max_seqlen):
     cu, heads = offsets_of((5, 0, 17, 1)), {"n_head": 2, "n_kv_head": 1, "backend": backend}
     x, W = normal(*shape), normal(24, 4 * 16, seed=1, scale=0.2)
@@ -440,6 +441,7 @@ def test_unchecked_offsets_lead_to_no_address_outside(cu):
 # Compilers
 
 
+@pytest.mark.slow
 def test_opcheck_of_variable_lengths():
     q, k, v = (leaf(normal(1, 9, 2, 16, seed=seed)) for seed in range(3))
     numbers = (True, None, 0.0, -1, -1, 0.0, ints(0, 4, 9), ints(0, 4, 9), 5, 5)
@@ -448,6 +450,7 @@ def test_opcheck_of_variable_lengths():
     torch.library.opcheck(library.layer, (x, W, None, None, 2, 2, *numbers))
 
 
+@pytest.mark.slow
 def test_variable_lengths_compile():
     W = normal(24, 3 * 2 * 16, scale=0.2)
 

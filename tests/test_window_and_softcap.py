@@ -23,6 +23,7 @@ from strategies import (
     gradient_layouts,
     lengths,
     normal,
+    quick,
     small_head_dims,
 )
 from test_compile import assert_compiles, leaf
@@ -121,7 +122,7 @@ def test_every_score_is_capped_to_its_last_places(softcap):
 
 
 @pytest.mark.parametrize("window", [(-1, -1), (3, 0), (9, 4)])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("causal", quick([True, False]))
 def test_dropout_in_a_window_under_a_cap(window, causal):
     case = AttentionCase(2, 21, 37, 1, 2, window=window, softcap=2.0, causal=causal)
     check_dropout("triton", case, 0.3)
@@ -155,7 +156,7 @@ def test_rows_whose_window_is_empty_give_zero_and_minus_infinity(T_q, T_k):
 # Skipped, not masked: 0 times NaN would be NaN
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("causal", quick([True, False]))
 def test_tiles_outside_the_window_are_not_visited(causal):
     """NaN far from a query reaches neither its row nor the gradients of its keys."""
     T, window = 5 * FAR // 2, (20, 9)
@@ -248,6 +249,7 @@ def test_ra_attention_passes_window_and_softcap_on():
 # Compilers
 
 
+@pytest.mark.slow
 def test_opcheck_with_a_window_and_a_softcap():
     q, k, v = (leaf(normal(2, 7, 3, 16, seed=seed)) for seed in range(3))
     torch.library.opcheck(library.attention, (q, k, v, None, False, None, 0.0, 3, 1, 2.0))
@@ -256,6 +258,7 @@ def test_opcheck_with_a_window_and_a_softcap():
     torch.library.opcheck(library.layer, layer)
 
 
+@pytest.mark.slow
 def test_window_and_softcap_compile():
     options = {"window_size": (5, 2), "softcap": 2.0, "backend": "triton"}
 
