@@ -15,6 +15,7 @@ class AttentionKeywords(TypedDict, total=False):
     dropout_p: float
     backend: str
 
+
 NO_LIMIT = 2**30  # a window this wide is none: kernels add sides to positions in 32 bits
 
 
