@@ -56,7 +56,7 @@ def choose(
 
     device = tensors[0].device  # type: ignore[union-attr]
     on_gpu = device.type == "cuda"
-    no_triton = f"{device} tensors"
+    no_triton: str | None = f"{device} tensors"
     if on_gpu:
         no_triton = triton.untried() or triton.unsupported(tensors, options, head_dim)
     if no_triton is None:

@@ -163,47 +163,20 @@ def _copy(buffers, sources, sizes, schedule, group, CAUSAL: gl.constexpr, PDL: g
 
 
 @gluon.jit
-def _split(s):
-    """``s [64, n]`` as ``[4, 2, 8, n / 8, 4, 2]``.
+def _masked(s, limit, BLOCK_N: gl.constexpr):
+    """``s`` where the column is less than its row's limit, -inf elsewhere.
 
-    A thread has one index in the first, third and fifth dim and all of the others. So where an
-    element stands is one number of the thread and a constant of the code, where rows and columns
-    themselves would take dozens of registers.
+    A thread holds two of every eight columns. With those eight as a dim of their own its columns
+    are constants of the code plus one number, where a plain comparison takes 32 registers.
     """
-    return s.reshape([ROWS // 16, 2, 8, s.shape[1] // 8, 4, 2])
-
-
-@gluon.jit
-def _limit(s, m, T_q, T_k, CAUSAL: gl.constexpr):
-    """How many keys the first row of a thread sees, less the first column of the thread.
-
-    Its other row, eight below, sees eight more if causal. Rows from ``T_q`` on, which nobody reads,
-    may see more than there are.
-    """
-    LAYOUT: gl.constexpr = gl.SliceLayout(
-        1, gl.SliceLayout(3, gl.SliceLayout(5, _split(s).type.layout))
-    )
-    warps = gl.arange(0, ROWS // 16, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))) * 16
-    rows = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
-    pairs = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT))) * 2
-    rows = warps[:, None, None] + rows[None, :, None]
-    keys = rows + (m + 1 + (T_k - T_q)) if CAUSAL else rows * 0 + T_k
-    return keys - pairs[None, None, :]
-
-
-@gluon.jit
-def _masked(s, limit, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr):
-    """``s`` where a row sees the key of a column, -inf elsewhere; ``limit``: :func:`_limit`."""
     LAYOUT: gl.constexpr = s.type.layout
-    s = _split(s)
-    CONSTANTS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(4, s.type.layout)))
-    halves = gl.arange(0, 2, layout=gl.SliceLayout(1, gl.SliceLayout(2, CONSTANTS)))
-    eights = gl.arange(0, BLOCK_N // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, CONSTANTS))) * 8
-    ones = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, CONSTANTS)))
-    more = halves[:, None, None] * (8 if CAUSAL else 0)  # keys that the other row sees
-    columns = eights[None, :, None] + ones[None, None, :] - more
-    seen = columns[None, :, None, :, None, :] < limit[:, None, :, None, :, None]
-    s = gl.where(seen, s, float("-inf"))
+    s = s.reshape([ROWS, BLOCK_N // 8, 8])
+    SPLIT: gl.constexpr = s.type.layout
+    eights = gl.arange(0, BLOCK_N // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, SPLIT))) * 8
+    within = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, SPLIT)))
+    limit = gl.convert_layout(limit, gl.SliceLayout(1, gl.SliceLayout(2, SPLIT)))
+    left = limit[:, None, None] - within[None, None, :]
+    s = gl.where(eights[None, :, None] < left, s, float("-inf"))
     return gl.convert_layout(s.reshape([ROWS, BLOCK_N]), LAYOUT)
 
 
@@ -255,7 +228,9 @@ def _compute(
             m = first_row + WHICH * ROWS
             n_tiles = _key_tiles(m, ROWS, T_q, T_k, CAUSAL, BLOCK_N)
             whole = _whole_key_tiles(m, T_q, T_k, CAUSAL, BLOCK_N)
-            limit = _limit(nothing, m, T_q, T_k, CAUSAL)
+            offs_m = m + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
+            # Keys before this one are seen. offs_m where it says nothing keeps it in two registers.
+            limit = gl.minimum(offs_m + 1 + (T_k - T_q) if CAUSAL else offs_m + 1 + T_k, T_k)
             acc = gl.zeros([ROWS, D], gl.float32, layout=O_LAYOUT)
             m_i = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, S_LAYOUT))
 
@@ -271,7 +246,7 @@ def _compute(
             s = warpgroup_mma_wait(0, deps=[s])
             _arrive(EMPTY + stage, threads)
             if whole == 0:
-                s = _masked(s, limit, CAUSAL, BLOCK_N)
+                s = _masked(s, limit, BLOCK_N)
             p_wide, alpha, m_i, l_i = _softmax(s, m_i, scale_log2, BLOCK_N)
             p = gl.convert_layout(p_wide.to(DTYPE), P_LAYOUT)
             limit += step * BLOCK_N  # from here on key tiles are counted from the first tile's
@@ -292,7 +267,7 @@ def _compute(
                 s = warpgroup_mma_wait(1, deps=[s])
                 _arrive(EMPTY + stage, threads)
                 if n >= whole:
-                    s = _masked(s, limit - n * BLOCK_N, CAUSAL, BLOCK_N)
+                    s = _masked(s, limit - n * BLOCK_N, BLOCK_N)
                 p_wide, alpha, m_i, sums = _softmax(s, m_i, scale_log2, BLOCK_N)
                 l_i *= gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None]
                 l_i += sums
@@ -331,7 +306,6 @@ def _compute(
             if m >= 0:
                 tma.async_copy_shared_to_global(o_source, [b, h, m, 0], o_tile)
             head = (b * H + h).to(gl.int64)
-            offs_m = m + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
             gl.store(lse_ptr + head * T_q + offs_m, lse, mask=(offs_m >= 0) & (offs_m < T_q))
     tma.store_wait(0)
     if WHICH == 0:

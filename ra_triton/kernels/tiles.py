@@ -13,6 +13,7 @@ from ra_triton.kernels.plans import Bulk, Layout
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
+TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 INTERPRETED = triton.knobs.runtime.interpret
 _INTERPRETED = tl.constexpr(INTERPRETED)
 # What the programs of one section of heads share. On an H200, whose L2 holds 60 MB, sections took
