@@ -204,6 +204,8 @@ def _attention_forward(
         return LaunchConfig(64, 4, 3, block_n=64)
     if head_dim <= 64:  # static: 255 registers, no spill, two CTAs per SM
         return LaunchConfig(128, 4, 3, block_n=64)
+    if target == "sm_100":
+        return LaunchConfig(64, 4, 2, block_n=64)
     return LaunchConfig(128, 8, 3, block_n=32)  # static: 200 registers, fits the 99 KB of sm_86
 
 
@@ -258,7 +260,8 @@ def _attention_backward(
     if full_precision:
         if target != "sm_90":
             if head_dim <= 32:
-                rows = 16 if dropout and not aligned else 32
+                few = (dropout and not aligned) or (for_keys and target == "sm_100")
+                rows = 16 if few else 32
                 return LaunchConfig(rows, 16, 2, block_n=32)
             few = for_keys and (dropout or not small)
             return LaunchConfig(16, 4 if few else 8, 2, block_n=16)
