@@ -3,9 +3,9 @@
 Nothing here is measured at run time: the same call gets the same tiles, hence the same bits, on
 every run, and a new length never retunes. "static" rows were chosen from the compiled machine
 code: no spilled register, asynchronous loads, two CTAs per SM where they fit; those of sm_100 and
-sm_120 were compiled, and not run on such a GPU, as was "rocm" for gfx942. No row spills with Triton
-3.6.0, 3.7.1, 3.8.0 and 3.9.0, but on ROCm, where some kernels use scratch. Rows with a time were
-chosen by ``bench/tune.py`` on an H200 (driver 580.159.04, torch 2.11, Triton 3.6.0): bf16, causal,
+sm_120 were compiled, and not run on such a GPU, as was "rocm" for gfx942, where some kernels use
+scratch. Rows with a time were chosen by ``bench/tune.py`` on an H200 (driver 580.159.04, torch
+2.11, Triton 3.6.0): bf16, causal,
 16384 tokens, 12 heads; GEMMs of width 768, the projection with 8192 tokens; a row of another GPU
 names it. The times are of the run that chose the row, and the kernels have changed since.
 """
