@@ -41,7 +41,7 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/mypy
 
-static: $(VENV)/.installed           ## the machine code of every kernel on four architectures
+static: $(VENV)/.installed           ## the machine code of every kernel on six architectures
 	$(BIN)/python bench/static.py $(ARGS)
 
 clean:

@@ -23,7 +23,9 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.runtime.jit import JITFunction
 
 from ra_triton.kernels import (
@@ -44,7 +46,7 @@ from ra_triton.layout import Columns, RALayout
 from ra_triton.norm_rope import NormRope
 from ra_triton.offsets import Offsets
 
-TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 STAGES = (
     *(attention_forward, attention_backward, packing, norm_rope, norm_rope_backward),
     *(projection, projection_backward, projection_int8),
@@ -54,20 +56,21 @@ _HOPPER = "attention_forward_hopper"  # elsewhere these launches are those of _F
 _FORWARD, _BACKWARD = "attention_forward", "delta key_value_gradient query_gradient"
 _DECODE = "decode decode_combine"
 _WEIGHT, _BIAS = "weight_gradient add_splits", "column_sum add_splits"
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class _CompileOnlyDriver:
     """Answers what the JIT asks of a driver before it launches."""
 
     def __init__(self, target: str) -> None:
-        self.arch = int(target.removeprefix("sm_"))
+        self.target = target
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+        if self.target.startswith("gfx"):
+            return GPUTarget("hip", self.target, 64)
+        return GPUTarget("cuda", int(self.target.removeprefix("sm_")), 32)
 
-    def get_current_device(self) -> int:
-        return self.arch  # the JIT keeps one cache of compiled kernels per device
+    def get_current_device(self) -> str:
+        return self.target  # the JIT keeps one cache of compiled kernels per device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -109,19 +112,31 @@ class Compiled:
         return 4 if "fp32" in operand else 1 if "i8" in operand else 2
 
     @cached_property
-    def assembler_log(self) -> str:
-        """``ptxas -v`` on the kernel's PTX, warnings included."""
+    def _assembled(self) -> tuple[str, bytes]:
+        """What ``ptxas -v`` says of the kernel's PTX, warnings included, and the machine code.
+
+        The assembler that Triton takes for the target, with Triton's options: the same bits.
+        """
         ptx = self.kernel.asm["ptx"]
         arch = re.search(r"^\.target (\S+?)(,|$)", ptx, re.M)
         assert arch, "PTX names no target"
         with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder, "kernel.ptx")
+            source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
             source.write_text(ptx)
-            command = [_tool("ptxas"), "-v", f"--gpu-name={arch[1]}", str(source)]
-            command += ["-lineinfo", "--regAllocOptLevel=2"]  # as Triton does: the same bits
-            command += ["-o", str(Path(folder, "kernel.cubin"))]
+            assembler = get_ptxas(int(self.target.removeprefix("sm_"))).path
+            command = [assembler, "-v", f"--gpu-name={arch[1]}", str(source)]
+            command += ["-lineinfo", "-o", str(cubin)]
+            if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):
+                command.append("--regAllocOptLevel=2")
+            if not self.kernel.metadata.enable_fp_fusion:
+                command.append("--fmad=false")
             run = subprocess.run(command, capture_output=True, text=True, check=True)
-        return run.stdout + run.stderr
+            return run.stdout + run.stderr, cubin.read_bytes()
+
+    @property
+    def assembler_log(self) -> str:
+        """What the assembler says of registers, spills and serialised WGMMA."""
+        return self._assembled[0]
 
     @property
     def registers(self) -> int:
@@ -145,14 +160,19 @@ class Compiled:
         """The machine code."""
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder, "kernel.cubin")
-            cubin.write_bytes(self.kernel.asm["cubin"])
-            command = [_tool("nvdisasm"), "-c", "-ndf", str(cubin)]  # -ndf: a third faster
+            cubin.write_bytes(self._assembled[1])
+            # -ndf: a third faster
+            command = [knobs.nvidia.nvdisasm.path, "-c", "-ndf", str(cubin)]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @contextmanager
 def compile_for(target: str) -> Iterator[list[Compiled]]:
-    """Record, instead of launching, every kernel launched inside; see the module docstring."""
+    """Record, instead of launching, every kernel launched inside; see the module docstring.
+
+    Triton stops at PTX, and :class:`Compiled` assembles: once, with the log, beside the next
+    kernel's compilation. What Triton keeps of a kernel without machine code it keeps apart.
+    """
     recorded: list[Compiled] = []
     run = JITFunction.run
 
@@ -165,7 +185,12 @@ def compile_for(target: str) -> Iterator[list[Compiled]]:
     before = driver._active
     driver.set_active(_CompileOnlyDriver(target))
     try:
-        with mock.patch.object(JITFunction, "run", compile_only):
+        with (
+            mock.patch.object(JITFunction, "run", compile_only),
+            mock.patch.object(CUDABackend, "make_cubin", return_value=b"not assembled"),
+            knobs.cache.scope(),
+        ):
+            knobs.cache.dir = str(Path(knobs.cache.dir, "ra_triton_not_assembled"))
             yield recorded
     finally:
         driver._active = before
@@ -177,16 +202,17 @@ def shipped(
     """Every kernel in every configuration that the package launches on ``target``.
 
     Args:
-        target: e.g. ``"sm_90"``.
+        target: e.g. ``"sm_90"``, or ``"gfx942"``, whose machine code :class:`Compiled` cannot read.
         only: a regular expression that a label has to match somewhere, e.g. ``"projection bf"``;
             launches without such a kernel are not compiled.
         configs: what to launch a stage with instead of its row in the config table.
     """
     pattern = re.compile(only)
+    row = "rocm" if target.startswith("gfx") else target
     seen = set()
     with ExitStack() as stack:
         for stage in STAGES:
-            stack.enter_context(mock.patch.object(stage, "target_of", return_value=target))
+            stack.enter_context(mock.patch.object(stage, "target_of", return_value=row))
             instead = partial(_config, configs or {}, stage.launch_config)
             stack.enter_context(mock.patch.object(stage, "launch_config", instead))
         if configs:
@@ -458,11 +484,6 @@ def _projection(
 def _input_gradient(dtype: torch.dtype) -> Callable[[], Any]:
     w, g = _tensor(dtype, 768, 2304), _rows(dtype, 0)[1]
     return partial(projection.projection, g, w.mT, None, stage="input_gradient")
-
-
-def _tool(name: str) -> str:
-    """A binary of Triton's wheel."""
-    return str(_TOOLS / name)
 
 
 def _number(pattern: str, text: str) -> int:

@@ -9,10 +9,12 @@ Rates per SM and clock:
 - issue: one warp instruction in each of four schedulers.
 - tensor, dense, 16-bit operands and FP32 sums: 2048 FLOP on sm_80 (A100: 312 TFLOP/s, 108 SMs,
   1.41 GHz), 1024 on sm_86 and sm_89 (A40: 149.7, 84, 1.74; L40S: 362, 142, 2.52), 4096 on sm_90
-  (H100 SXM: 989, 132, 1.83). Data sheets of the parts. **Assumed: data centre and workstation
-  parts. GeForce boards of sm_86 and sm_89 sum in FP32 at half this rate** (whitepapers GA102,
-  AD102), so that there the tensor pipe binds earlier. TF32 runs at half the rate everywhere, int8
-  with int32 sums at twice the rate (the same data sheets: 624, 299, 733 and 1,979 TOPS).
+  (H100 SXM: 989, 132, 1.83). Data sheets of the parts. **Assumed: sm_100 twice sm_90's, sm_120
+  sm_89's.** What sm_100 multiplies in tensor memory is not counted: its opcode names no shape.
+  **Assumed: data centre and workstation parts. GeForce boards of sm_86 and sm_89 sum in FP32 at
+  half this rate** (whitepapers GA102, AD102), so that there the tensor pipe binds earlier. TF32
+  runs at half the rate everywhere, int8 with int32 sums at twice the rate (the same data sheets:
+  624, 299, 733 and 1,979 TOPS).
 - HMMA on sm_90 at 62% of the rate of HGMMA: measured, arXiv:2402.13499; NVIDIA publishes none.
   **Assumed: the same for IMMA and IGMMA.**
 - fma 128 lanes (64 on sm_80), integer multiplication 64 on half of those lanes, alu 64, mufu 16:
@@ -144,6 +146,8 @@ ARCHITECTURES = {
     "sm_86": Architecture(1024, 128, 100 << 10, 99 << 10, 48, 16),
     "sm_89": Architecture(1024, 128, 100 << 10, 99 << 10, 48, 24),
     "sm_90": Architecture(4096, 128, 228 << 10, 227 << 10, 64, 32),
+    "sm_100": Architecture(8192, 128, 228 << 10, 227 << 10, 64, 32),
+    "sm_120": Architecture(1024, 128, 100 << 10, 99 << 10, 48, 24),
 }
 
 

@@ -18,6 +18,8 @@ _TARGET = re.compile(r"`\((\.L\w+)\)")
 _NO_FALL_THROUGH = ("BRA", "BRX", "JMP", "EXIT", "RET")
 _MMA = re.compile(r"[HI]MMA\.(16)(8)(32|16|8|4)\b|[HI]GMMA\.(64)x(\d+)x(\d+)\b")
 _WARPGROUP = ("HGMMA", "IGMMA")
+# Products in tensor memory (sm_100), whose opcode names no shape.
+TENSOR_MEMORY = ("UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCOMMA")
 _WARPS_PER_WARPGROUP = 4
 _LOADS = ("LDG", "LDGSTS", "UTMALDG")
 
@@ -95,6 +97,11 @@ class Loop:
         """FLOP of the matrix instructions, per warp."""
         return sum(instruction.matrix_flops for instruction in self.body)
 
+    @property
+    def tensor_memory_products(self) -> int:
+        """How many instructions multiply in tensor memory."""
+        return self.count(*TENSOR_MEMORY)
+
     @cached_property
     def vector_flops(self) -> int:
         """FLOP of the FP32 instructions, per warp."""
@@ -120,10 +127,11 @@ class Program:
         Among the loops that do at least half the work of the one that does most, and have none of
         these inside, the one with the fewest instructions for its work: a causal kernel may run the
         same products in an unmasked and a masked loop, and most tiles take the unmasked one. Work
-        is matrix FLOP; in a kernel without matrix instructions FP32 FLOP.
+        is products in tensor memory; without them matrix FLOP; without these too FP32 FLOP.
         """
         loops = self.loops()
-        kind = "matrix_flops" if any(loop.matrix_flops for loop in loops) else "vector_flops"
+        kinds = ("tensor_memory_products", "matrix_flops", "vector_flops")
+        kind = next((kind for kind in kinds if any(map(attrgetter(kind), loops))), kinds[-1])
         work = attrgetter(kind)
         most = max(map(work, loops), default=0)
         if most == 0:
@@ -161,7 +169,8 @@ class Program:
             target = self.labels.get(self.code[i].target or "", 0)
             skipped = range(i + 1, target)
             if target <= end and not any(
-                self.code[j].matrix_shape or self.code[j].base in _LOADS for j in skipped
+                self.code[j].matrix_shape or self.code[j].base in (*_LOADS, *TENSOR_MEMORY)
+                for j in skipped
             ):
                 others.update(skipped)
         return tuple(self.code[i] for i in range(start, end + 1) if i not in others)

@@ -1,9 +1,10 @@
 """What the machine code of every shipped kernel says, without a GPU.
 
-    python bench/static.py                                         # all kernels, four targets
+    python bench/static.py                                         # all kernels and targets
     python bench/static.py --target sm_90 --kernel "bfloat16 D=64 causal=True" --json static.json
     python bench/static.py --stage projection --config projection '{"block_m": 64, ...}'
     python bench/static.py --check                                 # against the committed budget
+    python bench/static.py --target sm_90 --spills-only            # under any Triton version
     python bench/static.py --update-budget                         # change the budget on purpose
 
 Registers, spills, CTAs per SM and their limit; of the hot loop (bench/sass.py says which one that
@@ -11,7 +12,8 @@ is) the instructions and the clocks that each pipe of an SM needs for one tile (
 the rates and what they leave out). The pipe with most clocks binds. "peak" is the share of the
 tensor peak (WGMMA's on sm_90) that the binding pipe leaves to the FLOP that the tile needs; "work"
 is how often the kernel computes them: 2 if two groups of warps compute the same products. Kernels
-without matrix instructions have no peak; without a loop, the clocks are those of the whole CTA.
+without matrix instructions, or that multiply in tensor memory (sm_100), have no peak; without a
+loop, the clocks are those of the whole CTA.
 """
 
 import argparse
@@ -30,7 +32,7 @@ import triton
 from bench import static_budget
 from bench.aot import TARGETS, Compiled, shipped
 from bench.pipes import ARCHITECTURES, PIPES
-from bench.sass import Loop, Program
+from bench.sass import TENSOR_MEMORY, Loop, Program
 from bench.static_budget import Row
 from ra_triton.kernels.configs import LaunchConfig, launch_config
 
@@ -100,6 +102,8 @@ def inspect(compiled: Compiled) -> Row:
     # Where groups of warps share a tile, another group's loop may copy for this one's.
     copying = Loop("all", tuple(program.code)) if "GROUPS" in compiled.constants else loop
     flops, elements = tile_of(compiled.name, compiled.constants)
+    if loop.tensor_memory_products:
+        flops = elements = 0
     tiles = tiles_per_iteration(loop, warps, flops, elements, compiled.element_size)
     bulk = tiles * elements * compiled.element_size if copying.count("UTMALDG") else 0
     totals = architecture.clocks(loop.body, warps, bulk)
@@ -122,7 +126,7 @@ def inspect(compiled: Compiled) -> Row:
         "loop": loop.name,
         "instructions": len(loop.body),
         "mix": dict(Counter(instruction.base for instruction in loop.body).most_common()),
-        "matrix_instructions": loop.count("HGMMA", "HMMA", "IGMMA", "IMMA"),
+        "matrix_instructions": loop.count("HGMMA", "HMMA", "IGMMA", "IMMA", *TENSOR_MEMORY),
         "wgmma": loop.count("HGMMA", "IGMMA"),
         "async_copies": copying.count("LDGSTS", "UTMALDG"),
         "bulk_copies": copying.count("UTMALDG"),
@@ -164,6 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 1 if the budget is exceeded."""
     args = _parse(argv)
     only = f"^({'|'.join(args.stage)}) .*" * bool(args.stage) + f"({args.kernel})"
+    if args.spills_only:
+        return max(_no_spills(target, only, args.config) for target in args.target)
     rows: list[Row] = []
     for target in args.target:
         # The assembler and the disassembler are processes; one more thread keeps two cores busy.
@@ -180,6 +186,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         static_budget.write(rows)
         print(f"{static_budget.PATH.name}: {len(rows)} kernels recorded")
     return _check(rows, complete=not args.partial) if args.check else 0
+
+
+def spills(compiled: Compiled) -> str | None:
+    """What no kernel may do under any Triton version, in a sentence."""
+    found = []
+    if compiled.spilled_bytes:
+        found.append(f"spills {compiled.spilled_bytes} bytes")
+    if compiled.serialised_wgmma:
+        found.append("the assembler serialises WGMMA (C751x)")
+    return f"{compiled.target} {compiled.label}: {', '.join(found)}" if found else None
+
+
+def _no_spills(target: str, only: str, configs: dict[str, LaunchConfig]) -> int:
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(spills, shipped(target, only=only, configs=configs)))
+    if not found:
+        print(f"no kernel of {target} matches", file=sys.stderr)
+        return 2
+    bad = list(filter(None, found))
+    summary = f"{target}, Triton {triton.__version__}: {len(bad)} of {len(found)} kernels at fault"
+    print("\n".join([*bad, summary]), flush=True)
+    return 1 if bad else 0
 
 
 def _check(rows: list[Row], complete: bool) -> int:
@@ -202,11 +230,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="launch a stage of the config table with this LaunchConfig instead")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="all rows, with the whole instruction mix")
     add("--check", action="store_true", help="compare with the committed budget")
+    add("--spills-only", action="store_true",
+        help="look for spills and serialised WGMMA alone, whatever the budget")  # fmt: skip
     add("--update-budget", action="store_true", help="record the numbers as the new budget")
     args = parser.parse_args(argv)
     args.partial = bool(args.stage or args.kernel or args.config)
     if args.update_budget and args.partial:
         parser.error("--update-budget records all kernels: leave out --stage, --kernel, --config")
+    if args.spills_only and (args.json or args.check or args.update_budget):
+        parser.error("--spills-only goes without --json, --check and --update-budget")
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json: no such folder: {args.json.parent}")
     try:

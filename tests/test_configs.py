@@ -12,7 +12,7 @@ GEMMS = ("projection", "input_gradient", "weight_gradient", *INT8)
 ATTENTION = ("attention_forward", "key_value_gradient", "query_gradient")
 STAGES = (*GEMMS, *ATTENTION, "packing", "delta", "bias_gradient", "add_splits", "quantize_rows")
 STAGES += ("decode", "decode_combine", "append")
-TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "interpreter")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "rocm", "interpreter")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)
 
 
@@ -71,8 +71,12 @@ def test_configs_are_frozen_and_hashable():
         ((8, 9), 99, "sm_89"),
         ((9, 0), 227, "sm_90"),
         ((8, 7), 163, "sm_80"),  # Orin: Ampere with a large shared memory
-        ((10, 0), 227, "sm_80"),  # newer data-centre parts: pointers, 163 KiB suffice
-        ((12, 0), 99, "sm_86"),  # newer consumer parts: 99 KiB
+        ((10, 0), 227, "sm_100"),
+        ((10, 3), 227, "sm_100"),
+        ((12, 0), 99, "sm_120"),
+        ((12, 1), 99, "sm_120"),
+        ((13, 0), 227, "sm_80"),  # newer data-centre parts: pointers, 163 KiB suffice
+        ((13, 1), 99, "sm_86"),  # newer consumer parts: 99 KiB
     ],
 )
 def test_a_gpu_without_a_row_takes_the_one_that_fits_its_shared_memory(capability, kib, expected):

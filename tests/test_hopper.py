@@ -52,6 +52,23 @@ def test_long_rows_of_16_bits_on_hopper_take_it(head_dim, dtype, target, length,
         assert (config is not None) == taken
 
 
+def test_newer_assemblers_get_tiles_of_two_groups_for_long_rows_of_64():
+    """With three groups and 128 keys Triton 3.9 spills; the row is one that others have."""
+    for causal in (True, False):
+        rows = [
+            warp_specialised(64, torch.bfloat16, "sm_90", 4096, causal, version)
+            for version in ((3, 6), (3, 7), (3, 8), (3, 9), (4, 0))
+        ]
+        assert set(rows[:3]) == {ROWS["64"][1]}
+        assert set(rows[3:]) == {ROWS["short full 64"][1]}
+    for head_dim, length, causal in ((64, 1024, True), (128, 4096, True)):
+        old, new = (
+            warp_specialised(head_dim, torch.bfloat16, "sm_90", length, causal, version)
+            for version in ((3, 7), (3, 9))
+        )
+        assert old == new
+
+
 def test_its_rows_fit_the_registers_of_an_sm():
     for _, config in ROWS.values():
         # The threads of the copying warp's group, three warps of which are idle, have 24 each.

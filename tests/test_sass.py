@@ -200,3 +200,19 @@ def test_integer_products_run_at_twice_the_rate(opcode, shape, flops_per_warp, c
     assert instruction.matrix_flops == flops_per_warp
     found = ARCHITECTURES["sm_90"].clocks([instruction], warps=1, bulk_bytes=0)
     assert found["tensor"] == pytest.approx(clocks)
+
+
+def test_products_in_tensor_memory_make_a_loop_hot():
+    """Their opcode names no shape; a loop with many FP32 products and none of them is not hot."""
+    text = """
+    .L_x_0:
+    /*0010*/ UTCHMMA gdesc[UR8], gdesc[UR10], tmem[UR12], tmem[UR14], idesc[UR15], UP0 ;
+    /*0020*/ @P0 BRA `(.L_x_0) ;
+    .L_x_1:
+    /*0030*/ FFMA R0, R1, R2, R3 ;
+    /*0040*/ FFMA R4, R1, R2, R3 ;
+    /*0050*/ @P0 BRA `(.L_x_1) ;
+    /*0060*/ EXIT ;
+    """
+    loop = Program("\n".join(line.strip() for line in text.splitlines())).hot_loop()
+    assert (loop.name, loop.tensor_memory_products) == (".L_x_0", 1)

@@ -1,4 +1,4 @@
-"""Every shipped kernel, compiled for four architectures without a GPU, against its budget."""
+"""Shipped kernels, compiled without a GPU, against their budget: a few, and all (slow)."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import triton
@@ -57,16 +58,37 @@ def faults(row: dict) -> list[str]:
     return found
 
 
+def assert_sound(rows: list[dict], complete: bool) -> None:
+    """No fault, and within the budget; the counts are compared under the budget's Triton alone."""
+    bad = [f"{row['target']} {row['label']}: {fault}" for row in rows for fault in faults(row)]
+    assert not bad, "\n".join(bad)
+    found = static_budget.violations(rows, static_budget.read(), complete=complete)
+    assert not found, "\n".join([*found, f"If that is intended: {static_budget.UPDATE}"])
+
+
+@pytest.mark.parametrize(
+    ("target", "kernels", "number"),
+    [
+        ("sm_90", "^attention_forward_hopper .* D=(64|128) causal=True( T=1024)?$", 3),
+        ("sm_90", "^(key_value|query)_gradient bfloat16 D=64 causal=True", 2),
+        ("sm_80", "^(attention_forward|key_value_gradient) bfloat16 D=64 causal=True", 2),
+        ("sm_120", "^(attention_forward|delta|pack) float16 D=64 (causal|in_place)=True", 3),
+    ],
+)
+def test_main_kernels_are_sound_and_within_their_budget(target, kernels, number, tmp_path):
+    rows = compiled(tmp_path, "--target", target, "--kernel", kernels)
+    assert len(rows) == number
+    assert_sound(rows, complete=False)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ARCHITECTURES)
 def test_shipped_kernels_are_sound_and_within_their_budget(target, tmp_path):
     rows = compiled(tmp_path, "--target", target)
-    bad = [f"{target} {row['label']}: {fault}" for row in rows for fault in faults(row)]
-    assert not bad, "\n".join(bad)
     elsewhere = set() if target == "sm_90" else set(static.HOPPER)
     assert {row["stage"] for row in rows} == set(static.STAGES) - elsewhere
+    assert_sound(rows, complete=True)
     budget = static_budget.read()
-    found = static_budget.violations(rows, budget)
-    assert not found, "\n".join([*found, f"If that is intended: {static_budget.UPDATE}"])
     if not static_budget.holds_counts(budget):
         pytest.skip(f"the counts are of Triton {budget['triton']}, not {triton.__version__}")
 
@@ -140,6 +162,26 @@ def test_kernels_and_lines_have_to_match(budget):
     assert static_budget.violations([ROW], budget, complete=False) == []
 
 
+@pytest.mark.parametrize(
+    ("spilled", "serialised", "expected"),
+    [
+        (0, False, None),
+        (8, False, "sm_90 pack bfloat16: spills 8 bytes"),
+        (0, True, "sm_90 pack bfloat16: the assembler serialises WGMMA (C751x)"),
+    ],
+)
+def test_spills_alone_are_looked_for_whatever_the_budget(
+    monkeypatch, capsys, spilled, serialised, expected
+):
+    kernel = SimpleNamespace(target="sm_90", label="pack bfloat16")
+    kernel.spilled_bytes, kernel.serialised_wgmma = spilled, serialised
+    monkeypatch.setattr(static, "shipped", lambda target, **kwargs: [kernel])
+    assert static.main(["--target", "sm_90", "--spills-only"]) == (expected is not None)
+    found = capsys.readouterr().out.splitlines()
+    assert found[:-1] == ([expected] if expected else [])
+    assert found[-1].endswith(f"{len(found) - 1} of 1 kernels at fault")
+
+
 def test_under_another_triton_only_spills_and_serialisation_count(budget):
     budget["triton"] = "0.0"
     worse = ROW | {"instructions": 1000, "async_copies": 0}
@@ -190,6 +232,7 @@ def test_tiles_of_an_iteration(products, copies, tiles):
         (["--config", "projection", '{"block": 1}'], "block"),
         (["--update-budget", "--stage", "pack"], "records all kernels"),
         (["--json", "nowhere/rows.json"], "no such folder: nowhere"),
+        (["--spills-only", "--check"], "--spills-only goes without"),
     ],
 )
 def test_wrong_arguments_are_told(arguments, expected, capsys):

@@ -56,7 +56,9 @@ def choose(
 
     device = tensors[0].device  # type: ignore[union-attr]
     on_gpu = device.type == "cuda"
-    no_triton = triton.unsupported(tensors, options, head_dim) if on_gpu else f"{device} tensors"
+    no_triton: str | None = f"{device} tensors"
+    if on_gpu:
+        no_triton = triton.untried() or triton.unsupported(tensors, options, head_dim)
     if no_triton is None:
         return triton, "supported GPU, shapes and options"
     if on_gpu:

@@ -1,4 +1,8 @@
-"""The handwritten kernels. Triton itself is imported by the first call that launches one."""
+"""The handwritten kernels. Triton itself is imported by the first call that launches one.
+
+On ROCm they run where ``backend="triton"`` asks for them: compiled for gfx942, never run. There
+every launch goes through Triton's own launcher, and ``backend="auto"`` stays with SDPA.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -36,6 +40,11 @@ def unsupported(
     if isinstance(options, DecodeOptions) and options.n_queries > MAX_QUERIES:
         return f"decoding takes at most {MAX_QUERIES} queries, got {options.n_queries}"
     return None
+
+
+def untried() -> str | None:
+    """Why the kernels, where they can run, are for those who ask for them, or None."""
+    return "on ROCm they were compiled, but never run" if torch.version.hip is not None else None
 
 
 def project(
@@ -145,8 +154,10 @@ def _look_at(device: torch.device) -> str | None:
         if triton.knobs.runtime.interpret:
             return None
         return "the kernels need CUDA tensors, got cpu ones"
-    if device.type != "cuda" or torch.version.cuda is None:
+    if device.type != "cuda":
         return f"the kernels need an NVIDIA GPU, got tensors on {device}"
+    if torch.version.hip is not None:
+        return None  # see untried()
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
         return "the kernels need compute capability 8.0 (Ampere) or newer, got {}.{}".format(

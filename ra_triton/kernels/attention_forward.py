@@ -25,6 +25,7 @@ from ra_triton.kernels.configs import LaunchConfig, launch_config, warp_speciali
 from ra_triton.kernels.plans import Layout, Plan, layout_of, on_16_bytes, planned
 from ra_triton.kernels.tiles import (
     LN2,
+    TRITON_VERSION,
     as_tokens,
     block_d_of,
     capped,
@@ -347,7 +348,7 @@ def _plan(
     alignment = 16 // dtype.itemsize if aligned else 1
     special = dropout_p > 0 or mask["WINDOW"] or softcap > 0 or varlen
     if config is None and aligned and others[3] and not special:
-        config = warp_specialised(D, dtype, target, min(T_q, T_k), causal)
+        config = warp_specialised(D, dtype, target, min(T_q, T_k), causal, TRITON_VERSION)
     if config is not None and config.groups > 1:
         processors = processors_of(device)
         return attention_forward_hopper.forward_plan(

@@ -2,8 +2,10 @@
 
 Nothing here is measured at run time: the same call gets the same tiles, hence the same bits, on
 every run, and a new length never retunes. "static" rows were chosen from the compiled machine
-code: no spilled register, asynchronous loads, two CTAs per SM where they fit. Rows with a time were
-chosen by ``bench/tune.py`` on an H200 (driver 580.159.04, torch 2.11, Triton 3.6.0): bf16, causal,
+code: no spilled register, asynchronous loads, two CTAs per SM where they fit; those of sm_100 and
+sm_120 were compiled, and not run on such a GPU, as was "rocm" for gfx942, where some kernels use
+scratch. Rows with a time were chosen by ``bench/tune.py`` on an H200 (driver 580.159.04, torch
+2.11, Triton 3.6.0): bf16, causal,
 16384 tokens, 12 heads; GEMMs of width 768, the projection with 8192 tokens; a row of another GPU
 names it. The times are of the run that chose the row, and the kernels have changed since.
 """
@@ -54,6 +56,7 @@ def target(capability: tuple[int, int], shared_memory: int) -> str:
         shared_memory: bytes that one CTA may use; decides for GPUs without a row.
     """
     known = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90"}
+    known |= {(10, 0): "sm_100", (10, 3): "sm_100", (12, 0): "sm_120", (12, 1): "sm_120"}
     default = "sm_80" if shared_memory >= 160 * 1024 else "sm_86"
     return known.get(capability, default)
 
@@ -130,7 +133,7 @@ def _config(
         return _decode(head_dim, full_precision, aligned)
     return {
         "packing": LaunchConfig(64, 4),
-        "delta": LaunchConfig(32, 4),
+        "delta": LaunchConfig(16 if full_precision and head_dim > 64 else 32, 4),
         "bias_gradient": LaunchConfig(32, 4, block_n=64),
         "add_splits": LaunchConfig(1024, 4),
         "quantize_rows": LaunchConfig(4, 4, block_k=512),
@@ -141,7 +144,8 @@ def _config(
 
 def _projection(stage: str, full_precision: bool, target: str, aligned: bool) -> LaunchConfig:
     if full_precision:  # IEEE products run on the FMA units; static
-        return LaunchConfig(64, 8, 3, block_n=64, block_k=16)
+        stages = 3 if target == "sm_90" else 2
+        return LaunchConfig(64, 8, stages, block_n=64, block_k=16)
     if target == "sm_90":
         if aligned:
             # On an H100 (torch 2.11, Triton 3.6.0) 47 us for the projection, 90 us for the input's
@@ -174,13 +178,15 @@ def _attention_forward(
     small = head_dim <= 64
     if full_precision:  # static: no spill with IEEE products and with TF32
         if small:
-            keys = 16 if dropout and not aligned else 32
-            return LaunchConfig(32, 8 if dropout else 4, 2, block_n=keys)
+            if dropout and not aligned:
+                return LaunchConfig(32, 8, 2, block_n=16)
+            warps = 16 if target == "sm_90" else 8
+            return LaunchConfig(32, warps if dropout else 4, 2, block_n=32)
         if dropout:
             return LaunchConfig(32, 8, 2, block_n=16)
         return LaunchConfig(32, 16, 2, block_n=32)
     if dropout and aligned:  # static: no spill
-        keys = 32 if small and target != "sm_90" else 64
+        keys = 16 if small and target != "sm_90" else 64
         return LaunchConfig(64, 4 if small else 8, 2, block_n=keys, use_tma=target == "sm_90")
     if target == "sm_90" and aligned:
         if head_dim <= 64:  # 87 us, 295 TFLOP/s at T = 1024; 262 us at 4096
@@ -191,15 +197,25 @@ def _attention_forward(
         # small tiles without a spill. Hopper also comes here with strides of 0; one stage there,
         # because with cp.async in flight the assembler serialises WGMMA (C7515).
         if head_dim <= 64:
-            return LaunchConfig(64, 4, 1, block_n=32)
+            keys = 16 if dropout and target != "sm_90" else 32
+            return LaunchConfig(64, 4, 1, block_n=keys)
         return LaunchConfig(64, 8, 1, block_n=32)
+    if head_dim <= 64 and target == "sm_120":
+        return LaunchConfig(64, 4, 3, block_n=64)
     if head_dim <= 64:  # static: 255 registers, no spill, two CTAs per SM
         return LaunchConfig(128, 4, 3, block_n=64)
+    if target == "sm_100":
+        return LaunchConfig(64, 4, 2, block_n=64)
     return LaunchConfig(128, 8, 3, block_n=32)  # static: 200 registers, fits the 99 KB of sm_86
 
 
 def warp_specialised(
-    head_dim: int, dtype: torch.dtype, target: str, length: int, causal: bool
+    head_dim: int,
+    dtype: torch.dtype,
+    target: str,
+    length: int,
+    causal: bool,
+    triton: tuple[int, ...] = (3, 7),
 ) -> LaunchConfig | None:
     """The row of the forward kernel whose warps have one job each, where that one is faster.
 
@@ -213,6 +229,8 @@ def warp_specialised(
         target: from :func:`target`.
         length: queries or keys, whichever are fewer.
         causal: whether tiles of keys are cut by the diagonal.
+        triton: major and minor version. From 3.9 on the assembler spills registers where three
+            groups take tiles of 128 keys, so that two groups do; not measured.
     """
     if target != "sm_90" or dtype == torch.float32 or length < 256:
         return None
@@ -220,6 +238,8 @@ def warp_specialised(
         if causal:  # T = 512: 136 us (171, 129), 1024: 202 us (243, 197)
             return LaunchConfig(64, 4, 3, block_n=64, use_tma=True, pdl=True, groups=3)
         # T = 1024, not causal: 311 us (429, 309)
+        return LaunchConfig(64, 4, 3, block_n=128, use_tma=True, pdl=True, groups=2)
+    if head_dim == 64 and triton >= (3, 9):  # static
         return LaunchConfig(64, 4, 3, block_n=128, use_tma=True, pdl=True, groups=2)
     # T = 2048: 329 us (397, 339), 4096: 616 us (747, 677), 16384: 2143 us (2668, 2496)
     if head_dim == 64:
@@ -240,10 +260,16 @@ def _attention_backward(
     if full_precision:
         if target != "sm_90":
             if head_dim <= 32:
-                return LaunchConfig(32, 16, 2, block_n=32)
-            return LaunchConfig(16, 8, 2, block_n=16)
-        return LaunchConfig(32, 8 if small and not dropout else 16, 2, block_n=32)
-    if not aligned and dropout and small and for_keys:
+                few = (dropout and not aligned) or (for_keys and target == "sm_100")
+                rows = 16 if few else 32
+                return LaunchConfig(rows, 16, 2, block_n=32)
+            few = for_keys and (dropout or not small)
+            return LaunchConfig(16, 4 if few else 8, 2, block_n=16)
+        if dropout and not aligned:
+            return LaunchConfig(32, 16, 2, block_n=16)
+        few = small and not dropout and (for_keys or head_dim <= 32)
+        return LaunchConfig(32, 8 if few else 16, 2, block_n=32)
+    if not aligned and small and for_keys and (dropout or target == "sm_120"):
         return LaunchConfig(16, 4, 1, block_n=32)
     if not aligned:
         return LaunchConfig(32, 4 if small else 8, 1, block_n=32)
@@ -258,6 +284,11 @@ def _attention_backward(
         if dropout:  # static
             return LaunchConfig(64, 4, 2, block_n=32, use_tma=True)
         return LaunchConfig(64, 4, 3, block_n=32, use_tma=True)  # static
+    if target in ("sm_100", "sm_120"):
+        if for_keys and small and (dropout or target == "sm_120"):
+            return LaunchConfig(32, 4, 2, block_n=64)
+        if not for_keys and target == "sm_120":
+            return LaunchConfig(64, 4 if small else 8, 2, block_n=32)
     if small and (for_keys or dropout):
         return LaunchConfig(64, 4, 2, block_n=32)
     if not for_keys:

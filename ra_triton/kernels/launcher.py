@@ -69,7 +69,8 @@ def launcher(
         rest: the arguments after the tensors, in the kernel's order.
     """
     usual = _usual(compiled, grid, descriptors, rest)
-    direct = _direct(compiled, grid, example, descriptors, rest) or usual
+    direct = None if torch.version.hip else _direct(compiled, grid, example, descriptors, rest)
+    direct = direct or usual
     knobs = triton.knobs.runtime
 
     def launch(*tensors: Any) -> None:

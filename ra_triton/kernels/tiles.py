@@ -13,6 +13,7 @@ from ra_triton.kernels.plans import Bulk, Layout
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
+TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 INTERPRETED = triton.knobs.runtime.interpret
 _INTERPRETED = tl.constexpr(INTERPRETED)
 # What the programs of one section of heads share. On an H200, whose L2 holds 60 MB, sections took
@@ -239,6 +240,8 @@ def target_of(device: torch.device) -> str:
     """The row of the config table for a device."""
     if INTERPRETED:
         return "interpreter"
+    if torch.version.hip is not None:
+        return "rocm"  # whose capabilities, such as (9, 0), are others
     index = torch.cuda.current_device() if device.index is None else device.index
     properties = triton.runtime.driver.active.utils.get_device_properties(index)
     return target(torch.cuda.get_device_capability(index), properties["max_shared_mem"])
@@ -253,7 +256,9 @@ def processors_of(device: torch.device) -> int:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """IEEE float32 products unless the user has allowed TF32 in PyTorch."""
+    """IEEE float32 products unless the user has allowed TF32, which is NVIDIA's, in PyTorch."""
+    if torch.version.hip is not None:
+        return "ieee"
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         return "tf32"
     return "ieee"
