@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ra_triton import ops
+from ra_triton import internals, ops
 from ra_triton.backend import sdpa
 from ra_triton.checks import needs_grad
 from ra_triton.layout import RALayout
@@ -126,13 +126,9 @@ def append_(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Ten
         ops.append_(k_cache, v_cache, lengths, k, v)
 
 
+@internals.constant
 def _device_unsupported(device: torch.device) -> str | None:
     return _look_at(device)
-
-
-# What torch.compiler.assume_constant_result does, without importing the compiler (and Triton) here:
-# a tracer takes the answer and need not see how it was found.
-_device_unsupported._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
