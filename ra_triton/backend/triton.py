@@ -86,14 +86,17 @@ def prepare_layer(
 
 def pack_qk(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor, Tensor]:
     """``[q_std|k_low], [k_std|q_low]``, out of place."""
-    if needs_grad(q, k, q_low, k_low):
-        return sdpa.pack_qk(q, k, q_low, k_low)  # the same copies, differentiable
+    if needs_grad(q, k, q_low, k_low) or torch.compiler.is_compiling():
+        return sdpa.pack_qk(q, k, q_low, k_low)  # the same copies, differentiable and traced
     return ops.pack(q, k, q_low, k_low)
 
 
 def pack_qk_(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> None:
     """Overwrites the last R lanes of ``q`` and ``k``."""
-    ops.pack_(q, k, q_low, k_low)
+    if torch.compiler.is_compiling():
+        sdpa.pack_qk_(q, k, q_low, k_low)
+    else:
+        ops.pack_(q, k, q_low, k_low)
 
 
 def norm_rope(call: NormRope) -> tuple[Tensor, Tensor]:

@@ -61,9 +61,12 @@ def works(kernel: str) -> bool:
 
 def give_up(kernel: str, reason: object) -> None:
     """Launch the plain kernel instead of this one from now on."""
+    if kernel in _broken:
+        return
     _broken.add(kernel)
-    lines = str(reason).strip().splitlines() or [type(reason).__name__]
+    lines = [line for line in str(reason).splitlines() if any(map(str.isalpha, line))]
+    said = lines[-1].strip() if lines else type(reason).__name__  # below the lines of a kernel
     warn_once(
         f"ra_triton: {kernel} runs without its kernel for Hopper, which Triton "
-        f"{triton.__version__} cannot compile: {lines[-1]}"
+        f"{triton.__version__} cannot compile: {said}"
     )

@@ -139,9 +139,8 @@ class Plan:
             compiled = self.kernel.warmup(*described, grid=self.grid, **self.arguments)
             launch = self._launcher(compiled, tensors) if launched else None
         except Exception as error:
-            plan = instead(error)
-            plan(*tensors)
-            self._launch = plan._launch
+            vars(self).update(vars(instead(error)))
+            self(*tensors)
             return
         self._launch = launch
         if launch is not None:
