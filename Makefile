@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: sweep test gpu ladder study generate static mutants lint types clean
+.PHONY: sweep test matrix gpu ladder study generate static mutants lint types clean
 
 sweep: $(VENV)/.installed            ## measure reciprocal attention against plain attention
 	$(BIN)/python bench/sweep.py $(ARGS)
 
 test: $(VENV)/.installed             ## hold the kernels against the reference
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+matrix:                              ## every supported pair of torch and Triton, several GB each
+	$(PYTHON) tests/matrix.py $(ARGS)
 
 gpu: $(VENV)/.installed              ## what a GPU has to show: tests, times, and a page of them
 	$(BIN)/python bench/gpu.py $(ARGS)
@@ -38,7 +41,7 @@ static: $(VENV)/.installed           ## the machine code of every kernel on four
 	$(BIN)/python bench/static.py $(ARGS)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .matrix
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ra_triton needs Python 3.10 or newer")'
