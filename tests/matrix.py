@@ -1,6 +1,6 @@
 """Every pair of torch and Triton that is supported, each in an environment of its own.
 
-    python tests/matrix.py                          # all pairs; what pip downloads is several GB each
+    python tests/matrix.py                          # all pairs, of several GB each
     python tests/matrix.py --pair 2.11.0+3.6.0 --pair newest
     python tests/matrix.py --pair newest --quick    # as CI does: no plain kernel is compiled
 
