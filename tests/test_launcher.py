@@ -307,3 +307,45 @@ def test_tritons_launcher_is_known_here(monkeypatch):
         for again, expected in zip(later, runs[0], strict=True):
             assert_bitwise(again, expected)
     plans.forget_plans()
+
+
+@pytest.mark.gpu
+def test_new_threads_have_a_context_for_their_descriptors():
+    """Whether a launch or an addition is their first work, one after the other and at once."""
+    x, W = (normal(*shape, dtype=torch.bfloat16) for shape in ((2, 512, 128), (128, 384)))
+    W /= 128**0.5
+    options = {"n_head": 2, "weight_layout": "packed", "backend": "triton"}
+
+    @torch.no_grad()
+    def inference(x):
+        return ra_triton.ra_attention(x, W, 4, **options)
+
+    def train(x):
+        w = W.detach().requires_grad_()
+        out = ra_triton.ra_attention(x, w, 4, **options)
+        return torch.autograd.grad(out.float().square().sum(), w)[0]
+
+    functions = inference, train
+    expected = [function(x) for function in functions]
+    inputs = [x.clone() for _ in range(16)]  # other addresses, whose descriptors are not encoded
+    torch.cuda.synchronize()
+    found = {}
+
+    def work(i):
+        try:
+            found[i] = functions[i % 2](inputs[i])
+            torch.cuda.synchronize()
+        except Exception as error:
+            found[i] = error
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(16)]
+    for thread in threads[:4]:
+        thread.start()
+        thread.join()
+    for thread in threads[4:]:
+        thread.start()
+    for thread in threads[4:]:
+        thread.join()
+    assert [error for error in found.values() if isinstance(error, Exception)] == []
+    for i, actual in found.items():
+        assert_bitwise(actual, expected[i % 2])
