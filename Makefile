@@ -6,7 +6,7 @@ ARGS ?=
 TEST_TIME := 6 minutes on two cores without a GPU
 TEST_ALL_TIME := 12 minutes on two cores without a GPU
 
-.PHONY: sweep test test-all gpu ladder study generate static mutants lint types clean
+.PHONY: sweep test test-all matrix gpu ladder study generate static mutants lint types clean
 
 sweep: $(VENV)/.installed            ## measure reciprocal attention against plain attention
 	$(BIN)/python bench/sweep.py $(ARGS)
@@ -18,6 +18,9 @@ test: $(VENV)/.installed             ## hold the kernels against the reference, 
 test-all: $(VENV)/.exchange          ## all tests, also those that compare with Hugging Face's models
 	$(if $(ARGS),,@echo "$(TEST_ALL_TIME)")
 	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(BIN)/python -m pytest -n 2 -m "slow or not slow" $(ARGS)
+
+matrix:                              ## every supported pair of torch and Triton, several GB each
+	$(PYTHON) tests/matrix.py $(ARGS)
 
 gpu: $(VENV)/.installed              ## what a GPU has to show: tests, times, and a page of them
 	$(BIN)/python bench/gpu.py $(ARGS)
@@ -45,7 +48,7 @@ static: $(VENV)/.installed           ## the machine code of every kernel on six 
 	$(BIN)/python bench/static.py $(ARGS)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .matrix
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ra_triton needs Python 3.10 or newer")'

@@ -7,6 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ra_triton import internals
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_ROWS = 2**31 - 2**16  # kernels count rows (batch x tokens x heads) in 32 bits
 
@@ -201,10 +203,14 @@ def check_pack_inputs(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> Non
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast asks for on ``device``; None where it is off, or is none at all."""
-    if not torch.amp.is_autocast_available(device.type):  # "meta"
+    if not _has_autocast(device.type) or not torch.is_autocast_enabled(device.type):
         return None
-    enabled = torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if enabled else None
+    return torch.get_autocast_dtype(device.type)
+
+
+@internals.constant  # before torch 2.12 the compiler cannot trace it
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)  # not on "meta"
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

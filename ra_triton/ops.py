@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
 from torch.autograd import Function, forward_ad
 
-from ra_triton import launches, library
+from ra_triton import internals, launches, library
 from ra_triton.checks import needs_grad
 from ra_triton.layout import RALayout
 from ra_triton.norm_rope import NormRope
@@ -179,7 +178,7 @@ def append_(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Ten
 
 def _refuse_tangents(*tensors: Tensor | None) -> None:
     """Forward-mode differentiation would lose its tangents in the kernels: raise instead."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if torch.compiler.is_compiling() or not internals.forward_mode():
         return
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise NotImplementedError(
@@ -196,7 +195,7 @@ def _traced(*tensors: Tensor | None) -> bool:
 
 def _transformed() -> bool:
     """Whether ``torch.func`` has wrapped the tensors: only operators see through the wrappers."""
-    return torch._C._are_functorch_transforms_active()
+    return internals.transforms_active()
 
 
 def _function(function: type[Function]) -> type[Function]:
@@ -225,9 +224,11 @@ def _gradients(direct: Callable[..., Grads], operator: Callable[..., Grads], *ar
     second level of differentiation is refused right away.
     """
     if _transformed():
-        stack = torch._C._functorch.get_interpreter_stack() or []
-        if sum(level.key() != TransformType.Vmap for level in stack) > 1:
+        transforms = internals.active_transforms()
+        if sum(name != "Vmap" for name in transforms) > 1:
             raise RuntimeError("the Triton kernels cannot differentiate twice; use backend='sdpa'")
+        if not transforms:  # unknown: the operator has to be recorded, so that it raises
+            return operator(*args)
         with torch.no_grad():
             return operator(*args)
     return operator(*args) if torch.is_grad_enabled() else direct(*args)

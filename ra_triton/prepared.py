@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from ra_triton import internals
 from ra_triton.checks import needs_grad
 
 DEVICE = "cuda"  # elsewhere a call costs more than looking at it
@@ -29,7 +29,7 @@ def key_of(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...
         tensors: what the call reads; None where there is none.
         options: everything else that it was given, as it was given.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or internals.transforms_active():
         return None
     for t in tensors:
         if t is None:
@@ -41,7 +41,7 @@ def key_of(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...
         first is None
         or first.device.type != DEVICE
         or torch.is_autocast_enabled(DEVICE)
-        or forward_ad._current_level >= 0
+        or internals.forward_mode()
     ):
         return None
     key: list[Any] = [

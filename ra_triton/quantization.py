@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ra_triton import internals
 from ra_triton.checks import (
     check_choice,
     check_dims,
@@ -308,6 +309,6 @@ def check_quantized_inputs(
 
 
 def _has_tangent(t: Tensor | None) -> bool:
-    if t is None or torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if t is None or torch.compiler.is_compiling() or not internals.forward_mode():
         return False
     return forward_ad.unpack_dual(t).tangent is not None

@@ -11,8 +11,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "ra_triton").rglob("*.py"))
 
-SHARED = {"checks", "layout", "norm_rope", "offsets", "options"}  # leaves
+SHARED = {"checks", "internals", "layout", "norm_rope", "offsets", "options"}  # leaves
 STAGE = {"kernels.tiles", "kernels.plans", "kernels.configs", "layout", "offsets"}
+HOPPER = {"kernels.gluon", *STAGE}
 # Module: what it may import of the package. A new module needs a line here.
 ARROWS = {
     "": {"api", "nn", "quantization", "sparsity", "varlen", "weights"},
@@ -21,8 +22,9 @@ ARROWS = {
     "varlen": {"api", "backend", *SHARED},
     "weights": SHARED,
     "quantization": {"weights", *SHARED},
-    "checks": set(),
-    "prepared": {"checks"},
+    "internals": set(),
+    "checks": {"internals"},
+    "prepared": {"checks", "internals"},
     "layout": set(),
     "offsets": set(),
     "options": set(),
@@ -75,18 +77,19 @@ ARROWS = {
     "kernels.decode": STAGE,
     "kernels.projection_backward": STAGE,
     "kernels": set(),
-    "kernels.attention_forward": {"kernels.attention_forward_hopper", *STAGE},
-    "kernels.attention_forward_hopper": STAGE,
+    "kernels.attention_forward": {"kernels.attention_forward_hopper", *HOPPER},
+    "kernels.attention_forward_hopper": HOPPER,
     "kernels.packing": STAGE,
     "kernels.projection_int8": STAGE,
     "kernels.norm_rope": {*STAGE, "kernels.norm_rope_tiles", "norm_rope"},
     "kernels.norm_rope_backward": {*STAGE, "kernels.norm_rope_tiles", "norm_rope"},
     "kernels.norm_rope_tiles": {*STAGE, "norm_rope"},
-    "kernels.projection": {"kernels.projection_hopper", *STAGE},
-    "kernels.projection_hopper": STAGE,
+    "kernels.projection": {"kernels.projection_hopper", *HOPPER},
+    "kernels.projection_hopper": HOPPER,
     "kernels.tiles": {"kernels.configs", "kernels.plans", "layout"},
-    "kernels.plans": {"kernels.launcher"},
-    "kernels.launcher": set(),
+    "kernels.plans": {"kernels.gluon", "kernels.launcher"},
+    "kernels.launcher": {"internals"},
+    "kernels.gluon": {"internals"},
     "kernels.configs": {"layout"},
 }
 

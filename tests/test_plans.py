@@ -314,7 +314,8 @@ class OnGPU(torch.Tensor):
 
 
 def test_later_calls_pass_their_own_tensors_and_the_rest_in_the_kernels_order(monkeypatch):
-    compiled, made, later = [], [], []
+    compiled, made, later, current = [], [], [], []
+    monkeypatch.setattr(plans, "make_context_current", lambda: current.append(len(compiled)))
 
     class Kernel:
         arg_names = ("a", "b", "c", "first", "second", "PDL")
@@ -338,6 +339,7 @@ def test_later_calls_pass_their_own_tensors_and_the_rest_in_the_kernels_order(mo
     plan(*first)
     ((grid, passed, named),) = compiled
     assert (grid, named) == ((3, 1, 1), arguments)
+    assert current == [0]  # before Triton encodes the descriptor, perhaps in a new thread
     assert passed[0] is first[0]
     assert passed[1].base is first[1]
     ((_, grid, example, descriptors, rest),) = made

@@ -7,7 +7,7 @@ first call. On a CPU it has a forward alone.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ra_triton import internals
 from ra_triton.backend import sdpa
 from ra_triton.checks import needs_grad
 from ra_triton.layout import RALayout
@@ -100,8 +101,8 @@ def packed_attention(
         with torch.inference_mode(False):  # a later call may train with what is kept
             numbers = _numbers(q, k, options, _mask(*mask), _cap)
         for t in (q, k, v):
-            torch._dynamo.mark_static(t, [1, 3])
-            _vary(t, (0, 2))
+            internals.mark_static(t, (1, 3))
+            internals.mark_varying(t, (0, 2))
         out, lse = _compiled(Configuration.of(q, k, options, with_lse))(q, k, v, with_lse, numbers)
     if options.return_lse and not with_lse:
         lse = sdpa.logsumexp(q, k, options)
@@ -244,13 +245,8 @@ def _mask(T_q: int, T_k: int, left: int, right: int, device: torch.device) -> "B
     if not torch.compiler.is_compiling():
         for t in mask.as_tuple():
             if isinstance(t, Tensor):
-                _vary(t, range(2, t.dim()))
+                internals.mark_varying(t, range(2, t.dim()))
     return mask
-
-
-def _vary(t: Tensor, dims: Iterable[int]) -> None:
-    """Tell the compiler that these sizes vary, each on its own, whichever are equal now."""
-    torch._dynamo.maybe_mark_dynamic(t, tuple(dims))
 
 
 def _counted(table: Tensor) -> tuple[Tensor, Tensor]:
@@ -298,12 +294,9 @@ def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor | 
 # Devices
 
 
+@internals.constant
 def _device_unsupported(device: torch.device) -> str | None:
     return _look_at(device)
-
-
-# See backend/triton.py: a tracer takes the answer and need not see how it was found.
-_device_unsupported._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from ra_triton import quantization
+from ra_triton import internals, quantization
 from ra_triton.checks import autocast_dtype, needs_grad
 from ra_triton.layout import RALayout
 from ra_triton.norm_rope import NormRope
@@ -329,7 +329,7 @@ def _in_steps(
     others = tuple(t.float() for t in others)  # gradients of steps add up in float32
     if B * H * T_q * T_k <= MAX_SCORES:  # no loop: a compiler would unroll it for each length
         return [compute(q, *others, _allowed(0, T_q, T_q, T_k, options, q.device), options)]
-    if needs_grad(q, *others) and not torch._C._are_functorch_transforms_active():
+    if needs_grad(q, *others) and not internals.transforms_active():
         from torch.utils.checkpoint import checkpoint
 
         random = options.dropout_p > 0
@@ -415,7 +415,7 @@ class _Differentiable(torch.autograd.Function):
 
 def _transformed() -> bool:
     """Whether a compiler or torch.func looks at the call: they differentiate what they see."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or internals.transforms_active()
 
 
 # PyTorch's kernels

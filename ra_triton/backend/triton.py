@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ra_triton import ops
+from ra_triton import internals, ops
 from ra_triton.backend import sdpa
 from ra_triton.checks import needs_grad
 from ra_triton.layout import RALayout
@@ -95,14 +95,17 @@ def prepare_layer(
 
 def pack_qk(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor, Tensor]:
     """``[q_std|k_low], [k_std|q_low]``, out of place."""
-    if needs_grad(q, k, q_low, k_low):
-        return sdpa.pack_qk(q, k, q_low, k_low)  # the same copies, differentiable
+    if needs_grad(q, k, q_low, k_low) or torch.compiler.is_compiling():
+        return sdpa.pack_qk(q, k, q_low, k_low)  # the same copies, differentiable and traced
     return ops.pack(q, k, q_low, k_low)
 
 
 def pack_qk_(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> None:
     """Overwrites the last R lanes of ``q`` and ``k``."""
-    ops.pack_(q, k, q_low, k_low)
+    if torch.compiler.is_compiling():
+        sdpa.pack_qk_(q, k, q_low, k_low)
+    else:
+        ops.pack_(q, k, q_low, k_low)
 
 
 def norm_rope(call: NormRope) -> tuple[Tensor, Tensor]:
@@ -135,13 +138,9 @@ def append_(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Ten
         ops.append_(k_cache, v_cache, lengths, k, v)
 
 
+@internals.constant
 def _device_unsupported(device: torch.device) -> str | None:
     return _look_at(device)
-
-
-# What torch.compiler.assume_constant_result does, without importing the compiler (and Triton) here:
-# a tracer takes the answer and need not see how it was found.
-_device_unsupported._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

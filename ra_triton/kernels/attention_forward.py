@@ -15,14 +15,23 @@ with most keys first, so that the short ones fill the last wave. Overwrites noth
 arXiv:2307.08691.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ra_triton.kernels import attention_forward_hopper
+from ra_triton.kernels import gluon
 from ra_triton.kernels.configs import LaunchConfig, launch_config, warp_specialised
-from ra_triton.kernels.plans import Layout, Plan, layout_of, on_16_bytes, planned
+from ra_triton.kernels.plans import (
+    Layout,
+    Plan,
+    layout_of,
+    on_16_bytes,
+    plan_in_gluon,
+    planned,
+)
 from ra_triton.kernels.tiles import (
     LN2,
     TRITON_VERSION,
@@ -347,16 +356,20 @@ def _plan(
     # Strides that are whole 16-byte units go to the kernel as such, so that it can rely on it.
     alignment = 16 // dtype.itemsize if aligned else 1
     special = dropout_p > 0 or mask["WINDOW"] or softcap > 0 or varlen
-    if config is None and aligned and others[3] and not special:
-        config = warp_specialised(D, dtype, target, min(T_q, T_k), causal, TRITON_VERSION)
+    in_gluon = partial(_plan_in_gluon, device, dtype, q, k, v, causal, softmax_scale)
     if config is not None and config.groups > 1:
-        processors = processors_of(device)
-        return attention_forward_hopper.forward_plan(
-            dtype, q, k, v, causal, softmax_scale, config, processors
-        )
+        return in_gluon(config)
     if config is None:
         flags = (dropout_p > 0, mask["WINDOW"], varlen)
         config = launch_config("attention_forward", D, dtype, target, aligned, *flags)
+        if aligned and others[3] and not special:
+            hopper = warp_specialised(D, dtype, target, min(T_q, T_k), causal, TRITON_VERSION)
+            if hopper is not None and gluon.works("attention_forward"):
+                options = (causal, window_size, softmax_scale, softcap, dropout_p, precision)
+                of = (device, dtype, q, k, v, others, sequences, *options, target)
+                return plan_in_gluon(
+                    "attention_forward", partial(in_gluon, hopper), partial(_plan, *of, config)
+                )
     blocks = (config.block_m, config.block_n, config.block_n)
     rows = zip((q, k, v), blocks, strict=True)
     bulk = {i: rows_in_bulk(t, n) for i, (t, n) in enumerate(rows)}
@@ -386,3 +399,20 @@ def _plan(
     }
     grid = (B * H * triton.cdiv(T_q, config.block_m),)
     return Plan(_attention_forward_kernel, grid, arguments, bulk if config.use_tma else None)
+
+
+def _plan_in_gluon(
+    device: torch.device,
+    dtype: torch.dtype,
+    q: Layout,
+    k: Layout,
+    v: Layout,
+    causal: bool,
+    softmax_scale: float | None,
+    config: LaunchConfig,
+) -> Plan:
+    """The launch of Hopper's own kernel; not even imported where Gluon is not as it was."""
+    from ra_triton.kernels.attention_forward_hopper import forward_plan
+
+    processors = processors_of(device)
+    return forward_plan(dtype, q, k, v, causal, softmax_scale, config, processors)

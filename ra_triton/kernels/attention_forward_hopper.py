@@ -24,17 +24,19 @@ import math
 
 import torch
 import triton
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
+
+from ra_triton.kernels import gluon
+from ra_triton.kernels.configs import LaunchConfig
+from ra_triton.kernels.gluon import (
+    async_load,
+    async_store,
     fence_async_shared,
+    gl,
     mbarrier,
-    tma,
+    store_wait,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-
-from ra_triton.kernels.configs import LaunchConfig
 from ra_triton.kernels.plans import Bulk, Layout, Plan
 from ra_triton.kernels.tiles import LN2, LOG2E, follow, rows_in_bulk
 
@@ -136,21 +138,19 @@ def _copy(buffers, sources, sizes, schedule, group, CAUSAL: gl.constexpr, PDL: g
                 mbarrier.expect(q_full.index(buffer), q_source.block_type.nbytes)
                 # Rows before the first belong to nobody, and no copy may start there: any will do.
                 row = gl.maximum(m + w * ROWS, 0)
-                tma.async_copy_global_to_shared(
-                    q_source, [b, h, row, 0], q_full.index(buffer), q_tiles.index(buffer)
-                )
+                async_load(q_source, [b, h, row, 0], q_full.index(buffer), q_tiles.index(buffer))
             for n in range(n_tiles):
                 stage = step % STAGES
                 if step >= STAGES:
                     _await(EMPTY + stage, threads)
                 mbarrier.expect(k_full.index(stage), k_source.block_type.nbytes)
-                tma.async_copy_global_to_shared(
+                async_load(
                     k_source, [b, h_kv, n * BLOCK_N, 0], k_full.index(stage), k_tiles.index(stage)
                 )
                 if step >= STAGES:
                     _await(EMPTY + STAGES + stage, threads)
                 mbarrier.expect(v_full.index(stage), v_source.block_type.nbytes)
-                tma.async_copy_global_to_shared(
+                async_load(
                     v_source, [b, h_kv, n * BLOCK_N, 0], v_full.index(stage), v_tiles.index(stage)
                 )
                 step += 1
@@ -300,14 +300,14 @@ def _compute(
             total = gl.where(total == 0.0, 1.0, total)  # a row without keys: o = 0, lse = -inf
             lse = (m_i * scale_log2 + gl.log2(total)) * LN2
             o = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, O_LAYOUT))[:, None]
-            tma.store_wait(0)  # the tile before has been read from o_tile
+            store_wait(0)  # the tile before has been read from o_tile
             o_tile.reshape((ROWS, D)).store(o.to(DTYPE))
             fence_async_shared()
             if m >= 0:
-                tma.async_copy_shared_to_global(o_source, [b, h, m, 0], o_tile)
+                async_store(o_source, [b, h, m, 0], o_tile)
             head = (b * H + h).to(gl.int64)
             gl.store(lse_ptr + head * T_q + offs_m, lse, mask=(offs_m >= 0) & (offs_m < T_q))
-    tma.store_wait(0)
+    store_wait(0)
     if WHICH == 0:
         _await(TURN, 256)  # the last arrival
 

@@ -45,6 +45,7 @@ class LaunchConfig:
     def options(self) -> dict[str, Any]:
         """What every kernel and the compiler need to know, by name."""
         options = {"PDL": self.pdl, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        options["enable_fp_fusion"] = True  # Triton 3.10 turns it off, and the bits would change
         return options | {"launch_pdl": True} if self.pdl else options
 
 

@@ -1,25 +1,29 @@
 """The last step of a launch: Triton's compiled launcher without the Python around it.
 
 Triton wraps its C launcher in a loop over all arguments that replaces each tensor descriptor by an
-encoded one, on every call; that takes longer than the launch. Here everything but the addresses is
-put in place once, and a descriptor is encoded once for an address. What is passed is what Triton
-would pass (``tests/test_launcher.py``); a Triton whose launcher looks different is called as usual.
+encoded one, on every call; that takes longer than the launch. Here Triton's own path is followed
+once, up to the C launcher, to see what it passes; later launches pass the same with other
+addresses, and a descriptor is encoded once for an address. All that this package uses of Triton's
+launcher without being promised it is here: where that is not as expected, every launch takes
+Triton's own path, and a warning says so.
 """
 
-import inspect
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import partial
-from typing import Any
+from types import CellType, FunctionType
+from typing import Any, NoReturn
 
 import torch
 import triton
 from triton.compiler import CompiledKernel
 
+from ra_triton.internals import warn_once
+
 ADDRESSES = 256  # whose encoded descriptors a launch keeps: 128 bytes each
 
 Launch = Callable[..., None]  # of the tensors alone
-Encode = Callable[[Any], Sequence[Any]]  # a descriptor to what the kernel takes in its place
+_STREAM = object()  # stands for the stream in a recorded call
 
 
 class Descriptors:
@@ -35,21 +39,26 @@ class Descriptors:
         self.kind, self.fields = kind, {**fields, "base": None}
         self._encoded: dict[int, Any] = {}
 
+    @classmethod
+    def like(cls, descriptor: Any) -> "Descriptors":
+        """Of tensors laid out like the one that this descriptor is of."""
+        return cls(type(descriptor), vars(descriptor))
+
     def of(self, t: Any) -> Any:
         """A descriptor of ``t``: the class's constructor would check what does not change."""
         descriptor: Any = object.__new__(self.kind)
         descriptor.__dict__.update(self.fields, base=t)
         return descriptor
 
-    def encoded(self, t: Any, encode: Encode) -> Any:
-        """The hardware's form of it, which holds the address and no reference."""
-        address = t.data_ptr()
-        found = self._encoded.get(address)
-        if found is None:
-            if len(self._encoded) >= ADDRESSES:
-                self._encoded.clear()
-            found = self._encoded[address] = encode(self.of(t))[0]
-        return found
+    def encoded(self, t: Any) -> Any:
+        """The hardware's form of it, which holds the address and no reference; None if unknown."""
+        return self._encoded.get(t.data_ptr())
+
+    def keep(self, t: Any, encoded: Any) -> None:
+        """Remember the hardware's form of it."""
+        if len(self._encoded) >= ADDRESSES:
+            self._encoded.clear()
+        self._encoded[t.data_ptr()] = encoded
 
 
 def launcher(
@@ -82,6 +91,14 @@ def launcher(
     return launch
 
 
+def make_context_current() -> None:
+    """Give this thread the device's context, which a new one gets from its first work alone.
+
+    Encoding a descriptor needs one and, unlike a launch, does not see to it.
+    """
+    torch.cuda.set_device(torch.cuda.current_device())
+
+
 def _usual(
     compiled: CompiledKernel,
     grid: tuple[int, ...],
@@ -95,6 +112,8 @@ def _usual(
         first = list(tensors)
         for position, described in descriptors.items():
             first[position] = described.of(tensors[position])
+        if descriptors:
+            make_context_current()
         run(*first, *rest)
 
     return launch
@@ -107,60 +126,146 @@ def _direct(
     descriptors: Mapping[int, Descriptors],
     rest: Sequence[Any],
 ) -> Launch | None:
-    """Triton's C launcher; None where it is not as it was in Triton 3.6 and 3.7."""
+    """Triton's C launcher; None where Triton has to be asked anew for each launch."""
     run: Any = compiled.run
-    known = hasattr(run, "launch") and hasattr(run, "launch_cooperative_grid")
-    if not known or run.global_scratch_size or getattr(run, "profile_scratch_size", 0):
+    anew = ("global_scratch_size", "profile_scratch_size", "gsan_enabled")
+    if any(getattr(run, name, False) for name in anew):
+        return None  # memory, or the sanitizer's state, of each launch
+    try:
+        c_launch, recording = _recording(compiled, bool(descriptors))
+        passed_by = partial(_passed, _usual(recording, grid, descriptors, rest))
+        call = passed_by(example)
+        places, encoded = _places(call, passed_by(example), example, descriptors)
+        stream_of = triton.runtime.driver.active.get_current_stream
+    except Exception as error:  # whatever a launcher that has changed leads to
+        warn_once(
+            "ra_triton: launches go through Triton's own launcher, which takes longer, because "
+            f"that of Triton {triton.__version__} is not as expected: {error!r}"
+        )
         return None
-    c_launch = run.launch
-    encoders: Iterator[Encode] = iter(())
-    if descriptors:
-        wrapped = inspect.getclosurevars(c_launch).nonlocals
-        c_launch, metadata = wrapped.get("launcher"), wrapped.get("tensordesc_meta") or ()
-        make = getattr(sys.modules[type(run).__module__], "make_tensordesc_arg", None)
-        if c_launch is None or make is None or len(metadata) != len(descriptors):
-            return None
-        if None in metadata:  # this kernel reads the tensor through its pointer
-            return None
-        encoders = iter([partial(make, metadata=each) for each in metadata])
 
-    arguments: list[Any] = []
-    places: list[tuple[int, int]] = []  # where in arguments a tensor goes
-    encoded: list[tuple[int, int, Descriptors, Encode]] = []
-    for position, t in enumerate(example):
-        if position not in descriptors:
-            places.append((len(arguments), position))
-            arguments.append(None)
-            continue
-        described, encode = descriptors[position], next(encoders)
-        encoded.append((len(arguments), position, described, encode))
-        arguments += encode(described.of(t))
-    arguments += rest
-
-    stream_of = triton.runtime.driver.active.get_current_stream
+    before, fixed, values, nested = call
+    template: list[Any] = list(values)
+    for index, _ in places:
+        template[index] = None
+    for index, position in encoded:
+        descriptors[position].keep(example[position], template[index])
+        template[index] = None
+    described = [(index, position, descriptors[position]) for index, position in encoded]
     device = torch.cuda.current_device()
-    before = (compiled.function, run.launch_cooperative_grid, run.launch_pdl)
-    packed = compiled.packed_metadata
-    # Newer launchers take the kernel's arguments as one list, and how to read them.
-    as_list = hasattr(run, "arg_annotations")
-    if as_list:
-        fixed = (packed, *[None] * 5, run.arg_annotations, run.kernel_signature)
-    else:
-        fixed = (None, None, packed, None, None, None)
 
     def launch(*tensors: Any) -> None:
-        values = arguments.copy()
-        for place, position in places:
-            values[place] = tensors[position]
-        for place, position, described, encode in encoded:
-            values[place] = described.encoded(tensors[position], encode)
-        stream = stream_of(device)
-        if as_list:
-            c_launch(*grid, stream, *before, *fixed, values)
+        values = template.copy()
+        for index, position in places:
+            values[index] = tensors[position]
+        passed = None
+        for index, position, known in described:
+            found = known.encoded(tensors[position])
+            if found is None:
+                passed = passed or passed_by(tensors)[2]  # all of them are encoded there
+                found = passed[index]
+                known.keep(tensors[position], found)
+            values[index] = found
+        if nested:
+            c_launch(*before, stream_of(device), *fixed, values)
         else:
-            c_launch(*grid, stream, *before, *fixed, *values)
+            c_launch(*before, stream_of(device), *values)
 
     return launch
+
+
+class _Passed(Exception):
+    """Carries what would have been passed to the C launcher, past all that stands before it."""
+
+
+class _Recording:
+    """A compiled kernel that launches nothing: it raises what its C launcher would be passed."""
+
+    def __init__(self, compiled: CompiledKernel, run: Any) -> None:
+        self._compiled, self.run = compiled, run
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._compiled, name)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return partial(type(self._compiled).__getitem__(self, grid), stream=_STREAM)  # type: ignore[arg-type]
+
+    def launch_metadata(self, *_: Any) -> None:
+        """For hooks, of which there are none where it is called."""
+
+
+def _recording(compiled: CompiledKernel, described: bool) -> tuple[Callable[..., None], Any]:
+    """The C launcher, and the kernel with another one in its place, for :func:`_passed`."""
+
+    def record(*args: Any) -> NoReturn:
+        raise _Passed(args)
+
+    run: Any = copy(compiled.run)
+    c_launch = run.launch
+    if described:  # a function around the C launcher encodes descriptors
+        cells = dict(zip(c_launch.__code__.co_freevars, c_launch.__closure__, strict=True))
+        closure = tuple((cells | {"launcher": CellType(record)}).values())
+        run.launch = FunctionType(c_launch.__code__, c_launch.__globals__, closure=closure)
+        c_launch = cells["launcher"].cell_contents
+    else:
+        run.launch = record
+    return c_launch, _Recording(compiled, run)
+
+
+_Call = tuple[tuple[Any, ...], tuple[Any, ...], Sequence[Any], bool]
+
+
+def _passed(launch: Launch, tensors: Sequence[Any]) -> _Call:
+    """What Triton passes its C launcher: before the stream, after it, then the varying values.
+
+    Newer launchers take the kernel's arguments as one sequence, which the last value says.
+    """
+    try:
+        launch(*tensors)
+    except _Passed as passed:
+        (call,) = passed.args
+    else:
+        raise LookupError("the C launcher is not where it was")
+    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    call = tuple(None if any(value is hook for hook in hooks) else value for value in call)
+    at = next(i for i, value in enumerate(call) if value is _STREAM)
+    before, after = call[:at], call[at + 1 :]
+    if isinstance(after[-1], list | tuple):
+        return before, after[:-1], after[-1], True
+    return before, (), after, False
+
+
+_Places = list[tuple[int, int]]  # indices among the values, and positions among the tensors
+
+
+def _places(
+    call: _Call, again: _Call, example: Sequence[Any], descriptors: Mapping[int, Any]
+) -> tuple[_Places, _Places]:
+    """Where a call has the tensors, and where what was encoded; nothing else may differ.
+
+    Args:
+        call: what was passed for the example.
+        again: what was passed for it a second time.
+        example: the tensors.
+        descriptors: those of them that go through descriptors.
+    """
+    places: _Places = []
+    encoded: _Places = []
+    if (*call[:2], len(call[2]), call[3]) != (*again[:2], len(again[2]), again[3]):
+        raise LookupError("what the C launcher is passed differs from launch to launch")
+    left = [i for i, t in enumerate(example) if t is not None]
+    for index, (value, other) in enumerate(zip(call[2], again[2], strict=True)):
+        if isinstance(value, torch.Tensor):
+            if not left or value is not example[left[0]]:
+                raise LookupError(f"argument {index} of the C launcher is an unknown tensor")
+            places.append((index, left.pop(0)))
+        elif value is not other and value != other:
+            if not left or left[0] not in descriptors:
+                raise LookupError(f"argument {index} of the C launcher is no descriptor")
+            encoded.append((index, left.pop(0)))
+    if left:
+        raise LookupError(f"tensors {left} are not passed to the C launcher")
+    return places, encoded
 
 
 def _present(hook: Any) -> bool:

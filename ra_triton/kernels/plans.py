@@ -11,11 +11,12 @@ from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ra_triton.kernels.launcher import Descriptors, Launch, launcher
+from ra_triton.kernels import gluon
+from ra_triton.kernels.launcher import Descriptors, Launch, launcher, make_context_current
 
 PLANS = 1024  # that a stage keeps; the least recently used goes
 _kept: list[Callable[[], None]] = []
@@ -69,7 +70,7 @@ class Bulk(NamedTuple):
         fields = t, list(self.shape), list(self.strides), list(self.block)
         if self.layout is None:
             return TensorDescriptor(*fields)
-        return GluonDescriptor(*fields, self.layout)
+        return gluon.TensorDescriptor(*fields, self.layout)
 
 
 class Plan:
@@ -94,6 +95,7 @@ class Plan:
         self.grid = (*grid, 1, 1)[:3]
         self.arguments = dict(arguments)
         self.bulk = dict(bulk or {})
+        self.instead: Callable[[Exception], Plan] | None = None  # see plan_in_gluon
         self._launch: Launch | None = None
 
     def __call__(self, *tensors: Any) -> None:
@@ -113,12 +115,67 @@ class Plan:
 
     def _compile(self, tensors: tuple[Tensor | None, ...]) -> None:
         """Launch through the JIT, and remember what it compiled."""
+        launched = any(
+            t is not None and t.is_cuda for t in tensors
+        )  # else interpreted, or recorded
+        if launched and self.bulk:
+            make_context_current()
+        if self.instead is not None:
+            self._compile_or(self.instead, tensors, launched)
+            return
+        compiled = self.kernel[self.grid](*self._described(tensors), **self.arguments)
+        if launched:
+            self._launch = self._launcher(compiled, tensors)
+
+    def _compile_or(
+        self,
+        instead: Callable[[Exception], "Plan"],
+        tensors: tuple[Tensor | None, ...],
+        launched: bool,
+    ) -> None:
+        """Compile, then launch; or launch another plan if this one does not compile or load."""
+        try:
+            described = self._described(tensors)
+            compiled = self.kernel.warmup(*described, grid=self.grid, **self.arguments)
+            launch = self._launcher(compiled, tensors) if launched else None
+        except Exception as error:
+            vars(self).update(vars(instead(error)))
+            self(*tensors)
+            return
+        self._launch = launch
+        if launch is not None:
+            launch(*tensors)
+
+    def _described(self, tensors: tuple[Tensor | None, ...]) -> list[Any]:
+        """The tensors, some of them as descriptors."""
         first: list[Any] = list(tensors)
         for position, bulk in self.bulk.items():
             first[position] = bulk.of(tensors[position])
-        compiled = self.kernel[self.grid](*first, **self.arguments)
-        if not any(t is not None and t.is_cuda for t in tensors):
-            return  # interpreted, or only compiled
-        descriptors = {i: Descriptors(type(first[i]), vars(first[i])) for i in self.bulk}
+        return first
+
+    def _launcher(self, compiled: CompiledKernel, tensors: tuple[Tensor | None, ...]) -> Launch:
+        descriptors = {i: Descriptors.like(bulk.of(tensors[i])) for i, bulk in self.bulk.items()}
         rest = [self.arguments[name] for name in self.kernel.arg_names[len(tensors) :]]
-        self._launch = launcher(compiled, self.grid, tensors, descriptors, rest)
+        return launcher(compiled, self.grid, tensors, descriptors, rest)
+
+
+def plan_in_gluon(kernel: str, make: Callable[[], Plan], instead: Callable[[], Plan]) -> Plan:
+    """The plan of a kernel in Gluon, of which Triton promises nothing.
+
+    Args:
+        kernel: its stage.
+        make: makes the plan.
+        instead: makes that of the plain kernel, of the same tensors, for the case that the first
+            raises, or that its kernel does not compile.
+    """
+
+    def plain(error: Exception) -> Plan:
+        gluon.give_up(kernel, error)
+        return instead()
+
+    try:
+        plan = make()
+    except Exception as error:  # whatever a name or a signature that has changed leads to
+        return plain(error)
+    plan.instead = plain
+    return plan

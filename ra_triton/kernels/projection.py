@@ -8,14 +8,24 @@ program a tile of y, in groups of GROUP_M row tiles that share columns of w in L
 ``projection_hopper.py`` computes the same from aligned 16-bit operands on Hopper.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ra_triton.kernels import projection_hopper
+from ra_triton.kernels import gluon
 from ra_triton.kernels.configs import LaunchConfig, in_fewest_rounds, launch_config
-from ra_triton.kernels.plans import Bulk, Layout, Plan, layout_of, on_16_bytes, planned
+from ra_triton.kernels.plans import (
+    Bulk,
+    Layout,
+    Plan,
+    layout_of,
+    on_16_bytes,
+    plan_in_gluon,
+    planned,
+)
 from ra_triton.kernels.tiles import (
     as_one_batch,
     dot,
@@ -174,11 +184,19 @@ def _plan(
     y = Layout((B * T, N), (N, 1), bool(others[1]))
     aligned = bulk_fits and all(is_aligned(t, dtype) for t in (rows, w_rows, y))
     processors = processors_of(device)
+    in_gluon = partial(_plan_in_gluon, rows, w, dtype, processors)
+    if config is not None and config.groups > 1:
+        return in_gluon(config)
     if config is None:
         config = launch_config(stage, 0, dtype, target, aligned)
-        config = in_fewest_rounds(config, B * T, N, processors)
-    if config.groups > 1:
-        return projection_hopper.projection_plan(rows, w, dtype, config, processors)
+        if config.groups > 1:
+            hopper = in_fewest_rounds(config, B * T, N, processors)
+            config = launch_config(stage, 0, dtype, target, False)
+            if gluon.works("projection"):
+                plain = partial(_plan, device, dtype, x, w, others, precision, target, stage)
+                return plan_in_gluon(
+                    "projection", partial(in_gluon, hopper), partial(plain, config)
+                )
     block_w = (config.block_k, config.block_n)
     bulk = {
         0: Bulk(rows.shape, rows.strides, (config.block_m, config.block_k)),
@@ -207,3 +225,12 @@ def _plan(
     }
     grid = (triton.cdiv(B * T, config.block_m) * triton.cdiv(N, config.block_n),)
     return Plan(_projection_kernel, grid, arguments, bulk if config.use_tma else None)
+
+
+def _plan_in_gluon(
+    x: Layout, w: Layout, dtype: torch.dtype, processors: int, config: LaunchConfig
+) -> Plan:
+    """The launch of Hopper's own kernel; not even imported where Gluon is not as it was."""
+    from ra_triton.kernels.projection_hopper import projection_plan
+
+    return projection_plan(x, w, dtype, config, processors)

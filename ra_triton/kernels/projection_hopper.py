@@ -15,18 +15,21 @@ stores while others multiply. No element's sum depends on how many groups there 
 
 import torch
 import triton
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
+
+from ra_triton.kernels import gluon
+from ra_triton.kernels.configs import LaunchConfig
+from ra_triton.kernels.gluon import (
+    async_load,
+    async_store,
     fence_async_shared,
+    gdc_launch_dependents,
+    gdc_wait,
+    gl,
     mbarrier,
-    tma,
+    store_wait,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-from ra_triton.kernels.configs import LaunchConfig
 from ra_triton.kernels.plans import Bulk, Layout, Plan
 
 GROUP_M = 8
@@ -89,11 +92,11 @@ def _refill(
         mbarrier.expect(ready, GROUPS * x_source.block_type.nbytes + w_source.block_type.nbytes)
         for i in gl.static_range(GROUPS):
             x_tile = x_tiles.index(stage * GROUPS + i)
-            tma.async_copy_global_to_shared(x_source, [m + i * BLOCK_M, k], ready, x_tile)
+            async_load(x_source, [m + i * BLOCK_M, k], ready, x_tile)
         if W_TRANSPOSED:
-            tma.async_copy_global_to_shared(w_source, [n, k], ready, w_tiles.index(stage))
+            async_load(w_source, [n, k], ready, w_tiles.index(stage))
         else:
-            tma.async_copy_global_to_shared(w_source, [k, n], ready, w_tiles.index(stage))
+            async_load(w_source, [k, n], ready, w_tiles.index(stage))
         stage, phase = _after(stage, phase, STAGES)
         k += BLOCK_K
         if k >= C:
@@ -117,10 +120,10 @@ def _store(columns, bias_ptr, y_source, y_tile, m, n, N):
         offs_n = n + gl.arange(0, STORED, gl.SliceLayout(0, columns.type.layout))
         bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
         columns += bias.to(gl.float32)[None, :]
-    tma.store_wait(BUFFERS - 1)
+    store_wait(BUFFERS - 1)
     y_tile.store(columns.to(y_source.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(y_source, [m, n], y_tile)
+    async_store(y_source, [m, n], y_tile)
 
 
 @gluon.jit
@@ -186,7 +189,7 @@ def _multiply(
         for i in gl.static_range(4):
             y_tile = y_tiles.index(GROUP * BUFFERS + i % BUFFERS)
             _store(quarters[i], bias_ptr, y_source, y_tile, m, n + i * STORED, N)
-    tma.store_wait(0)
+    store_wait(0)
 
 
 @gluon.jit

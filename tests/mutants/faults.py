@@ -1583,7 +1583,7 @@ CONTRACT_FAULTS = [
     Fault(
         "forward mode: tangents dropped",
         OPS,
-        "torch.compiler.is_compiling() or forward_ad._current_level < 0",
+        "torch.compiler.is_compiling() or not internals.forward_mode()",
         "True",
         f"{_S}forward_mode_is_refused_not_dropped",
     ),
@@ -1681,8 +1681,8 @@ CONTRACT_FAULTS = [
     Fault(
         "pack_qk: kernels run where a gradient is needed",
         TRITON,
-        "if needs_grad(q, k, q_low, k_low):",
-        "if False:",
+        "if needs_grad(q, k, q_low, k_low) or",
+        "if",
         f"{_M}pack_qk_is_differentiable_on_triton_too",
     ),
     Fault(
@@ -1746,37 +1746,37 @@ HOST_FAULTS = [
     Fault(
         "launcher: every address gets the first descriptor",
         LAUNCHER,
-        "address = t.data_ptr()",
-        "address = 0",
+        "return self._encoded.get(t.data_ptr())",
+        "return next(iter(self._encoded.values()), None)",
         f"{_L}the_c_launcher_gets_what_triton_would_pass",
     ),
     Fault(
         "launcher: a descriptor holds its tensor",
         LAUNCHER,
-        "encode(self.of(t))[0]",
-        "(encode(self.of(t))[0], t)",
-        f"{_L}the_c_launcher_gets_what_triton_would_pass",
+        "self._encoded[t.data_ptr()] = encoded",
+        "self._encoded[t.data_ptr()] = encoded; self.kept = t",
+        f"{_L}descriptors_are_few_and_keep_no_tensor_alive",
     ),
     Fault(
         "launcher: descriptors without end",
         LAUNCHER,
-        "                self._encoded.clear()\n",
-        "                pass\n",
+        "            self._encoded.clear()\n",
+        "            pass\n",
         f"{_L}descriptors_are_few_and_keep_no_tensor_alive",
     ),
     Fault(
         "launcher: the example's tensor stays",
         LAUNCHER,
-        "            arguments.append(None)\n",
-        "            arguments.append(t)\n",
+        "    for index, _ in places:\n        template[index] = None\n",
+        "",
         f"{_L}descriptors_are_few_and_keep_no_tensor_alive",
     ),
     Fault(
         "launcher: scratch memory not noticed",
         LAUNCHER,
-        'run.global_scratch_size or getattr(run, "profile_scratch_size", 0)',
+        "any(getattr(run, name, False) for name in anew)",
         "False",
-        f"{_L}an_unknown_launcher_is_called_as_triton_calls_it",
+        f"{_L}what_each_launch_needs_anew_takes_tritons_path_without_a_word",
     ),
     Fault(
         "launcher: hooks passed by",
@@ -1858,7 +1858,7 @@ HOST_FAULTS = [
     Fault(
         "prepared: tangents dropped",
         PREPARED,
-        "or forward_ad._current_level >= 0",
+        "or internals.forward_mode()",
         "or False",
         LOOKED_AT,
     ),
@@ -2068,8 +2068,8 @@ HOPPER_FAULTS = [
     Fault(
         "groups: three always",
         PROJECTION,
-        "config = in_fewest_rounds(config, B * T, N, processors)",
-        "pass",
+        "hopper = in_fewest_rounds(config, B * T, N, processors)",
+        "hopper = config",
         f"{_W}the_sizes_decide_how_many_groups_there_are",
     ),
     Fault(
@@ -2227,15 +2227,15 @@ LONG_ROW_FAULTS = [
     Fault(
         "hopper: whatever the address of o",
         FORWARD,
-        "and aligned and others[3] and not special:",
-        "and aligned and not special:",
+        "if aligned and others[3] and not special:",
+        "if aligned and not special:",
         SUITS,
     ),
     Fault(
         "hopper: unaligned operands too",
         FORWARD,
-        "and aligned and others[3] and not special:",
-        "and others[3] and not special:",
+        "if aligned and others[3] and not special:",
+        "if others[3] and not special:",
         SUITS,
     ),
     Fault(
@@ -3334,6 +3334,123 @@ NEWCOMER_FAULTS = [
     ),
 ]
 
+_G, _T = "tests/test_gluon.py::test_", "tests/test_tracing.py::test_"
+INTERNALS, GLUON = "ra_triton/internals.py", "ra_triton/kernels/gluon.py"
+VERSION_FAULTS = [
+    Fault(
+        "launcher: a new thread encodes without a context",
+        LAUNCHER,
+        "torch.cuda.set_device(torch.cuda.current_device())",
+        "pass",
+        f"{_L}a_new_thread_encodes_descriptors_too",
+    ),
+    Fault(
+        "plans: the first call of a new thread encodes without a context",
+        PLANS,
+        "            make_context_current()\n",
+        "            pass\n",
+        "tests/test_plans.py::test_later_calls_pass_their_own_tensors_and_the_rest_in_the_kernels_order",
+    ),
+    Fault(
+        "launcher: what differs from launch to launch is repeated",
+        LAUNCHER,
+        "if (*call[:2], len(call[2]), call[3]) != (*again[:2], len(again[2]), again[3]):",
+        "if False:",
+        f"{_L}an_unknown_launcher_is_called_as_triton_calls_it",
+    ),
+    Fault(
+        "launcher: any tensor is taken for the next one",
+        LAUNCHER,
+        "if not left or value is not example[left[0]]:",
+        "if not left:",
+        f"{_L}what_is_passed_is_understood_or_refused",
+    ),
+    Fault(
+        "launcher: any argument is taken for a descriptor",
+        LAUNCHER,
+        "if not left or left[0] not in descriptors:",
+        "if not left:",
+        f"{_L}what_is_passed_is_understood_or_refused",
+    ),
+    Fault(
+        "launcher: a tensor that is not passed goes unnoticed",
+        LAUNCHER,
+        "    if left:\n",
+        "    if False:\n",
+        f"{_L}what_is_passed_is_understood_or_refused",
+    ),
+    Fault(
+        "launcher: an unknown one raises",
+        LAUNCHER,
+        "except Exception as error:",
+        "except ZeroDivisionError as error:",
+        f"{_L}an_unknown_launcher_is_called_as_triton_calls_it",
+    ),
+    Fault(
+        "gluon: a missing name raises",
+        GLUON,
+        "if MISSING is not None and kernel not in _broken:",
+        "if False:",
+        f"{_G}without_a_name_the_plain_kernel_runs_and_a_warning_says_so_once",
+    ),
+    Fault(
+        "gluon: a kernel that was given up is tried again",
+        GLUON,
+        "    _broken.add(kernel)\n",
+        "",
+        f"{_G}where_no_plan_can_be_made_the_plain_kernel_runs",
+    ),
+    Fault(
+        "plans: a kernel in Gluon that does not compile raises",
+        PLANS,
+        "    plan.instead = plain\n",
+        "",
+        f"{_G}a_kernel_that_does_not_compile_gives_way_for_good",
+    ),
+    Fault(
+        "plans: a plan of a kernel in Gluon that cannot be made raises",
+        PLANS,
+        "return plain(error)",
+        "raise",
+        f"{_G}where_no_plan_can_be_made_the_plain_kernel_runs",
+    ),
+    Fault(
+        "configs: fusion of products and sums as Triton has it",
+        CONFIGS,
+        'options["enable_fp_fusion"] = True',
+        'options["enable_fp_fusion"] = False',
+        f"{_G}a_name_that_is_gone_is_found_by_the_compiler",
+    ),
+    Fault(
+        "autocast: asked of devices that have none",
+        CHECKS,
+        "if not _has_autocast(device.type) or not torch",
+        "if not torch",
+        f"{_T}autocast_of_a_device_is_known_eagerly_and_traced",
+    ),
+    Fault(
+        "compiler: an exchange of lanes is traced into its launch",
+        TRITON,
+        "k_low) or torch.compiler.is_compiling():",
+        "k_low):",
+        f"{_T}functions_are_one_graph",
+    ),
+    Fault(
+        "compiler: the device is looked at while it traces",
+        INTERNALS,
+        "    function._dynamo_marked_constant = True  # type: ignore[attr-defined]\n",
+        "",
+        f"{_T}on_a_gpu_functions_are_one_graph_of_operators",
+    ),
+    Fault(
+        "internals: a missing name raises",
+        INTERNALS,
+        "        return torch._C._are_functorch_transforms_active()\n    except AttributeError:",
+        "        return torch._C._are_functorch_transforms_active()\n    except KeyError:",
+        "tests/test_internals.py::test_without_a_name_calls_are_right_and_one_warning_says_so",
+    ),
+]
+
 FAULTS = [
     *INT8_FAULTS,
     *TILE_FAULTS,
@@ -3354,6 +3471,7 @@ FAULTS = [
     *WINDOW_FAULTS,
     *VARLEN_FAULTS,
     *NEWCOMER_FAULTS,
+    *VERSION_FAULTS,
 ]
 
 # Faults that no test can see here, and why; killing one is an error too.
