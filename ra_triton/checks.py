@@ -210,3 +210,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd would record a call on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def allows_tf32() -> bool:
+    """Whether PyTorch's float32 products on a GPU may round their operands to TF32.
+
+    This one setting follows all others, those of ``torch.set_float32_matmul_precision`` too, whose
+    own getter raises after ``torch.backends`` was used for any device.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"

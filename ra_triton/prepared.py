@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from ra_triton.checks import needs_grad
+from ra_triton.checks import allows_tf32, needs_grad
 
 DEVICE = "cuda"  # elsewhere a call costs more than looking at it
 CALLS = 1024  # that are known; beyond, all are forgotten and looked at again
@@ -49,7 +49,7 @@ def key_of(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...
         for t in tensors
     ]
     if first.dtype is torch.float32:
-        key.append(torch.get_float32_matmul_precision())
+        key.append(allows_tf32())
     # Types too: 1 is no bool, and 4.0 no rank, though they equal True and 4.
     return (*key, needs_grad(*tensors), options, *map(type, options))
 

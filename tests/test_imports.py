@@ -84,7 +84,7 @@ ARROWS = {
     "kernels.norm_rope_tiles": {*STAGE, "norm_rope"},
     "kernels.projection": {"kernels.projection_hopper", *STAGE},
     "kernels.projection_hopper": STAGE,
-    "kernels.tiles": {"kernels.configs", "kernels.plans", "layout"},
+    "kernels.tiles": {"checks", "kernels.configs", "kernels.plans", "layout"},
     "kernels.plans": {"kernels.launcher"},
     "kernels.launcher": set(),
     "kernels.configs": {"layout"},
