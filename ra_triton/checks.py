@@ -5,7 +5,9 @@ from collections.abc import Collection
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
+from torch.nn import Parameter
+from torch.utils._device import DeviceContext
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_ROWS = 2**31 - 2**16  # kernels count rows (batch x tokens x heads) in 32 bits
@@ -210,6 +212,42 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd would record a call on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def observed(*tensors: Tensor | None) -> bool:
+    """Whether something besides autograd has to see the operators of a call on these tensors.
+
+    Compilers and exporters, ``torch.jit.trace``, ``torch.func``, modes, subclasses, batches of
+    gradients: a launch is invisible to them. Nor does it see what they hide: a lazily negated
+    tensor does not hold its values.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or _C._are_functorch_transforms_active()
+        or _C._len_torch_dispatch_stack()
+        or _C._is_tracing()
+        or (_C._len_torch_function_stack() and _has_function_mode())
+    ):
+        return True
+    for t in tensors:
+        if t is not None and (
+            (type(t) is not Tensor and type(t) is not Parameter)
+            or t.is_neg()
+            or _C._functorch.is_legacy_batchedtensor(t)
+        ):
+            return True
+    return False
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` is active, and no compiler deals with it."""
+    return not torch.compiler.is_compiling() and _C._are_functorch_transforms_active()
+
+
+def _has_function_mode() -> bool:
+    """Whether a mode sees functions of torch, besides that of ``torch.set_default_device``."""
+    modes = (_C._get_function_stack_at(i) for i in range(_C._len_torch_function_stack()))
+    return any(type(mode) is not DeviceContext for mode in modes)
 
 
 def allows_tf32() -> bool:

@@ -38,7 +38,8 @@ ARROWS = {
         *SHARED,
     },
     "ops": {"launches", "library", "quantization", "workspace", *SHARED},
-    "library": {"launches", "quantization", *SHARED},
+    "library": {"flops", "launches", "quantization", *SHARED},
+    "flops": set(),
     "cache": {"backend", *SHARED},
     "launches": {
         "kernels.norm_rope",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ra_triton import ops
 from ra_triton.backend import sdpa
-from ra_triton.checks import needs_grad
+from ra_triton.checks import needs_grad, observed
 from ra_triton.layout import RALayout
 from ra_triton.norm_rope import NormRope
 from ra_triton.offsets import Offsets
@@ -86,14 +86,18 @@ def prepare_layer(
 
 def pack_qk(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor, Tensor]:
     """``[q_std|k_low], [k_std|q_low]``, out of place."""
-    if needs_grad(q, k, q_low, k_low):
-        return sdpa.pack_qk(q, k, q_low, k_low)  # the same copies, differentiable
+    tensors = q, k, q_low, k_low
+    if needs_grad(*tensors) or observed(*tensors):
+        return sdpa.pack_qk(*tensors)  # the same copies, differentiable and visible
     return ops.pack(q, k, q_low, k_low)
 
 
 def pack_qk_(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> None:
     """Overwrites the last R lanes of ``q`` and ``k``."""
-    ops.pack_(q, k, q_low, k_low)
+    if observed(q, k, q_low, k_low):
+        sdpa.pack_qk_(q, k, q_low, k_low)
+    else:
+        ops.pack_(q, k, q_low, k_low)
 
 
 def norm_rope(call: NormRope) -> tuple[Tensor, Tensor]:
