@@ -5,6 +5,7 @@ from collections.abc import Collection
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import _C, Tensor
 from torch.nn import Parameter
 from torch.utils._device import DeviceContext
@@ -25,6 +26,11 @@ def check_float_tensor(
     """``t`` is a dense real tensor in one of ``dtypes`` (any float if None), else TypeError."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested one; sequences of different lengths lie "
+            f"one after the other, with cu_seqlens"
+        )
     if t.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {t.layout}")
     if dtypes is None and not t.is_floating_point():
@@ -168,6 +174,8 @@ def check_decode_inputs(
     check_attention_inputs(q_pack, k_pack, v)
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths must be a tensor, got {type(lengths).__name__}")
+    if lengths.layout != torch.strided:
+        raise TypeError(f"lengths must be a dense tensor, got layout {lengths.layout}")
     if lengths.dtype != torch.int32:
         raise TypeError(f"lengths must be torch.int32, got {lengths.dtype}")
     check_shape("lengths", lengths, (q_pack.shape[0],), "one per sequence, [B]")
@@ -239,6 +247,13 @@ def observed(*tensors: Tensor | None) -> bool:
     return False
 
 
+def have_addresses(*tensors: Tensor) -> bool:
+    """Whether these tensors can tell where their memory is: none is traced or wrapped."""
+    if torch.compiler.is_compiling() or _C._are_functorch_transforms_active():
+        return False
+    return all(type(t) is Tensor or type(t) is Parameter for t in tensors)
+
+
 def transformed() -> bool:
     """Whether a transform of ``torch.func`` is active, and no compiler deals with it."""
     return not torch.compiler.is_compiling() and _C._are_functorch_transforms_active()
@@ -248,6 +263,32 @@ def _has_function_mode() -> bool:
     """Whether a mode sees functions of torch, besides that of ``torch.set_default_device``."""
     modes = (_C._get_function_stack_at(i) for i in range(_C._len_torch_function_stack()))
     return any(type(mode) is not DeviceContext for mode in modes)
+
+
+def distributed(*tensors: Tensor | None) -> bool:
+    """Whether one of them is a DTensor: a piece here, the others in other processes."""
+    return any(type(t).__name__ == "DTensor" for t in tensors)
+
+
+def context_parallel() -> bool:
+    """Whether ``torch.distributed``'s ``context_parallel`` has cut the sequences into pieces.
+
+    The tensors do not show it: each process has its piece as a plain one, and PyTorch's attention
+    is replaced.
+    """
+    function = F.scaled_dot_product_attention
+    if function is _C._nn.scaled_dot_product_attention:
+        return False
+    return getattr(function, "__module__", "").startswith("torch.distributed.tensor")
+
+
+def refuse_context_parallel() -> None:
+    """NotImplementedError where attention would see the local piece of a sequence alone."""
+    if context_parallel():
+        raise NotImplementedError(
+            "context_parallel: ra_triton would attend to the local piece of each sequence alone; "
+            "call it outside of context_parallel, on whole sequences"
+        )
 
 
 def allows_tf32() -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ra_triton.checks import refuse_context_parallel
 from ra_triton.layout import Columns, RALayout
 from ra_triton.norm_rope import NormRope
 from ra_triton.offsets import Offsets
@@ -155,6 +156,7 @@ def attend(
     """
     from ra_triton.kernels.attention_forward import attention_forward
 
+    refuse_context_parallel()  # here too, for a compiled call
     if offsets is not None and not offsets.complete:
         (B, T_q, H, _), device = q_pack.shape, q_pack.device
         out = torch.empty(q_pack.shape, dtype=q_pack.dtype, device=device) if out is None else out

@@ -65,6 +65,8 @@ def check_offsets(name: str, cu_seqlens: Tensor, device: torch.device) -> None:
     """``cu_seqlens`` is ``[B + 1]`` int32 on ``device``: what can be said without its values."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {cu_seqlens.layout}")
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{name} must be torch.int32, got {cu_seqlens.dtype}")
     if cu_seqlens.device != device:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ra_triton.checks import allows_tf32, needs_grad, observed
+from ra_triton.checks import allows_tf32, context_parallel, needs_grad, observed
 
 DEVICE = "cuda"  # elsewhere a call costs more than looking at it
 CALLS = 1024  # that are known; beyond, all are forgotten and looked at again
@@ -31,7 +31,7 @@ def key_of(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...
     for t in tensors:
         if t is not None and (not isinstance(t, Tensor) or t.layout is not torch.strided):
             return None
-    if observed(*tensors):
+    if observed(*tensors) or context_parallel():
         return None
     first = tensors[0]
     if (

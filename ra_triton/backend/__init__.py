@@ -10,10 +10,11 @@ import warnings
 from functools import cache
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from ra_triton.backend import flex, sdpa, triton
-from ra_triton.checks import check_choice
+from ra_triton.checks import check_choice, refuse_context_parallel
 from ra_triton.options import AttentionOptions
 
 BACKENDS: dict[str, ModuleType] = {"triton": triton, "sdpa": sdpa, "flex": flex}
@@ -41,8 +42,11 @@ def choose(
     Raises:
         ValueError: unknown backend.
         NotImplementedError: the backend lacks the combination; the message names one that has it.
+            Attention inside of ``context_parallel``.
     """
     check_choice("backend", backend, CHOICES)
+    if options is not None and not torch.compiler.is_compiling():
+        refuse_context_parallel()
     if backend != "auto":
         reason = BACKENDS[backend].unsupported(tensors, options, head_dim)
         if reason is None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ra_triton.backend import sdpa
-from ra_triton.checks import needs_grad
+from ra_triton.checks import distributed, needs_grad
 from ra_triton.layout import RALayout
 from ra_triton.offsets import Offsets
 from ra_triton.options import AttentionOptions, DecodeOptions
@@ -52,6 +52,8 @@ def unsupported(
         return None
     if isinstance(options, DecodeOptions):
         return "block masks of a cache's lengths would have to be built for each token"
+    if distributed(*tensors):
+        return "flex_attention is compiled for local tensors, got a DTensor; call .to_local() on it"
     device = tensors[0].device  # type: ignore[union-attr]
     reason = _device_unsupported(device)
     if reason is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ra_triton import quantization
-from ra_triton.checks import autocast_dtype, needs_grad
+from ra_triton.checks import autocast_dtype, distributed, needs_grad
 from ra_triton.layout import RALayout
 from ra_triton.norm_rope import NormRope
 from ra_triton.offsets import Offsets
@@ -32,8 +32,14 @@ MAX_SCORES = 2**24  # that plain torch holds at once, 64 MiB in float32
 def unsupported(
     tensors: tuple[Tensor | None, ...], options: AttentionOptions | None, head_dim: int | None
 ) -> str | None:
-    """None: it runs every call."""
+    """None: it runs every call, but for DTensors in attention on a CPU."""
+    if options is not None and distributed(*tensors) and not _on_gpu(tensors[0]):
+        return "PyTorch's attention on a CPU takes no DTensor; call .to_local() on it"
     return None
+
+
+def _on_gpu(t: Tensor | None) -> bool:
+    return t is not None and t.is_cuda
 
 
 def project(
@@ -106,7 +112,12 @@ def by_sequence(
         for queries, keys in offsets.sequences() or [(slice(None), slice(None))]
     ]
     outs, lses = zip(*parts, strict=True)
-    return torch.cat(outs, 1), torch.cat(lses, -1) if options.return_lse else None
+    out, lse = torch.cat(outs, 1), torch.cat(lses, -1) if options.return_lse else None
+    behind = q_pack.shape[1] - out.shape[1]
+    if behind > 0:  # tokens of no sequence
+        out = F.pad(out, (0, 0, 0, 0, 0, behind))
+        lse = None if lse is None else F.pad(lse, (0, behind), value=-math.inf)
+    return out, lse
 
 
 def layer(

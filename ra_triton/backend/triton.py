@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ra_triton import ops
 from ra_triton.backend import sdpa
-from ra_triton.checks import needs_grad, observed
+from ra_triton.checks import distributed, needs_grad, observed
 from ra_triton.layout import RALayout
 from ra_triton.norm_rope import NormRope
 from ra_triton.offsets import Offsets
@@ -26,6 +26,8 @@ def unsupported(
     tensors: tuple[Tensor | None, ...], options: AttentionOptions | None, head_dim: int | None
 ) -> str | None:
     """Why the kernels cannot run the call, or None."""
+    if distributed(*tensors):
+        return "the kernels take local tensors, got a DTensor; call .to_local() on it"
     reason = _device_unsupported(tensors[0].device)  # type: ignore[union-attr]
     if reason is not None:
         return reason
