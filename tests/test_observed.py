@@ -259,7 +259,9 @@ def test_dispatch_modes_see_what_is_written():
 
 def test_function_modes_see_operators_and_a_default_device_is_none():
     class Functions(TorchFunctionMode):
-        names: list[str] = []
+        def __init__(self):
+            super().__init__()
+            self.names = []
 
         def __torch_function__(self, func, types, args=(), kwargs=None):
             self.names.append(str(func))
@@ -533,11 +535,15 @@ def test_nested_tensors_are_refused_by_name(call, layout):
         NESTED[call](nested, normal(C, 3 * H * D))
 
 
-@pytest.mark.parametrize("call", ["packed_attention_varlen", "decode_attention"])
+SPARSE = {
+    "decode_attention": lambda q, k, v: ra_triton.decode_attention(q, k, v, CU[1:].to_sparse()),
+    "packed_attention_varlen": lambda *t: ra_triton.packed_attention_varlen(
+        *(x[0] for x in t), CU.to_sparse(), CU, 3, 3
+    ),
+}
+
+
+@pytest.mark.parametrize("call", SPARSE)
 def test_integers_that_are_not_dense_are_refused(call):
-    q, k, v = inputs_of(attention)
     with pytest.raises(TypeError, match="must be a dense tensor, got layout"):
-        if call == "decode_attention":
-            ra_triton.decode_attention(q, k, v, CU[1:].to_sparse())
-        else:
-            ra_triton.packed_attention_varlen(q[0], k[0], v[0], CU.to_sparse(), CU, 3, 3)
+        SPARSE[call](*inputs_of(attention))

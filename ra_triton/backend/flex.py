@@ -50,10 +50,10 @@ def unsupported(
     """Why this backend cannot run the call, or None."""
     if options is None:
         return None
-    if isinstance(options, DecodeOptions):
-        return "block masks of a cache's lengths would have to be built for each token"
     if distributed(*tensors):
         return "flex_attention is compiled for local tensors, got a DTensor; call .to_local() on it"
+    if isinstance(options, DecodeOptions):
+        return "block masks of a cache's lengths would have to be built for each token"
     device = tensors[0].device  # type: ignore[union-attr]
     reason = _device_unsupported(device)
     if reason is not None:
