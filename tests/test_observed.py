@@ -22,6 +22,7 @@ from ra_triton.nn import KVCache, RACausalSelfAttention
 B, T, H, D, C, R = 2, 5, 2, 16, 24, 4
 CU = torch.tensor([0, 2, 5], dtype=torch.int32, device=DEVICE)
 TABLES = tuple(normal(T, D // 2, seed=seed) for seed in (7, 8))
+K_WEIGHT = normal(D, seed=9)
 
 
 def layer(x, W, bias, **options):
@@ -43,7 +44,7 @@ def attention(q, k, v, **options):
 
 
 def norm_rope(q, k, weight, **options):
-    weights = (weight, normal(D, seed=9))
+    weights = (weight, K_WEIGHT)
     return torch.cat(ra_triton.pack_qk(q, k, rope=TABLES, qk_norm=weights, **options), 2)
 
 
@@ -276,8 +277,11 @@ def test_function_modes_see_operators_and_a_default_device_is_none():
         layer(x, W, bias, backend="triton")
 
 
-@functions
-@pytest.mark.parametrize("mode", ["real", "symbolic"])
+# A symbolic trace takes no real tensor besides its inputs, as offsets and tables are here.
+TRACES = [(f, "real") for f in FUNCTIONS] + [(f, "symbolic") for f in (layer, project, attention)]
+
+
+@pytest.mark.parametrize(("function", "mode"), TRACES)
 def test_make_fx_of_forward_and_backward_computes_on_new_data(function, mode):
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -338,7 +342,7 @@ def test_flops_count_what_is_needed_and_inference():
     assert inference.get_total_flops() == GEMM + 2 * scores(B * T * T) + 2 * scores(B * 2 * 4)
 
 
-@pytest.mark.parametrize("saved", ["ra_triton", "aten", "nothing"])
+@pytest.mark.parametrize("saved", ["ra_triton", "mm", "nothing"])
 def test_selective_checkpoints_save_what_they_name(monkeypatch, saved):
     module = RACausalSelfAttention(32, H, R=R, rope=True, backend="triton", device=DEVICE)
     launched, attend = [], launches.attend
@@ -547,3 +551,14 @@ SPARSE = {
 def test_integers_that_are_not_dense_are_refused(call):
     with pytest.raises(TypeError, match="must be a dense tensor, got layout"):
         SPARSE[call](*inputs_of(attention))
+
+
+@pytest.mark.parametrize("function", [layer, project, norm_rope], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("changed", range(2))
+def test_a_layer_whose_operand_changes_is_noticed(function, changed):
+    leaves = [t.requires_grad_() for t in inputs_of(function)]
+    operands = [t * 1 for t in leaves]
+    out = function(*operands, backend="triton")
+    operands[changed].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
