@@ -67,7 +67,8 @@ def _differentiable(
     methods = {"forward": lambda *args: operator(*args), "setup_context": save}
     methods |= {"backward": backward, "vmap": vmap}
     static = {name: staticmethod(method) for name, method in methods.items()}
-    function = _functions[operator] = type(operator._name, (Function,), static)
+    function: Any = type(operator._name, (Function,), static)
+    _functions[operator] = function
 
 
 def _each_slice(function: Callable[..., Any], info: Any, in_dims: Any, *args: Any) -> Any:

@@ -345,8 +345,8 @@ TILE_FAULTS = [
     Fault(
         "float32 products always in TF32",
         TILES,
-        'return "tf32"\n    return "ieee"',
-        'return "tf32"\n    return "tf32"',
+        'if dtype == torch.float32 and allows_tf32() else "ieee"',
+        'if dtype == torch.float32 else "ieee"',
         f"{_M}float32_products_are_ieee_unless_pytorch_allows_tf32",
     ),
     Fault(
@@ -832,7 +832,7 @@ BACKWARD_FAULTS = [
     Fault(
         "layer: gradients overwrite the saved operands",
         LAUNCHES,
-        "dpacked = torch.empty_like(packed)",
+        "dpacked = _gradient_of(offsets)(packed)",
         "dpacked = packed",
         LAYER,
     ),
@@ -1829,8 +1829,8 @@ CONTRACT_FAULTS = [
     Fault(
         "attention: operands saved past autograd's watch",
         OPS,
-        "ctx.save_for_backward(q_pack, k_pack, v, *output, seed, *begins)",
-        "ctx.save_for_backward(q_pack.data, k_pack.data, v.data, *output, seed, *begins)",
+        "_save(ctx, offsets, q_pack, k_pack, v, *output, seed)",
+        "_save(ctx, offsets, q_pack.data, k_pack.data, v.data, *output, seed)",
         f"{_S}an_operand_changed_before_the_backward_is_noticed",
     ),
     Fault(
@@ -1857,8 +1857,8 @@ CONTRACT_FAULTS = [
     Fault(
         "pack_qk: kernels run where a gradient is needed",
         TRITON,
-        "if needs_grad(q, k, q_low, k_low):",
-        "if False:",
+        "if needs_grad(*tensors) or observed(*tensors):",
+        "if observed(*tensors):",
         f"{_M}pack_qk_is_differentiable_on_triton_too",
     ),
     Fault(
