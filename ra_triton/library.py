@@ -62,13 +62,12 @@ def _differentiable(
             return gradients(ctx, *incoming)
 
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _each_slice(function.apply, info, in_dims, *args)
+        return _each_slice(_functions[operator].apply, info, in_dims, *args)
 
     methods = {"forward": lambda *args: operator(*args), "setup_context": save}
     methods |= {"backward": backward, "vmap": vmap}
     static = {name: staticmethod(method) for name, method in methods.items()}
-    function: Any = type(operator._name, (Function,), static)
-    _functions[operator] = function
+    _functions[operator] = type(operator._name, (Function,), static)
 
 
 def _each_slice(function: Callable[..., Any], info: Any, in_dims: Any, *args: Any) -> Any:
