@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ra_triton import quantization
-from ra_triton.checks import autocast_dtype, distributed, needs_grad
+from ra_triton.checks import autocast_dtype, needs_grad
 from ra_triton.layout import RALayout
 from ra_triton.norm_rope import NormRope
 from ra_triton.offsets import Offsets
@@ -32,14 +32,8 @@ MAX_SCORES = 2**24  # that plain torch holds at once, 64 MiB in float32
 def unsupported(
     tensors: tuple[Tensor | None, ...], options: AttentionOptions | None, head_dim: int | None
 ) -> str | None:
-    """None: it runs every call, but for DTensors in attention on a CPU."""
-    if options is not None and distributed(*tensors) and not _on_gpu(tensors[0]):
-        return "PyTorch's attention on a CPU takes no DTensor; call .to_local() on it"
+    """None: it runs every call."""
     return None
-
-
-def _on_gpu(t: Tensor | None) -> bool:
-    return t is not None and t.is_cuda
 
 
 def project(
