@@ -19,6 +19,7 @@ from ra_triton.checks import (
     check_project_inputs,
     check_same,
     check_shape,
+    have_addresses,
     needs_grad,
 )
 from ra_triton.layout import RALayout
@@ -194,7 +195,7 @@ def project(
             raise ValueError(f"out must be contiguous, got strides {out.stride()}")
         read = [("x", x), *(("W_fused", t) for t in _tensors(W_fused)), ("bias", bias)]
         for name, t in read:
-            if t is not None and out.numel() and _storage(t) == _storage(out):
+            if t is not None and out.numel() and _shared(t, out):
                 raise ValueError(f"out must not share memory with {name}")
         if needs_grad(x, *_tensors(W_fused), bias, out):
             raise ValueError("out cannot be used while a gradient is needed; use torch.no_grad()")
@@ -444,7 +445,7 @@ def pack_qk_(
     call = _norm_rope_call(q, k, q_low, k_low, rope, position, rope_dims, qk_norm, norm_eps)
     check_no_overlap("q", q)
     check_no_overlap("k", k)
-    if not torch.compiler.is_compiling():
+    if have_addresses(q, k):
         check_apart("k", k, "q", q)
     if needs_grad(*call[:6]):
         raise ValueError("pack_qk_ is for inference; use pack_qk, or torch.no_grad()")
@@ -541,10 +542,13 @@ def _apart_from(source: Tensor, written: tuple[Tensor, ...]) -> Tensor:
 
     A compiler sees no addresses, and drops the copies that it finds needless.
     """
-    shared = torch.compiler.is_compiling() or any(_storage(t) == _storage(source) for t in written)
+    known = have_addresses(source, *written)
+    shared = not known or any(_shared(t, source) for t in written)
     return source.clone() if shared else source
 
 
-def _storage(t: Tensor) -> int:
-    """The address of the memory that ``t`` is a view of."""
-    return t.untyped_storage().data_ptr()
+def _shared(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are views of one memory, as far as they show it."""
+    if not have_addresses(a, b):
+        return False
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

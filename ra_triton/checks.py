@@ -5,7 +5,9 @@ from collections.abc import Collection
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from ra_triton import internals
 
@@ -25,6 +27,11 @@ def check_float_tensor(
     """``t`` is a dense real tensor in one of ``dtypes`` (any float if None), else TypeError."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested one; sequences of different lengths lie "
+            f"one after the other, with cu_seqlens"
+        )
     if t.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {t.layout}")
     if dtypes is None and not t.is_floating_point():
@@ -168,6 +175,8 @@ def check_decode_inputs(
     check_attention_inputs(q_pack, k_pack, v)
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths must be a tensor, got {type(lengths).__name__}")
+    if lengths.layout != torch.strided:
+        raise TypeError(f"lengths must be a dense tensor, got layout {lengths.layout}")
     if lengths.dtype != torch.int32:
         raise TypeError(f"lengths must be torch.int32, got {lengths.dtype}")
     check_shape("lengths", lengths, (q_pack.shape[0],), "one per sequence, [B]")
@@ -216,3 +225,67 @@ def _has_autocast(device_type: str) -> bool:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd would record a call on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def observed(*tensors: Tensor | None) -> bool:
+    """Whether something besides autograd has to see the operators of a call on these tensors.
+
+    Compilers and exporters, ``torch.jit.trace``, ``torch.func``, modes, subclasses, batches of
+    gradients: a launch is invisible to them. Nor does it see what they hide: a lazily negated
+    tensor does not hold its values.
+    """
+    if torch.compiler.is_compiling() or internals.modes_active():
+        return True
+    for t in tensors:
+        if t is not None and (
+            (type(t) is not Tensor and type(t) is not Parameter)
+            or t.is_neg()
+            or internals.is_batch_of_gradients(t)
+        ):
+            return True
+    return False
+
+
+def have_addresses(*tensors: Tensor) -> bool:
+    """Whether these tensors can tell where their memory is: none is traced or wrapped."""
+    if torch.compiler.is_compiling() or internals.transforms_active():
+        return False
+    return all(type(t) is Tensor or type(t) is Parameter for t in tensors)
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` is active, and no compiler deals with it."""
+    return not torch.compiler.is_compiling() and internals.transforms_active()
+
+
+def distributed(*tensors: Tensor | None) -> bool:
+    """Whether one of them is a DTensor: a piece here, the others in other processes."""
+    return any(type(t).__name__ == "DTensor" for t in tensors)
+
+
+def context_parallel() -> bool:
+    """Whether ``torch.distributed``'s ``context_parallel`` has cut the sequences into pieces.
+
+    The tensors do not show it: each process has its piece as a plain one, and PyTorch's attention
+    is replaced.
+    """
+    module = getattr(F.scaled_dot_product_attention, "__module__", None) or ""
+    return module.startswith("torch.distributed.tensor")
+
+
+def refuse_context_parallel() -> None:
+    """NotImplementedError where attention would see the local piece of a sequence alone."""
+    if context_parallel():
+        raise NotImplementedError(
+            "context_parallel: ra_triton would attend to the local piece of each sequence alone; "
+            "call it outside of context_parallel, on whole sequences"
+        )
+
+
+def allows_tf32() -> bool:
+    """Whether PyTorch's float32 products on a GPU may round their operands to TF32.
+
+    This one setting follows all others, those of ``torch.set_float32_matmul_precision`` too, whose
+    own getter raises after ``torch.backends`` was used for any device.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"

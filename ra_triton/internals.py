@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils import _python_dispatch
 
 Constant = TypeVar("Constant", bound=Callable[..., Any])
 
@@ -43,6 +44,50 @@ def transforms_active() -> bool:
         return torch._C._are_functorch_transforms_active()
     except AttributeError:
         name = "torch._C._are_functorch_transforms_active"
+        _missing(name, "each call goes through registered operators, which takes longer")
+        return True
+
+
+def modes_active() -> bool:
+    """Whether transforms, modes or ``torch.jit.trace`` see operators; not to be traced."""
+    try:
+        return bool(
+            torch._C._are_functorch_transforms_active()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._is_tracing()
+            or (torch._C._len_torch_function_stack() and _has_function_mode())
+        )
+    except AttributeError as error:
+        _missing(
+            f"torch._C.{error.name}",
+            "each call goes through registered operators, which takes longer",
+        )
+        return True
+
+
+def _has_function_mode() -> bool:
+    """Whether a mode sees functions of torch, besides that of ``torch.set_default_device``."""
+    stack = range(torch._C._len_torch_function_stack())
+    modes = (type(torch._C._get_function_stack_at(i)).__name__ for i in stack)
+    return any(name != "DeviceContext" for name in modes)
+
+
+def dispatch_modes() -> list[Any]:
+    """The dispatch modes around this call; none where a release does not say."""
+    try:
+        return _python_dispatch._get_current_dispatch_mode_stack()
+    except AttributeError:
+        name = "torch.utils._python_dispatch._get_current_dispatch_mode_stack"
+        _missing(name, "a FLOP counter may count nothing of ra_triton")
+        return []
+
+
+def is_batch_of_gradients(t: Tensor) -> bool:
+    """Whether this is the wrapper of ``torch.autograd.grad(is_grads_batched=True)``."""
+    try:
+        return torch._C._functorch.is_legacy_batchedtensor(t)
+    except AttributeError:
+        name = "torch._C._functorch.is_legacy_batchedtensor"
         _missing(name, "each call goes through registered operators, which takes longer")
         return True
 

@@ -3,7 +3,8 @@
 Kernels are imported by the first call, so that a process that never launches needs no Triton.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ra_triton.checks import refuse_context_parallel
 from ra_triton.layout import Columns, RALayout
 from ra_triton.norm_rope import NormRope
 from ra_triton.offsets import Offsets
@@ -148,9 +150,18 @@ def attend(
     lse: Tensor | None = None,
     offsets: Offsets | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(out [B, T_q, H, D], lse [B, H, T_q])``, new unless given; with ``offsets`` B is 1."""
+    """``(out [B, T_q, H, D], lse [B, H, T_q])``, new unless given; with ``offsets`` B is 1.
+
+    A token behind the last sequence gives 0 and ``-inf``, as a query without keys.
+    """
     from ra_triton.kernels.attention_forward import attention_forward
 
+    refuse_context_parallel()  # here too, for a compiled call
+    if offsets is not None and not offsets.complete:
+        (B, T_q, H, _), device = q_pack.shape, q_pack.device
+        out = torch.empty(q_pack.shape, dtype=q_pack.dtype, device=device) if out is None else out
+        lse = torch.empty((B, H, T_q), dtype=torch.float32, device=device) if lse is None else lse
+        out.zero_(), lse.fill_(-math.inf)
     with _device_of(q_pack):
         return attention_forward(
             q_pack,
@@ -254,14 +265,21 @@ def attention_gradients(
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``(dq, dk, dv)``, each only if needed; a ``do`` of None is zero, and so is a ``dlse``."""
+    new = _gradient_of(offsets)
     dq, dk, dv = (
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else None
+        new(t, memory_format=torch.contiguous_format) if need else None
         for t, need in zip((q_pack, k_pack, v), needed, strict=True)
     )
     do = torch.zeros_like(out) if do is None else do
     grads = (dq, dk, dv)
     attend_backward(q_pack, k_pack, v, out, lse, do, dlse, *grads, options, seed, offsets)
     return dq, dk, dv
+
+
+def _gradient_of(offsets: Offsets | None) -> Callable[..., Tensor]:
+    """Allocates gradients: zeros where no sequence may write some of them."""
+    complete = offsets is None or offsets.complete
+    return torch.empty_like if complete else torch.zeros_like
 
 
 def layer(
@@ -307,7 +325,7 @@ def layer_gradients(
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``(dx, dW, dbias)``, each only if needed; dq, dk and dv share one buffer ``[B, T, N]``."""
-    dpacked = torch.empty_like(packed)
+    dpacked = _gradient_of(offsets)(packed)
     q_pack, k_pack, v = layout.views(packed)
     grads = layout.views(dpacked)
     attend_backward(q_pack, k_pack, v, out, lse, do, None, *grads, options, seed, offsets)

@@ -3,15 +3,22 @@
 Each has a fake kernel (shapes and strides without data) and an autograd formula whose backward is
 an operator too, so a compiled graph holds forward and backward as opaque calls. A gradient that
 nobody needs comes back as a tensor of size 0, and leaves the formula as None.
+
+``torch.func`` differentiates Functions alone, so each operator with a formula has one, which
+:func:`call` takes under a transform. Under ``vmap`` an operator is a loop over the slices.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.library import CustomOpDef
 
-from ra_triton import launches
+from ra_triton import flops, internals, launches
+from ra_triton.checks import transformed
 from ra_triton.layout import RALayout
 from ra_triton.norm_rope import NormRope
 from ra_triton.offsets import Offsets, flat, unflat
@@ -21,6 +28,64 @@ from ra_triton.quantization import QuantizedWeight
 Grads = tuple[Tensor | None, ...]
 Three = tuple[Tensor, Tensor, Tensor]
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+_functions: dict[CustomOpDef, type[Function]] = {}
+
+
+def call(operator: CustomOpDef, *args: Any) -> Any:
+    """``operator(*args)``, under the transforms of ``torch.func`` too."""
+    if not torch.compiler.is_compiling():
+        flops.register()
+    if transformed() and operator in _functions:
+        transforms = internals.active_transforms()
+        if transforms and transforms[-1] != "Functionalize":
+            return _functions[operator].apply(*args)
+    return operator(*args)
+
+
+def _differentiable(
+    operator: CustomOpDef, gradients: Callable[..., Any], save: Callable[..., None]
+) -> None:
+    """Give an operator its formula: ``gradients(ctx, *incoming)`` after ``save``."""
+    operator.register_autograd(gradients, setup_context=save)
+
+    def backward(ctx: Any, *incoming: Any) -> Any:
+        transforms = internals.active_transforms() if transformed() else []
+        if not transforms:
+            return gradients(ctx, *incoming)
+        # No formula of a backward is recorded here, so another level would get no gradient.
+        if sum(name != "Vmap" for name in transforms) > 1:
+            _refuse(ctx)
+        with torch.no_grad():
+            return gradients(ctx, *incoming)
+
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _each_slice(_functions[operator].apply, info, in_dims, *args)
+
+    methods = {"forward": lambda *args: operator(*args), "setup_context": save}
+    methods |= {"backward": backward, "vmap": vmap}
+    static = {name: staticmethod(method) for name, method in methods.items()}
+    _functions[operator] = type(operator._name, (Function,), static)
+
+
+def _each_slice(function: Callable[..., Any], info: Any, in_dims: Any, *args: Any) -> Any:
+    """The rule of ``vmap``: ``function`` of each slice, and the results as one."""
+    if info.batch_size == 0:
+        raise NotImplementedError("backend='triton': no vmap over a dim of size 0")
+    outs = [
+        function(
+            *(
+                arg.select(dim, i) if isinstance(dim, int) else arg
+                for arg, dim in zip(args, in_dims, strict=True)
+            )
+        )
+        for i in range(info.batch_size)
+    ]
+    if isinstance(outs[0], Tensor):
+        return torch.stack(outs), 0
+    stacked = tuple(torch.stack(parts) for parts in zip(*outs, strict=True))
+    return stacked, (0,) * len(stacked)
 
 
 def _layout(W_packed: Tensor, n_head: int, n_kv_head: int) -> RALayout:
@@ -101,7 +166,7 @@ def _project_grads(ctx: Any, dy: Tensor) -> Grads:
     return project_gradients(x, W_packed, dy, ctx.needs_input_grad)
 
 
-project.register_autograd(_project_grads, setup_context=_save_project)
+_differentiable(project, _project_grads, _save_project)
 
 
 # Attention over packed operands
@@ -127,6 +192,7 @@ def attention(
     """``(out [B, T_q, H, D], lse [B, H, T_q])``."""
     options = _options(causal, softmax_scale, dropout_p, window_left, window_right, softcap)
     offsets = unflat(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    offsets = offsets and offsets.within(q_pack.shape[1], k_pack.shape[1])
     return launches.attend(q_pack, k_pack, v, options, seed, offsets=offsets)
 
 
@@ -161,6 +227,7 @@ def attention_backward(
     """``(dq, dk, dv)``."""
     options = _options(causal, softmax_scale, dropout_p, window_left, window_right, softcap)
     offsets = unflat(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    offsets = offsets and offsets.within(q_pack.shape[1], k_pack.shape[1])
     grads = launches.attention_gradients(
         q_pack, k_pack, v, out, lse, do, dlse, seed, options, offsets, needed
     )
@@ -207,7 +274,7 @@ def _attention_grads(ctx: Any, do: Tensor, dlse: Tensor) -> Grads:
     return (*grads, *[None] * (len(ctx.needs_input_grad) - 3))
 
 
-attention.register_autograd(_attention_grads, setup_context=_save_attention)
+_differentiable(attention, _attention_grads, _save_attention)
 
 
 # The layer: both of them
@@ -236,6 +303,7 @@ def layer(
     layout = _layout(W_packed, n_head, n_kv_head)
     options = _options(causal, softmax_scale, dropout_p, window_left, window_right, softcap)
     offsets = unflat(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    offsets = offsets and offsets.within(x.shape[1], x.shape[1])
     return launches.layer(x, W_packed, bias, layout, options, seed, offsets=offsets)
 
 
@@ -282,6 +350,7 @@ def layer_backward(
     layout = _layout(W_packed, n_head, n_kv_head)
     options = _options(causal, softmax_scale, dropout_p, window_left, window_right, softcap)
     offsets = unflat(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    offsets = offsets and offsets.within(x.shape[1], x.shape[1])
     grads = launches.layer_gradients(
         x, W_packed, packed, out, lse, do, layout, options, seed, offsets, needed
     )
@@ -331,7 +400,7 @@ def _layer_grads(ctx: Any, do: Tensor | None, *_: Any) -> Grads:
     return (*grads, *[None] * (len(ctx.needs_input_grad) - 3))
 
 
-layer.register_autograd(_layer_grads, setup_context=_save_layer)
+_differentiable(layer, _layer_grads, _save_layer)
 
 
 # Lane exchange, norm and rotation
@@ -414,7 +483,7 @@ def _norm_rope_grads(ctx: Any, dq_pack: Tensor, dk_pack: Tensor) -> Grads:
     return (*grads, *[None] * 5)
 
 
-norm_rope.register_autograd(_norm_rope_grads, setup_context=_save_norm_rope)
+_differentiable(norm_rope, _norm_rope_grads, _save_norm_rope)
 
 
 # A key/value cache: reading and appending, without gradients
@@ -501,3 +570,15 @@ def project_quantized_of(x: Tensor, W: QuantizedWeight, bias: Tensor | None) -> 
     layout = W.layout
     sizes = (layout.n_head, layout.n_kv_head, layout.head_dim, layout.R)
     return project_quantized(x, W.data, W.scale, W.others, bias, *sizes, W.activations)
+
+
+def _append_to_slices(*_: Any) -> Any:
+    raise NotImplementedError("backend='triton': a cache cannot be appended to under vmap")
+
+
+append_.register_vmap(_append_to_slices)
+for _operator in (
+    *(project, project_backward, attention, attention_backward, layer, layer_backward),
+    *(norm_rope, norm_rope_backward, decode, project_quantized),
+):
+    _operator.register_vmap(partial(_each_slice, _operator))

@@ -15,12 +15,24 @@ class Offsets(NamedTuple):
         cu_seqlens_k: likewise.
         max_seqlen_q: the most queries of a sequence.
         max_seqlen_k: the most keys.
+        complete: whether the sequences are known to hold every token.
     """
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     max_seqlen_q: int
     max_seqlen_k: int
+    complete: bool = False
+
+    def within(self, queries: int, keys: int) -> "Offsets":
+        """The same for so many tokens, which no sequence exceeds.
+
+        A traced call comes here with numbers that only its run has.
+        """
+        check_longest("max_seqlen_q", self.max_seqlen_q, queries)
+        check_longest("max_seqlen_k", self.max_seqlen_k, keys)
+        most_q, most_k = min(self.max_seqlen_q, queries), min(self.max_seqlen_k, keys)
+        return self._replace(max_seqlen_q=most_q, max_seqlen_k=most_k)
 
     def sequences(self) -> list[tuple[slice, slice]]:
         """Queries and keys of each sequence; reads the offsets back from their device."""
@@ -36,14 +48,14 @@ def lengths(offsets: Offsets) -> tuple[int, int, int]:
 
 
 def flat(offsets: Offsets | None) -> tuple[Any, ...]:
-    """The fields, as autograd functions and operators take them; Nones and zeros without."""
-    return (None, None, 0, 0) if offsets is None else tuple(offsets)
+    """What a trace keeps of them, as autograd functions and operators take it."""
+    return (None, None, 0, 0) if offsets is None else tuple(offsets)[:4]
 
 
 def unflat(
     cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int
 ) -> Offsets | None:
-    """Inverse of :func:`flat`."""
+    """Inverse of :func:`flat`, but for what is known of the values."""
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return None
     return Offsets(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -53,6 +65,8 @@ def check_offsets(name: str, cu_seqlens: Tensor, device: torch.device) -> None:
     """``cu_seqlens`` is ``[B + 1]`` int32 on ``device``: what can be said without its values."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {cu_seqlens.layout}")
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{name} must be torch.int32, got {cu_seqlens.dtype}")
     if cu_seqlens.device != device:
@@ -63,8 +77,10 @@ def check_offsets(name: str, cu_seqlens: Tensor, device: torch.device) -> None:
 
 def check_longest(name: str, longest: object, total: int) -> None:
     """``longest`` is an int that fits ``total`` tokens: at least 1 if there are any."""
-    if isinstance(longest, bool) or not isinstance(longest, int):
+    if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {longest!r}")
+    if torch.compiler.is_compiling():
+        return  # a tracer may not know the number: `Offsets.within` looks at it when the call runs
     if longest < min(total, 1):
         raise ValueError(f"{name} must be at least 1 with {total} tokens, got {longest}")
 
@@ -133,4 +149,6 @@ def checked(
                     f"cu_seqlens{name}, got {most}"
                 )
     queries, keys = (t.contiguous() for t in cu_seqlens)
-    return Offsets(queries, keys, min(longest[0], totals[0]), min(longest[1], totals[1]))
+    if torch.compiler.is_compiling():
+        return Offsets(queries, keys, *longest)
+    return Offsets(queries, keys, *longest, complete=check).within(*totals)

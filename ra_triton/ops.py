@@ -3,25 +3,25 @@
 Four differentiable functions: the projection, what stands between it and attention (``norm_rope``),
 the attention, and the whole layer, whose backward writes dq, dk and dv into one ``[B, T, N]``
 buffer, so that dx and dW are one GEMM each. Without a gradient to record, the launches run
-directly. What is traced (``torch.compile``, ``torch.export``) takes the registered operators
-instead, which do the same at a higher cost per call. So does a backward that is itself recorded
-(``create_graph=True``, ``torch.func``): the operators see through wrappers, and raise when somebody
-differentiates a second time.
+directly. A call that something else has to see (``checks.observed``: compilers, modes,
+``torch.func``, subclasses) takes the registered operators instead, which do the same at a higher
+cost per call. So does a backward that is observed, or itself recorded (``create_graph=True``): the
+operators raise when they are differentiated a second time.
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+from torch.autograd.graph import increment_version
 
 from ra_triton import internals, launches, library
-from ra_triton.checks import needs_grad
+from ra_triton.checks import needs_grad, observed
 from ra_triton.layout import RALayout
 from ra_triton.norm_rope import NormRope
-from ra_triton.offsets import Offsets, flat, unflat
+from ra_triton.offsets import Offsets, flat
 from ra_triton.options import AttentionOptions
 from ra_triton.quantization import QuantizedWeight
 from ra_triton.workspace import Workspace
@@ -32,12 +32,11 @@ Grads = tuple[Tensor | None, ...]
 def project(x: Tensor, W_packed: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
     """``x [B, T, C] @ W_packed [C, N] + bias``; ``out`` only where no gradient is needed."""
     _refuse_tangents(x, W_packed, bias)
-    recorded = needs_grad(x, W_packed, bias)
-    if out is None and (_traced(x, W_packed) or (_transformed() and not recorded)):
-        return library.project(x, W_packed, bias)
-    if recorded:
-        return _function(_Projection).apply(x, W_packed, bias)
-    return launches.project(x, W_packed, bias, out)
+    if observed(x, W_packed, bias, out):
+        return _into(out, library.call(library.project, x, W_packed, bias))
+    if needs_grad(x, W_packed, bias):
+        return _Projection.apply(x, W_packed, bias)
+    return _written(launches.project(x, W_packed, bias, out), out)
 
 
 def attention(
@@ -50,12 +49,11 @@ def attention(
     """``(out [B, T_q, H, D], lse [B, H, T_q])``; lse is differentiable too."""
     _refuse_tangents(q_pack, k_pack, v)
     seed = launches.new_seed(v, options)
-    recorded = needs_grad(q_pack, k_pack, v)
-    if _traced(q_pack, k_pack, v) or (_transformed() and not recorded):
-        numbers = library.numbers(options)
-        return library.attention(q_pack, k_pack, v, seed, *numbers, *flat(offsets))
-    if recorded:
-        return _function(_Attention).apply(q_pack, k_pack, v, options, seed, *flat(offsets))
+    if observed(q_pack, k_pack, v, *flat(offsets)[:2]):
+        args = (q_pack, k_pack, v, seed, *library.numbers(options), *flat(offsets))
+        return library.call(library.attention, *args)
+    if needs_grad(q_pack, k_pack, v):
+        return _Attention.apply(q_pack, k_pack, v, options, seed, offsets)
     return launches.attend(q_pack, k_pack, v, options, seed, offsets=offsets)
 
 
@@ -71,14 +69,12 @@ def layer(
     """Projection and attention: ``[B, T, C] -> [B, T, H, D]``; a workspace needs no gradient."""
     _refuse_tangents(x, W_packed, bias)
     seed = launches.new_seed(x, options)
-    recorded = needs_grad(x, W_packed, bias)
-    if _traced(x, W_packed) or (_transformed() and not recorded):
+    if observed(x, W_packed, bias, *flat(offsets)[:2]):
         heads = (layout.n_head, layout.n_kv_head)
         numbers = (*heads, *library.numbers(options), *flat(offsets))
-        return library.layer(x, W_packed, bias, seed, *numbers)[0]
-    if recorded:
-        args = (x, W_packed, bias, layout, options, seed, *flat(offsets))
-        return _function(_Layer).apply(*args)[0]
+        return library.call(library.layer, x, W_packed, bias, seed, *numbers)[0]
+    if needs_grad(x, W_packed, bias):
+        return _Layer.apply(x, W_packed, bias, layout, options, seed, offsets)[0]
     return launches.layer(x, W_packed, bias, layout, options, seed, workspace, offsets)[0]
 
 
@@ -89,7 +85,7 @@ def prepare_layer(
     layout: RALayout,
     options: AttentionOptions,
 ) -> Callable[..., Tensor] | None:
-    """:func:`layer` for later calls alike, where no gradient is needed and nothing looks on."""
+    """:func:`layer` for later calls alike, without gradients and with nothing to observe it."""
     return launches.prepare_layer(x, W_packed, bias, layout, options)
 
 
@@ -97,9 +93,9 @@ def project_quantized(
     x: Tensor, W: QuantizedWeight, bias: Tensor | None, out: Tensor | None
 ) -> Tensor:
     """``x [B, T, C] @ W + bias`` ``[B, T, N]`` from an int8 weight; no gradient is needed."""
-    if out is None and (_traced(x, *W.tensors) or _transformed()):
-        return library.project_quantized_of(x, W, bias)
-    return launches.project(x, W, bias, out)
+    if observed(x, *W.tensors, bias, out):
+        return _into(out, library.project_quantized_of(x, W, bias))
+    return _written(launches.project(x, W, bias, out), out)
 
 
 def layer_quantized(
@@ -112,7 +108,7 @@ def layer_quantized(
     offsets: Offsets | None,
 ) -> Tensor:
     """Projection from an int8 weight, and attention; no gradient is needed."""
-    if _traced(x, *W.tensors) or _transformed():
+    if observed(x, *W.tensors, bias, *flat(offsets)[:2]):
         packed = library.project_quantized_of(x, W, bias)
         return attention(*layout.views(packed), options, offsets)[0]
     seed = launches.new_seed(x, options)
@@ -129,28 +125,29 @@ def pack_(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> None:
     """Overwrites the last lanes of q and k, where no gradient is needed."""
     _refuse_tangents(q, k, q_low, k_low)
     launches.pack_(q, k, q_low, k_low)
+    increment_version((q, k))
 
 
 def norm_rope(call: NormRope) -> tuple[Tensor, Tensor]:
     """Lane exchange, norm and rotation of q and k; cos, sin and positions have no gradient."""
     _refuse_tangents(*call[:6])
-    recorded = needs_grad(*call[:6])
-    if _traced(call.q, call.k) or (_transformed() and not recorded):
-        return library.norm_rope(*call)
-    if recorded:
-        return _function(_NormRope).apply(*call)
+    if observed(*call[:9]):
+        return library.call(library.norm_rope, *call)
+    if needs_grad(*call[:6]):
+        return _NormRope.apply(*call)
     return launches.norm_rope(call)
 
 
 def norm_rope_(call: NormRope) -> None:
     """The same over q and k, where no gradient is needed."""
     _refuse_tangents(*call[:6])
-    if _traced(call.q, call.k) or _transformed():
-        q, k = library.norm_rope(*call)
+    if observed(*call[:9]):
+        q, k = library.call(library.norm_rope, *call)
         call.q.copy_(q)
         call.k.copy_(k)
         return
     launches.norm_rope_(call)
+    increment_version((call.q, call.k))
 
 
 def decode(
@@ -163,17 +160,20 @@ def decode(
 ) -> Tensor:
     """``[B, T_q, H, D]`` over a cache, where no gradient is needed."""
     _refuse_tangents(q_pack, k_pack, v)
-    if _traced(q_pack, k_pack, v) or _transformed():
+    if observed(q_pack, k_pack, v, lengths):
         numbers = (options.reach[0], options.softmax_scale, options.softcap, max_length)
-        return library.decode(q_pack, k_pack, v, lengths, *numbers)
+        return library.call(library.decode, q_pack, k_pack, v, lengths, *numbers)
     return launches.decode(q_pack, k_pack, v, lengths, options, max_length)
 
 
 def append_(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Tensor) -> None:
     """Overwrites the caches after ``lengths``, and lengths, where no gradient is needed."""
     _refuse_tangents(k, v)
-    append = library.append_ if _traced(k, v) else launches.append_
-    append(k_cache, v_cache, lengths, k, v)
+    if observed(k_cache, v_cache, lengths, k, v):
+        library.call(library.append_, k_cache, v_cache, lengths, k, v)
+    else:
+        launches.append_(k_cache, v_cache, lengths, k, v)
+        increment_version((k_cache, v_cache, lengths))
 
 
 def _refuse_tangents(*tensors: Tensor | None) -> None:
@@ -186,147 +186,131 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
         )
 
 
-def _traced(*tensors: Tensor | None) -> bool:
-    """Whether a compiler or an exporter looks on; it must not see addresses and launches."""
-    return torch.compiler.is_compiling() or any(
-        t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors
-    )
+def _into(out: Tensor | None, result: Tensor) -> Tensor:
+    """``result``, copied into ``out`` if given: no operator writes into a caller's memory."""
+    return result if out is None else out.copy_(result)
 
 
-def _transformed() -> bool:
-    """Whether ``torch.func`` has wrapped the tensors: only operators see through the wrappers."""
-    return internals.transforms_active()
+def _written(result: Tensor, out: Tensor | None) -> Tensor:
+    """``result``, which is ``out`` if given; autograd has not seen the launch that wrote it."""
+    if out is not None:
+        increment_version(out)
+    return result
 
 
-def _function(function: type[Function]) -> type[Function]:
-    """``function``; without ``setup_context`` where ``torch.func`` does not ask for it.
-
-    With it PyTorch inspects and binds a signature on every call, which costs more than a launch.
-    """
-    return function if _transformed() else _without_binding(function)
-
-
-@cache
-def _without_binding(function: type[Function]) -> type[Function]:
-    def forward(ctx: Any, *args: Any) -> Any:
-        output = function.forward(*args)
-        function.setup_context(ctx, args, output)
-        return output
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
-    return type(function.__name__, (Function,), methods)
-
-
-def _gradients(direct: Callable[..., Grads], operator: Callable[..., Grads], *args: Any) -> Grads:
-    """A backward: launched directly, or by its operator where it is itself recorded.
-
-    The operator raises when it is differentiated; inside ``torch.func`` it cannot be, so there a
-    second level of differentiation is refused right away.
-    """
-    if _transformed():
-        transforms = internals.active_transforms()
-        if sum(name != "Vmap" for name in transforms) > 1:
-            raise RuntimeError("the Triton kernels cannot differentiate twice; use backend='sdpa'")
-        if not transforms:  # unknown: the operator has to be recorded, so that it raises
-            return operator(*args)
-        with torch.no_grad():
-            return operator(*args)
-    return operator(*args) if torch.is_grad_enabled() else direct(*args)
+def _gradients(
+    direct: Callable[..., Grads],
+    operator: Callable[..., Grads],
+    incoming: tuple[Tensor | None, ...],
+    *args: Any,
+) -> Grads:
+    """A backward: launched directly, or by its operator where it is recorded or observed."""
+    if torch.is_grad_enabled() or observed(*incoming):
+        return operator(*args)
+    return direct(*args)
 
 
 class _Projection(Function):
     @staticmethod
-    def forward(x: Tensor, W_packed: Tensor, bias: Tensor | None) -> Tensor:
-        return launches.project(x, W_packed, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, W_packed, _ = inputs
+    def forward(ctx: Any, x: Tensor, W_packed: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, W_packed)
+        return launches.project(x, W_packed, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Grads:
         x, W_packed = ctx.saved_tensors
         args = (x, W_packed, dy, ctx.needs_input_grad)
-        return _gradients(launches.project_gradients, library.project_gradients, *args)
+        return _gradients(launches.project_gradients, library.project_gradients, (dy,), *args)
 
 
 class _Attention(Function):
     @staticmethod
     def forward(
+        ctx: Any,
         q_pack: Tensor,
         k_pack: Tensor,
         v: Tensor,
         options: AttentionOptions,
         seed: Tensor | None,
-        *offsets: Any,
+        offsets: Offsets | None,
     ) -> tuple[Tensor, Tensor]:
-        return launches.attend(q_pack, k_pack, v, options, seed, offsets=unflat(*offsets))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q_pack, k_pack, v, ctx.options, seed, *begins, most_q, most_k = inputs
-        ctx.longest = most_q, most_k
-        ctx.save_for_backward(q_pack, k_pack, v, *output, seed, *begins)
+        output = launches.attend(q_pack, k_pack, v, options, seed, offsets=offsets)
+        _save(ctx, offsets, q_pack, k_pack, v, *output, seed)
+        ctx.options = options
         ctx.set_materialize_grads(False)
+        return output
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> Grads:
-        q_pack, k_pack, v, out, lse, seed, *begins = ctx.saved_tensors
-        offsets, needed = unflat(*begins, *ctx.longest), ctx.needs_input_grad[:3]
+        (q_pack, k_pack, v, out, lse, seed), offsets = _saved(ctx)
+        needed = ctx.needs_input_grad[:3]
         args = (q_pack, k_pack, v, out, lse, do, dlse, seed, ctx.options, offsets, needed)
-        grads = _gradients(launches.attention_gradients, library.attention_gradients, *args)
-        return (*grads, *[None] * 6)
+        functions = launches.attention_gradients, library.attention_gradients
+        return (*_gradients(*functions, (do, dlse), *args), None, None, None)
 
 
 class _Layer(Function):
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         W_packed: Tensor,
         bias: Tensor | None,
         layout: RALayout,
         options: AttentionOptions,
         seed: Tensor | None,
-        *offsets: Any,
+        offsets: Offsets | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         args = (x, W_packed, bias, layout, options, seed)
-        return launches.layer(*args, offsets=unflat(*offsets))
-
-    @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
-    ) -> None:
-        x, W_packed, _, ctx.layout, ctx.options, seed, *begins, most_q, most_k = inputs
-        ctx.longest = most_q, most_k
-        out, lse, packed = output
+        out, lse, packed = launches.layer(*args, offsets=offsets)
         ctx.mark_non_differentiable(lse, packed)
         ctx.set_materialize_grads(False)  # else backward gets zeros as large as packed
-        ctx.save_for_backward(x, W_packed, packed, out, lse, seed, *begins)
+        _save(ctx, offsets, x, W_packed, packed, out, lse, seed)
+        ctx.layout, ctx.options = layout, options
+        return out, lse, packed
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, *_: Any) -> Grads:
-        x, W_packed, packed, out, lse, seed, *begins = ctx.saved_tensors
+        (x, W_packed, packed, out, lse, seed), offsets = _saved(ctx)
         do = torch.zeros_like(out) if do is None else do
-        offsets, needed = unflat(*begins, *ctx.longest), ctx.needs_input_grad[:3]
+        needed = ctx.needs_input_grad[:3]
         args = (x, W_packed, packed, out, lse, do, ctx.layout, ctx.options, seed, offsets, needed)
-        grads = _gradients(launches.layer_gradients, library.layer_gradients, *args)
-        return (*grads, *[None] * 7)
+        grads = _gradients(launches.layer_gradients, library.layer_gradients, (do,), *args)
+        return (*grads, None, None, None, None)
 
 
 class _NormRope(Function):
     @staticmethod
-    def forward(*call: Any) -> tuple[Tensor, Tensor]:
-        return launches.norm_rope(NormRope._make(call))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.rope_dims, ctx.eps = inputs
-        ctx.save_for_backward(*tensors)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        call = NormRope._make(args)
+        ctx.save_for_backward(*call[:9])
+        ctx.rope_dims, ctx.eps = call.rope_dims, call.eps
+        return launches.norm_rope(call)
 
     @staticmethod
     def backward(ctx: Any, dq_pack: Tensor, dk_pack: Tensor) -> Grads:
         call = NormRope._make((*ctx.saved_tensors, ctx.rope_dims, ctx.eps))
-        args = (call, dq_pack, dk_pack, ctx.needs_input_grad[:6])
-        grads = _gradients(launches.norm_rope_gradients, library.norm_rope_gradients, *args)
+        incoming, functions = (
+            (dq_pack, dk_pack),
+            (
+                launches.norm_rope_gradients,
+                library.norm_rope_gradients,
+            ),
+        )
+        grads = _gradients(*functions, incoming, call, *incoming, ctx.needs_input_grad[:6])
         return (*grads, *[None] * 5)
+
+
+def _save(ctx: Any, offsets: Offsets | None, *tensors: Tensor | None) -> None:
+    """Keep tensors and offsets for the backward, where autograd watches them."""
+    cu_seqlens_q, cu_seqlens_k, *ctx.offsets = offsets or (None, None)
+    ctx.save_for_backward(*tensors, cu_seqlens_q, cu_seqlens_k)
+
+
+def _saved(ctx: Any) -> tuple[tuple[Tensor, ...], Offsets | None]:
+    """What :func:`_save` kept."""
+    *tensors, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    offsets = None
+    if cu_seqlens_q is not None:
+        offsets = Offsets(cu_seqlens_q, cu_seqlens_k, *ctx.offsets)
+    return tuple(tensors), offsets

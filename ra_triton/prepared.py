@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from ra_triton import internals
-from ra_triton.checks import needs_grad
+from ra_triton.checks import allows_tf32, context_parallel, needs_grad, observed
 
 DEVICE = "cuda"  # elsewhere a call costs more than looking at it
 CALLS = 1024  # that are known; beyond, all are forgotten and looked at again
@@ -29,13 +28,11 @@ def key_of(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...
         tensors: what the call reads; None where there is none.
         options: everything else that it was given, as it was given.
     """
-    if torch.compiler.is_compiling() or internals.transforms_active():
-        return None
     for t in tensors:
-        if t is None:
-            continue
-        if (type(t) is not Tensor and type(t) is not Parameter) or t.layout is not torch.strided:
+        if t is not None and (not isinstance(t, Tensor) or t.layout is not torch.strided):
             return None
+    if observed(*tensors) or context_parallel():
+        return None
     first = tensors[0]
     if (
         first is None
@@ -44,12 +41,15 @@ def key_of(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...
         or internals.forward_mode()
     ):
         return None
-    key: list[Any] = [
-        None if t is None else (t.shape, t.stride(), t.data_ptr() % 16, t.dtype, t.device)
-        for t in tensors
-    ]
+    try:
+        key: list[Any] = [
+            None if t is None else (t.shape, t.stride(), t.data_ptr() % 16, t.dtype, t.device)
+            for t in tensors
+        ]
+    except RuntimeError:  # a nested tensor has no shape
+        return None
     if first.dtype is torch.float32:
-        key.append(torch.get_float32_matmul_precision())
+        key.append(allows_tf32())
     # Types too: 1 is no bool, and 4.0 no rank, though they equal True and 4.
     return (*key, needs_grad(*tensors), options, *map(type, options))
 

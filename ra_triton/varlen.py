@@ -102,7 +102,8 @@ def packed_attention_varlen(
         return_lse: also return the logsumexp of the scaled scores.
         check: look at the values of the offsets, which waits for the device. Without it (and where
             a compiler traces the call) nothing waits on the Triton backend; wrong offsets then give
-            wrong numbers, but lead to no address outside of the operands.
+            wrong numbers, but lead to no address outside of the operands. Tokens behind the last
+            sequence then give 0, a logsumexp of ``-inf``, and no gradient.
         backend: ``"triton"``, ``"sdpa"`` (a loop over the sequences) or ``"auto"``.
 
     Returns:

@@ -211,6 +211,8 @@ def kv_heads(n_head: int, n_kv_head: int | None) -> int:
 def _layout_of(w: Tensor, R: int, n_head: int | None, n_kv_head: int | None) -> RALayout:
     if not isinstance(w, Tensor):
         raise TypeError(f"W_fused must be a tensor, got {type(w).__name__}")
+    if w.is_nested:
+        raise TypeError("W_fused must be a dense tensor, got a nested one")
     if w.dim() < 1:
         raise ValueError("W_fused must have at least one dimension, got a scalar tensor")
     return RALayout.from_columns(w.shape[-1], R, n_head, n_kv_head)

@@ -1,5 +1,11 @@
 """The contract with PyTorch: opcheck, torch.compile, torch.export, torch.func, the workspace."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from budget import assert_bitwise
@@ -223,3 +229,51 @@ def test_workspace_refuses_gradients(backend):
 def test_workspace_must_be_one():
     with pytest.raises(TypeError, match="workspace must be a Workspace"):
         ra_triton.ra_attention(normal(2, 9, 24), normal(24, 120), n_head=2, workspace={})
+
+
+# What PyTorch's float32 products may round to, in each of its ways to say so
+
+TF32 = {
+    "torch.set_float32_matmul_precision('high')": True,
+    "torch.set_float32_matmul_precision('medium')": True,
+    "B.cuda.matmul.allow_tf32 = True": True,
+    "B.cuda.matmul.fp32_precision = 'tf32'": True,
+    "B.fp32_precision = 'tf32'": True,
+    "pass": False,
+    "B.fp32_precision = 'ieee'": False,
+    "B.fp32_precision = 'tf32'; B.cuda.matmul.fp32_precision = 'ieee'": False,
+    "B.mkldnn.matmul.fp32_precision = 'bf16'": False,
+    "B.mkldnn.matmul.fp32_precision = 'tf32'": False,
+    "torch.set_float32_matmul_precision('high'); B.cuda.matmul.fp32_precision = 'ieee'": False,
+}
+PRECISION_SCRIPT = """
+import json, os, sys, torch
+from ra_triton import ra_attention
+from ra_triton.kernels.tiles import dot_precision
+B = torch.backends
+
+def run(setting):
+    exec(setting)
+    layer = lambda x: ra_attention(x, torch.randn(16, 48), 2, n_head=1, backend="triton")
+    layer(torch.randn(1, 3, 16))
+    if "mkldnn" in setting and "tf32" in setting:
+        torch.compile(layer, backend="eager", fullgraph=True)(torch.randn(1, 3, 16))
+    dtypes = torch.float32, torch.float16, torch.bfloat16
+    print(setting, *(dot_precision(t) for t in dtypes), sep=", ", flush=True)
+
+for setting in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        run(setting)
+        os._exit(0)
+    assert os.wait()[1] == 0, setting
+"""
+
+
+def test_tf32_is_what_pytorchs_products_on_a_gpu_may_use():
+    """Each in a process of its own: the settings of the older and the newer kind do not mix."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-W", "ignore", "-c", PRECISION_SCRIPT, json.dumps(list(TF32))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = [f"{s}, {'tf32' if allowed else 'ieee'}, ieee, ieee" for s, allowed in TF32.items()]
+    assert done.stdout.splitlines() == expected

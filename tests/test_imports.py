@@ -40,7 +40,8 @@ ARROWS = {
         *SHARED,
     },
     "ops": {"launches", "library", "quantization", "workspace", *SHARED},
-    "library": {"launches", "quantization", *SHARED},
+    "library": {"flops", "launches", "quantization", *SHARED},
+    "flops": {"internals"},
     "cache": {"backend", *SHARED},
     "launches": {
         "kernels.norm_rope",
@@ -86,7 +87,7 @@ ARROWS = {
     "kernels.norm_rope_tiles": {*STAGE, "norm_rope"},
     "kernels.projection": {"kernels.projection_hopper", *HOPPER},
     "kernels.projection_hopper": HOPPER,
-    "kernels.tiles": {"kernels.configs", "kernels.plans", "layout"},
+    "kernels.tiles": {"checks", "kernels.configs", "kernels.plans", "layout"},
     "kernels.plans": {"kernels.gluon", "kernels.launcher"},
     "kernels.launcher": {"internals"},
     "kernels.gluon": {"internals"},

@@ -19,14 +19,24 @@ PACKAGE = sorted((ROOT / "ra_triton").rglob("*.py"))
 ACTIVE = "torch._C._are_functorch_transforms_active"
 STACK = "torch._C._functorch.get_interpreter_stack"
 LEVEL = "torch.autograd.forward_ad._current_level"
+MODES = "torch._C._len_torch_dispatch_stack"
+BATCH = "torch._C._functorch.is_legacy_batchedtensor"
 
 
 def without(name):
     """What internals.py finds of torch, by the module's names, without one of its own."""
-    bindings = SimpleNamespace(_are_functorch_transforms_active=lambda: False)
-    bindings._functorch = SimpleNamespace(get_interpreter_stack=lambda: None)
+    bindings = SimpleNamespace(
+        _are_functorch_transforms_active=lambda: False,
+        _len_torch_dispatch_stack=lambda: 0,
+        _is_tracing=lambda: False,
+        _len_torch_function_stack=lambda: 0,
+        _functorch=SimpleNamespace(
+            get_interpreter_stack=lambda: None, is_legacy_batchedtensor=lambda t: False
+        ),
+    )
     forward_ad = SimpleNamespace(_current_level=-1)
-    owner = {ACTIVE: bindings, STACK: bindings._functorch, LEVEL: forward_ad}[name]
+    functorch = dict.fromkeys((STACK, BATCH), bindings._functorch)
+    owner = {ACTIVE: bindings, MODES: bindings, LEVEL: forward_ad, **functorch}[name]
     delattr(owner, name.rpartition(".")[2])
     stand_in = SimpleNamespace(_C=bindings, __version__="2.99")
     return {"torch": stand_in, "forward_ad": forward_ad}
@@ -61,7 +71,7 @@ def test_the_home_of_private_names_has_some():
     assert {"_C", "_current_level"} <= private_names(ROOT / "ra_triton" / "internals.py")
 
 
-@pytest.mark.parametrize("name", [ACTIVE, LEVEL])
+@pytest.mark.parametrize("name", [ACTIVE, LEVEL, MODES, BATCH])
 def test_without_a_name_calls_are_right_and_one_warning_says_so(name, monkeypatch):
     """Forward, backward, and a second derivative that is refused and not dropped."""
     internals.warn_once.cache_clear()

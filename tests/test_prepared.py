@@ -104,7 +104,7 @@ def test_whatever_decides_how_a_call_runs_is_in_its_key(spied, other):
 def test_the_precision_of_products_is_in_the_key(spied, monkeypatch):
     x, W = problem()
     run(x, W)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    monkeypatch.setattr(prepared, "allows_tf32", lambda: True)
     run(x, W)
     assert spied.looked_at == 2
 

@@ -10,10 +10,11 @@ import warnings
 from functools import cache
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from ra_triton.backend import flex, sdpa, triton
-from ra_triton.checks import check_choice
+from ra_triton.checks import check_choice, distributed, refuse_context_parallel
 from ra_triton.options import AttentionOptions
 
 BACKENDS: dict[str, ModuleType] = {"triton": triton, "sdpa": sdpa, "flex": flex}
@@ -41,8 +42,16 @@ def choose(
     Raises:
         ValueError: unknown backend.
         NotImplementedError: the backend lacks the combination; the message names one that has it.
+            Attention inside of ``context_parallel``, or over DTensors on a CPU.
     """
     check_choice("backend", backend, CHOICES)
+    if options is not None and not torch.compiler.is_compiling():
+        refuse_context_parallel()
+    device = tensors[0].device  # type: ignore[union-attr]
+    if options is not None and device.type == "cpu" and distributed(*tensors):
+        raise NotImplementedError(
+            "no backend has attention over DTensors on a CPU; call .to_local() on them"
+        )
     if backend != "auto":
         reason = BACKENDS[backend].unsupported(tensors, options, head_dim)
         if reason is None:
@@ -54,7 +63,6 @@ def choose(
         )
         raise NotImplementedError(f"backend={backend!r}: {reason}; use backend={other!r}")
 
-    device = tensors[0].device  # type: ignore[union-attr]
     on_gpu = device.type == "cuda"
     no_triton: str | None = f"{device} tensors"
     if on_gpu:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ra_triton import internals
 from ra_triton.backend import sdpa
-from ra_triton.checks import needs_grad
+from ra_triton.checks import distributed, needs_grad
 from ra_triton.layout import RALayout
 from ra_triton.offsets import Offsets
 from ra_triton.options import AttentionOptions, DecodeOptions
@@ -51,6 +51,8 @@ def unsupported(
     """Why this backend cannot run the call, or None."""
     if options is None:
         return None
+    if distributed(*tensors):
+        return "flex_attention is compiled for local tensors, got a DTensor; call .to_local() on it"
     if isinstance(options, DecodeOptions):
         return "block masks of a cache's lengths would have to be built for each token"
     device = tensors[0].device  # type: ignore[union-attr]

@@ -106,7 +106,12 @@ def by_sequence(
         for queries, keys in offsets.sequences() or [(slice(None), slice(None))]
     ]
     outs, lses = zip(*parts, strict=True)
-    return torch.cat(outs, 1), torch.cat(lses, -1) if options.return_lse else None
+    out, lse = torch.cat(outs, 1), torch.cat(lses, -1) if options.return_lse else None
+    behind = q_pack.shape[1] - out.shape[1]
+    if behind > 0:  # tokens of no sequence
+        out = F.pad(out, (0, 0, 0, 0, 0, behind))
+        lse = None if lse is None else F.pad(lse, (0, behind), value=-math.inf)
+    return out, lse
 
 
 def layer(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ra_triton import internals, ops
 from ra_triton.backend import sdpa
-from ra_triton.checks import needs_grad
+from ra_triton.checks import distributed, needs_grad, observed
 from ra_triton.layout import RALayout
 from ra_triton.norm_rope import NormRope
 from ra_triton.offsets import Offsets
@@ -30,6 +30,8 @@ def unsupported(
     tensors: tuple[Tensor | None, ...], options: AttentionOptions | None, head_dim: int | None
 ) -> str | None:
     """Why the kernels cannot run the call, or None."""
+    if distributed(*tensors):
+        return "the kernels take local tensors, got a DTensor; call .to_local() on it"
     reason = _device_unsupported(tensors[0].device)  # type: ignore[union-attr]
     if reason is not None:
         return reason
@@ -95,14 +97,15 @@ def prepare_layer(
 
 def pack_qk(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor, Tensor]:
     """``[q_std|k_low], [k_std|q_low]``, out of place."""
-    if needs_grad(q, k, q_low, k_low) or torch.compiler.is_compiling():
-        return sdpa.pack_qk(q, k, q_low, k_low)  # the same copies, differentiable and traced
+    tensors = q, k, q_low, k_low
+    if needs_grad(*tensors) or observed(*tensors):
+        return sdpa.pack_qk(*tensors)  # the same copies, differentiable and visible
     return ops.pack(q, k, q_low, k_low)
 
 
 def pack_qk_(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> None:
     """Overwrites the last R lanes of ``q`` and ``k``."""
-    if torch.compiler.is_compiling():
+    if observed(q, k, q_low, k_low):
         sdpa.pack_qk_(q, k, q_low, k_low)
     else:
         ops.pack_(q, k, q_low, k_low)

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ra_triton.checks import allows_tf32
 from ra_triton.kernels.configs import target
 from ra_triton.kernels.plans import Bulk, Layout
 
@@ -256,12 +257,10 @@ def processors_of(device: torch.device) -> int:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """IEEE float32 products unless the user has allowed TF32, which is NVIDIA's, in PyTorch."""
-    if torch.version.hip is not None:
+    """IEEE float32 products unless PyTorch's own on a GPU may round to TF32."""
+    if torch.version.hip is not None:  # TF32 is NVIDIA's
         return "ieee"
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "ieee"
+    return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
 
 
 def score_arguments(D: int, softmax_scale: float | None, softcap: float) -> dict[str, Any]:

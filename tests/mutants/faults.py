@@ -37,8 +37,9 @@ PACKING = "ra_triton/kernels/packing.py"
 LAUNCHER, PREPARED = "ra_triton/kernels/launcher.py", "ra_triton/prepared.py"
 PLANS, CONFIGS = "ra_triton/kernels/plans.py", "ra_triton/kernels/configs.py"
 CHECKS = "ra_triton/checks.py"
+INTERNALS, GLUON = "ra_triton/internals.py", "ra_triton/kernels/gluon.py"
 LAUNCHES, OPS, API = "ra_triton/launches.py", "ra_triton/ops.py", "ra_triton/api.py"
-OFFSETS = "ra_triton/offsets.py"
+OFFSETS, FLOPS = "ra_triton/offsets.py", "ra_triton/flops.py"
 LIBRARY, WORKSPACE = "ra_triton/library.py", "ra_triton/workspace.py"
 LAYOUT, WEIGHTS = "ra_triton/layout.py", "ra_triton/weights.py"
 SDPA, TRITON = "ra_triton/backend/sdpa.py", "ra_triton/backend/triton.py"
@@ -66,6 +67,9 @@ PACK = "tests/test_packing.py::test_pack_qk_joins_lanes_and_leaves_its_inputs"
 PACK_IN_PLACE = "tests/test_packing.py::test_pack_qk_in_place_writes_the_low_lanes_alone"
 COMPOSED = "tests/test_weights.py::test_composed_scores_are_those_of_the_definition"
 _M = "tests/test_mutant_gaps.py::test_"
+_OB, _LO = "tests/test_observed.py::test_", "tests/test_local_tensors.py::test_"
+_TA = "tests/test_tail.py::test_"
+OVERWRITTEN = "tests/test_written.py::test_a_saved_tensor_that_is_overwritten_makes_backward_raise"
 MASKED_LOADS = f"{_M}every_masked_load_says_what_masked_elements_hold"
 ALIGNED = f"{_M}what_bulk_copies_and_wide_loads_may_read"
 FENCES = f"{_M}attention_writes_its_outputs_and_nothing_around_them"
@@ -342,8 +346,8 @@ TILE_FAULTS = [
     Fault(
         "float32 products always in TF32",
         TILES,
-        'return "tf32"\n    return "ieee"',
-        'return "tf32"\n    return "tf32"',
+        'if dtype == torch.float32 and allows_tf32() else "ieee"',
+        'if dtype == torch.float32 else "ieee"',
         f"{_M}float32_products_are_ieee_unless_pytorch_allows_tf32",
     ),
     Fault(
@@ -829,7 +833,7 @@ BACKWARD_FAULTS = [
     Fault(
         "layer: gradients overwrite the saved operands",
         LAUNCHES,
-        "dpacked = torch.empty_like(packed)",
+        "dpacked = _gradient_of(offsets)(packed)",
         "dpacked = packed",
         LAYER,
     ),
@@ -1558,26 +1562,17 @@ PLAN_FAULTS = [
 
 CONTRACT_FAULTS = [
     Fault(
-        "direct functions: nothing is saved",
-        OPS,
-        "        function.setup_context(ctx, args, output)\n",
-        "",
-        f"{_S}a_retained_graph_gives_the_same_gradients_again",
-    ),
-    Fault(
         "direct functions: inputs saved past autograd's watch",
         OPS,
-        "        function.setup_context(ctx, args, output)\n",
-        """        args = tuple(arg.data if isinstance(arg, Tensor) else arg for arg in args)
-        function.setup_context(ctx, args, output)
-""",
-        f"{_S}an_operand_changed_before_the_backward_is_noticed",
+        "_save(ctx, offsets, x, W_packed, packed, out, lse, seed)",
+        "_save(ctx, offsets, x.data, W_packed.data, packed, out, lse, seed)",
+        f"{_OB}a_layer_whose_operand_changes_is_noticed",
     ),
     Fault(
-        "direct functions: also inside torch.func",
-        OPS,
-        "return function if _transformed() else _without_binding(function)",
-        "return _without_binding(function)",
+        "operators: taken as they are inside torch.func",
+        LIBRARY,
+        "return _functions[operator].apply(*args)",
+        "pass",
         f"{_S}torch_func_gives_the_same_gradients",
     ),
     Fault(
@@ -1638,10 +1633,192 @@ CONTRACT_FAULTS = [
     ),
     Fault(
         "compilers look into the launches",
-        OPS,
-        "return torch.compiler.is_compiling() or any(",
-        "return any(",
+        CHECKS,
+        "if torch.compiler.is_compiling() or internals.modes_active():",
+        "if internals.modes_active():",
         f"{_C}project_compiles",
+    ),
+    Fault(
+        "observed: not by dispatch modes",
+        INTERNALS,
+        "            or torch._C._len_torch_dispatch_stack()\n",
+        "",
+        f"{_OB}dispatch_modes_see_what_is_written",
+    ),
+    Fault(
+        "observed: not by function modes",
+        INTERNALS,
+        "            or (torch._C._len_torch_function_stack() and _has_function_mode())\n",
+        "",
+        f"{_OB}function_modes_see_operators_and_a_default_device_is_none",
+    ),
+    Fault(
+        "observed: by a default device too",
+        INTERNALS,
+        'return any(name != "DeviceContext" for name in modes)',
+        "return any(True for name in modes)",
+        f"{_OB}function_modes_see_operators_and_a_default_device_is_none",
+    ),
+    Fault(
+        "observed: not by jit.trace",
+        INTERNALS,
+        "            or torch._C._is_tracing()\n",
+        "",
+        f"{_OB}jit_trace_computes_on_new_data",
+    ),
+    Fault(
+        "observed: a lazily negated tensor read as it lies",
+        CHECKS,
+        "            or t.is_neg()\n",
+        "",
+        f"{_OB}a_lazily_negated_gradient",
+    ),
+    Fault(
+        "observed: a batch of gradients read as one",
+        CHECKS,
+        "            or internals.is_batch_of_gradients(t)\n",
+        "",
+        f"{_OB}batches_of_gradients_are_those_of_a_loop",
+    ),
+    Fault(
+        "backward: launches unseen by a mode that began later",
+        OPS,
+        "if torch.is_grad_enabled() or observed(*incoming):",
+        "if torch.is_grad_enabled():",
+        f"{_OB}dispatch_modes_see_forward_and_backward_and_change_no_bit",
+    ),
+    Fault(
+        "prepared: known calls unseen by modes",
+        PREPARED,
+        "if observed(*tensors) or context_parallel():",
+        "if context_parallel():",
+        f"{_OB}known_calls_are_not_taken_where_something_observes",
+    ),
+    Fault(
+        "prepared: known calls inside context_parallel",
+        PREPARED,
+        "if observed(*tensors) or context_parallel():",
+        "if observed(*tensors):",
+        f"{_LO}attention_inside_context_parallel_is_refused",
+    ),
+    Fault(
+        "vmap: the first slice for all",
+        LIBRARY,
+        "arg.select(dim, i) if isinstance(dim, int)",
+        "arg.select(dim, 0) if isinstance(dim, int)",
+        f"{_OB}vmap_and_its_gradients_are_those_of_a_loop",
+    ),
+    Fault(
+        "torch.func: a second level gets no gradient",
+        LIBRARY,
+        'if sum(name != "Vmap" for name in transforms) > 1:',
+        "if False:",
+        f"{_OB}a_second_level_is_refused_under_vmap_too",
+    ),
+    Fault(
+        "flops: a backward counts what nobody needs",
+        FLOPS,
+        "return sum(needed[:2]) * _gemm(x, W_packed.shape[1])\n\n\ndef _attention(",
+        "return 2 * _gemm(x, W_packed.shape[1])\n\n\ndef _attention(",
+        f"{_OB}flops_count_what_is_needed_and_inference",
+    ),
+    Fault(
+        "flops: padding between sequences counted",
+        FLOPS,
+        "if offsets and offsets[0] is not None:",
+        "if False:",
+        f"{_OB}flops_are_counted_as_pytorch_counts_attention",
+    ),
+    Fault(
+        "in place: packing unseen by autograd",
+        OPS,
+        "    increment_version((q, k))\n",
+        "",
+        OVERWRITTEN,
+    ),
+    Fault(
+        "in place: norm and rotation unseen by autograd",
+        OPS,
+        "    increment_version((call.q, call.k))\n",
+        "",
+        OVERWRITTEN,
+    ),
+    Fault(
+        "in place: out of a projection unseen by autograd",
+        OPS,
+        "        increment_version(out)\n",
+        "        pass\n",
+        OVERWRITTEN,
+    ),
+    Fault(
+        "in place: appending unseen by autograd",
+        OPS,
+        "increment_version((k_cache, v_cache, lengths))",
+        "increment_version((k_cache, v_cache))",
+        "tests/test_written.py::test_a_cache_that_is_appended_to",
+    ),
+    Fault(
+        "varlen: outputs behind the last sequence are what memory held",
+        LAUNCHES,
+        "out.zero_(), lse.fill_(-math.inf)",
+        "pass",
+        f"{_TA}tokens_behind_the_last_sequence_give_zeros_and_no_gradient",
+    ),
+    Fault(
+        "varlen: gradients behind the last sequence are what memory held",
+        LAUNCHES,
+        "return torch.empty_like if complete else torch.zeros_like",
+        "return torch.empty_like",
+        f"{_TA}tokens_behind_the_last_sequence_give_zeros_and_no_gradient",
+    ),
+    Fault(
+        "varlen: a compiler has to know the longest sequence",
+        OFFSETS,
+        "        return  # a tracer may not know",
+        "        pass  # a tracer may not know",
+        f"{_TA}a_compiled_call_measures_its_longest_sequence",
+    ),
+    Fault(
+        "varlen: a longest sequence of nothing runs",
+        OFFSETS,
+        """        check_longest("max_seqlen_q", self.max_seqlen_q, queries)\n""",
+        "",
+        f"{_TA}a_number_that_no_compiler_knew_is_looked_at_when_the_call_runs",
+    ),
+    Fault(
+        "context_parallel: local attention",
+        CHECKS,
+        "    if context_parallel():\n",
+        "    if False:\n",
+        f"{_LO}attention_inside_context_parallel_is_refused",
+    ),
+    Fault(
+        "context_parallel: any other replacement is taken for it",
+        CHECKS,
+        """return module.startswith("torch.distributed.tensor")""",
+        "return bool(module)",
+        f"{_LO}another_replacement_of_pytorchs_attention_is_none_of_ours",
+    ),
+    Fault(
+        "DTensors reach the kernels",
+        TRITON,
+        "    if distributed(*tensors):\n",
+        "    if False:\n",
+        f"{_LO}the_kernels_refuse_dtensors_and_name_local_tensors",
+    ),
+    Fault(
+        "nested tensors pass for dense ones",
+        CHECKS,
+        "    if t.is_nested:\n",
+        "    if False:\n",
+        f"{_OB}nested_tensors_are_refused_by_name",
+    ),
+    Fault(
+        "float32 products: a setting for CPUs lowers those on a GPU",
+        CHECKS,
+        "return torch.backends.cuda.matmul.fp32_precision ==",
+        "return torch.backends.mkldnn.matmul.fp32_precision ==",
+        f"{_C}tf32_is_what_pytorchs_products_on_a_gpu_may_use",
     ),
     Fault(
         "operators: differentiating twice gives no gradient",
@@ -1653,8 +1830,8 @@ CONTRACT_FAULTS = [
     Fault(
         "attention: operands saved past autograd's watch",
         OPS,
-        "ctx.save_for_backward(q_pack, k_pack, v, *output, seed, *begins)",
-        "ctx.save_for_backward(q_pack.data, k_pack.data, v.data, *output, seed, *begins)",
+        "_save(ctx, offsets, q_pack, k_pack, v, *output, seed)",
+        "_save(ctx, offsets, q_pack.data, k_pack.data, v.data, *output, seed)",
         f"{_S}an_operand_changed_before_the_backward_is_noticed",
     ),
     Fault(
@@ -1681,8 +1858,8 @@ CONTRACT_FAULTS = [
     Fault(
         "pack_qk: kernels run where a gradient is needed",
         TRITON,
-        "if needs_grad(q, k, q_low, k_low) or",
-        "if",
+        "if needs_grad(*tensors) or observed(*tensors):",
+        "if observed(*tensors):",
         f"{_M}pack_qk_is_differentiable_on_triton_too",
     ),
     Fault(
@@ -3335,7 +3512,6 @@ NEWCOMER_FAULTS = [
 ]
 
 _G, _T = "tests/test_gluon.py::test_", "tests/test_tracing.py::test_"
-INTERNALS, GLUON = "ra_triton/internals.py", "ra_triton/kernels/gluon.py"
 VERSION_FAULTS = [
     Fault(
         "launcher: a new thread encodes without a context",
@@ -3431,8 +3607,8 @@ VERSION_FAULTS = [
     Fault(
         "compiler: an exchange of lanes is traced into its launch",
         TRITON,
-        "k_low) or torch.compiler.is_compiling():",
-        "k_low):",
+        "if needs_grad(*tensors) or observed(*tensors):",
+        "if needs_grad(*tensors):",
         f"{_T}functions_are_one_graph",
     ),
     Fault(
