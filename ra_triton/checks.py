@@ -210,3 +210,18 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd would record a call on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def may_keep(device: torch.device) -> bool:
+    """Whether a tensor that is made on ``device`` now will serve any later call.
+
+    Not while a compiler, an exporter or a CUDA graph records what runs, nor inside a transform of
+    ``torch.func`` or a dispatch mode (fake tensors, tracing): what is made there ends with it.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    )
