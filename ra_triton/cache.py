@@ -112,9 +112,9 @@ class KVCache:
     @property
     def longest(self) -> int:
         """What no length exceeds, as far as the host knows; reads nothing from the device."""
-        if torch.compiler.is_compiling() or self._captured or self._capturing():
+        if self._known is None or self._captured or self._capturing():
             return self.max_len
-        return self.max_len if self._known is None else max(self._known)
+        return max(self._known)
 
     def known_lengths(self, tokens: int = FEW_TOKENS + 1) -> list[int] | None:
         """The lengths as the host knows them, before ``tokens`` more.

@@ -443,7 +443,7 @@ def test_a_compiled_decoding_step_is_compiled_once_for_all_tokens(backend, optio
     with torch.no_grad():
         full = module(x)
         out = [step(token) for token in x.split(1, dim=1)]
-    assert counter.frame_count <= 2
+    assert counter.frame_count == 1
     assert_rounded(torch.cat(out, dim=1), full.double(), "compiled")
     assert cache.lengths.tolist() == cache.known_lengths() == [12, 12]
     assert cache.longest == 12

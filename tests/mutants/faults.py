@@ -3178,13 +3178,6 @@ CHILD_FAULTS = [
         MIXED,
     ),
     Fault(
-        "cache: a compiled step is bound by what the host knew",
-        CACHE,
-        "if torch.compiler.is_compiling() or self._captured or self._capturing():",
-        "if self._captured or self._capturing():",
-        ONE_COMPILATION,
-    ),
-    Fault(
         "cache: two layers in one",
         CACHE,
         "elif owner is not layer:",
