@@ -21,6 +21,7 @@ from bench.gpt import GPT, GPTConfig
 from bench.options import check_outputs, parser_of, resolve_device, use_few_threads
 from bench.sampling import sampler
 from bench.train_tiny import add_training_options, curve, train
+from ra_triton.nn import RACausalSelfAttention
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sampler(args.temperature, args.top_k, None)  # raises now, not after a minute
         text = load_text(args.text, min_bytes=args.block + 1)
         run = train(config, text, args, "auto")
-        model = run.model.to(args.device).eval()
+        model = fused(run.model.to(args.device).eval())
         tokens = torch.tensor([prompt], device=args.device)
         ways = ways_of(args.device)
         drawn = [sample(model, tokens, args, **options) for options in ways.values()]
@@ -52,6 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     written, _ = drawn[-1]
     print(f"\n{bytes(written[0].tolist()).decode(errors='replace')}")
     return 0
+
+
+def fused(model: GPT) -> GPT:
+    """``model``, its weights composed once and not for every token: to write, not to train."""
+    for module in model.modules():
+        if isinstance(module, RACausalSelfAttention):
+            module.fuse_()
+    return model
 
 
 def ways_of(device: str) -> dict[str, dict[str, bool]]:

@@ -60,6 +60,7 @@ def factor_row(layer: RACausalSelfAttention) -> dict[str, Any]:
     """
     linear = layer.c_attn
     assert isinstance(linear, ComposedLinear)
+    assert linear.W_recip is not None  # R > 0
     W_recip, n_head = linear.W_recip, layer.n_head
     pruned = sparsity.prune(W_recip.mT.contiguous()).mT
     low = [

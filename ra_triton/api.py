@@ -389,10 +389,12 @@ def pack_qk(
         q_low: ``[B, T, H_kv, R]``, ``R <= D``: what the keys carry; None where q and k come packed.
         k_low: ``[B, T, H, R]``: what the queries carry; None together with ``q_low``.
         rope: ``(cos, sin)``, ``[T_max, rope_dims / 2]`` each, or ``[T_max, rope_dims]`` with both
-            halves alike, as Hugging Face has them; float32 or q's dtype, no gradients.
+            halves alike, as Hugging Face has them; float32 or q's dtype, no gradients. Tables of
+            neighbouring lanes (GPT-J's) are not, which only raises on a CPU.
         position: where the tokens stand in the tables. An int: the first token's. An int32 or int64
             tensor on q's device: ``[B]`` (or a scalar), each sequence's first, or ``[B, T]``; it is
-            read on the device alone, and rotated lanes of a position beyond the tables are NaN.
+            read on the device alone, and rotated lanes of a position below 0 or beyond the tables
+            are NaN.
         rope_dims: how many lanes turn, an even number; None: all D.
         qk_norm: True, or ``(q_weight, k_weight)``, ``[D]`` each, float32 or q's dtype.
         norm_eps: added to the mean square.

@@ -1,5 +1,6 @@
 """A key/value cache for generation: ``[K_std|Q_low]`` and V of every token so far."""
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,8 @@ from ra_triton.checks import (
     needs_grad,
 )
 
+FEW_TOKENS = 16  # that attention over a cache takes at a time
+
 
 class KVCache:
     """Packed keys and values of a batch of sequences, each with a length of its own.
@@ -29,6 +32,13 @@ class KVCache:
     exceptions: a reordering of sequences of different lengths by indices on the GPU, and whatever
     needs the lengths after a CUDA graph has captured an append, because replays go unseen. A replay
     cannot raise: the caller counts, and what does not fit is lost.
+
+    A compiled step is like a captured one: lengths on the host would be constants of its code, one
+    compilation a token. So it does not look at them, and cannot raise where there is no room; the
+    next eager call that needs them waits for the device once. More than 16 tokens at a time are
+    compiled for the lengths that the host knows.
+
+    A cache belongs to the layer that appends to it; :meth:`reset` lets another one have it.
 
     Attributes:
         k_pack: ``[batch, max_len, n_kv_head, head_dim]``; places beyond a length hold anything.
@@ -57,7 +67,7 @@ class KVCache:
 
         Raises:
             TypeError: sizes that are no ints, another dtype.
-            ValueError: sizes below 1 or too large.
+            ValueError: sizes below 1 or too large, a CUDA device where there is none.
         """
         sizes = {"batch": batch, "max_len": max_len, "n_kv_head": n_kv_head, "head_dim": head_dim}
         for name, size in sizes.items():
@@ -71,12 +81,18 @@ class KVCache:
         shape = (batch, max_len, n_kv_head, head_dim)
         check_rows("the cache", shape[:3])
         # Tensors born in inference mode could not be written outside of it.
-        with torch.inference_mode(False):
-            self.k_pack = torch.empty(shape, dtype=dtype, device=device)
-            self.v = torch.empty(shape, dtype=dtype, device=device)
-            self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self._known = [0] * batch
+        try:
+            with torch.inference_mode(False):
+                self.k_pack = torch.empty(shape, dtype=dtype, device=device)
+                self.v = torch.empty(shape, dtype=dtype, device=device)
+                self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        except (AssertionError, RuntimeError) as error:  # what PyTorch raises without CUDA
+            if torch.cuda.is_available() or torch.device(device or "cpu").type != "cuda":
+                raise
+            raise ValueError(f"device={str(device)!r}, but no CUDA device is available") from error
+        self._known: list[int] | None = [0] * batch  # None: what the host does not know
         self._captured = False
+        self._layer: weakref.ref[object] | None = None
 
     @property
     def batch(self) -> int:
@@ -96,21 +112,43 @@ class KVCache:
     @property
     def longest(self) -> int:
         """What no length exceeds, as far as the host knows; reads nothing from the device."""
-        return self.max_len if self._captured or self._capturing() else max(self._known)
+        if self._known is None or self._captured or self._capturing():
+            return self.max_len
+        return max(self._known)
 
-    def known_lengths(self) -> list[int] | None:
-        """The lengths as the host knows them.
+    def known_lengths(self, tokens: int = FEW_TOKENS + 1) -> list[int] | None:
+        """The lengths as the host knows them, before ``tokens`` more.
 
         Returns:
-            One int a sequence; None while a CUDA graph is captured. After such a capture this waits
-            for the device.
+            One int a sequence; None while a CUDA graph is captured, and under a compiler for up to
+            16 tokens, or where the host does not know. After such a capture, and once after a
+            compiled append, this waits for the device.
         """
+        if torch.compiler.is_compiling():
+            return None if tokens <= FEW_TOKENS else self._known
         if self._capturing():
             self._captured = True  # from here on replays may change the lengths unseen
             return None
-        if self._captured:
+        if self._captured or self._known is None:
             self._known = self.lengths.tolist()
         return self._known
+
+    def claim(self, layer: object) -> None:
+        """Note that ``layer`` is the one that appends; eager calls alone.
+
+        Raises:
+            ValueError: the tokens here are another layer's.
+        """
+        if torch.compiler.is_compiling():
+            return
+        owner = None if self._layer is None else self._layer()
+        if owner is None:
+            self._layer = weakref.ref(layer)
+        elif owner is not layer:
+            raise ValueError(
+                "cache belongs to another layer: each layer needs one of its own; after reset() "
+                "another one can have it"
+            )
 
     def check_fits(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         """Raise where :meth:`append` of keys of this shape, dtype and device would.
@@ -137,7 +175,7 @@ class KVCache:
         Raises:
             ValueError: the longest sequence would exceed ``max_len``.
         """
-        known = self.known_lengths()
+        known = self.known_lengths(tokens)
         fullest = 0 if known is None else max(known)
         if fullest + tokens > self.max_len:
             raise ValueError(
@@ -168,11 +206,10 @@ class KVCache:
         if needs_grad(k_pack, v):
             raise ValueError("a cache cannot be used while a gradient is needed; use no_grad()")
         module, _ = choose(backend, (k_pack, v))
-        known = self.known_lengths()
+        known = self.known_lengths(k_pack.shape[1])
         with torch.no_grad():
             module.append_(self.k_pack, self.v, self.lengths, k_pack, v)
-        if known is not None:
-            self._known = [length + k_pack.shape[1] for length in known]
+        self._know(None if known is None else [length + k_pack.shape[1] for length in known])
 
     @torch.no_grad()
     def crop(self, length: int | Sequence[int]) -> None:
@@ -195,18 +232,23 @@ class KVCache:
                 f"length must be within 0..{self.max_len}, one or {self.batch} of them, "
                 f"got {length!r}"
             )
-        known = self.known_lengths()
-        if len(set(lengths)) == 1:
+        known = self.known_lengths(0)
+        if all(n == lengths[0] for n in lengths):
             self.lengths.clamp_(max=lengths[0])
         else:
             limits = self._moved(torch.tensor(lengths, dtype=torch.int32))
             self.lengths.copy_(self.lengths.minimum(limits))
         if known is not None:
-            self._known = [min(n, limit) for n, limit in zip(known, lengths, strict=True)]
+            known = [min(n, limit) for n, limit in zip(known, lengths, strict=True)]
+        self._know(known)
 
+    @torch.no_grad()
     def reset(self) -> None:
-        """Forget all tokens."""
-        self.crop(0)
+        """Forget all tokens, and the layer whose they were; waits for nothing."""
+        if not torch.compiler.is_compiling() and self._capturing():
+            self._captured = True
+        self.lengths.zero_()
+        self._known, self._layer = [0] * self.batch, None
 
     @torch.no_grad()
     def reorder(self, indices: Sequence[int] | Tensor) -> None:
@@ -230,16 +272,23 @@ class KVCache:
             raise TypeError(f"indices must be int32 or int64, got {indices.dtype}")
         if indices.shape != (self.batch,):
             raise ValueError(f"indices must be [{self.batch}], got {tuple(indices.shape)}")
-        known = self.known_lengths()
-        if not indices.is_cuda or (known is not None and len(set(known)) > 1):
+        known = self.known_lengths(0)
+        on_host = not indices.is_cuda and not torch.compiler.is_compiling()
+        if on_host or (known is not None and len(set(known)) > 1):
             numbers = indices.tolist()
             self._check_range(numbers)
             if known is not None:
-                self._known = [known[i] for i in numbers]
+                known = [known[i] for i in numbers]
+        self._know(known)
         rows, used = self._moved(indices.long()), self.longest
         for t in (self.k_pack, self.v):
             t[:, :used] = t[rows, :used]
         self.lengths.copy_(self.lengths[rows])
+
+    def _know(self, lengths: list[int] | None) -> None:
+        """What the host knows from here on; a capture leaves what it knew before."""
+        if lengths is not None or torch.compiler.is_compiling():
+            self._known = lengths
 
     def _check_range(self, indices: list[int]) -> None:
         if not all(0 <= i < self.batch for i in indices):
@@ -261,3 +310,7 @@ class KVCache:
             f"KVCache(batch={B}, max_len={max_len}, n_kv_head={H_kv}, head_dim={D}, "
             f"dtype={self.k_pack.dtype}, device={str(self.k_pack.device)!r})"
         )
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and files belong to no layer yet."""
+        return {**self.__dict__, "_layer": None}

@@ -289,3 +289,16 @@ def allows_tf32() -> bool:
     own getter raises after ``torch.backends`` was used for any device.
     """
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def may_keep(device: torch.device) -> bool:
+    """Whether a tensor that is made on ``device`` now will serve any later call.
+
+    Not while a compiler, an exporter or a CUDA graph records what runs, nor inside a transform of
+    ``torch.func`` or a dispatch mode (fake tensors, tracing): what is made there ends with it.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or internals.modes_active()
+        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    )

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.modules import module
 from torch.utils import _python_dispatch
 
 Constant = TypeVar("Constant", bound=Callable[..., Any])
@@ -113,6 +114,21 @@ def forward_mode() -> bool:
     except AttributeError:
         name = "torch.autograd.forward_ad._current_level"
         _missing(name, "every tensor is asked for a tangent, which takes longer")
+        return True
+
+
+def hooks_of_all_modules() -> bool:
+    """Whether ``torch.nn.modules.module.register_module_*_hook`` has registered one."""
+    try:
+        return bool(
+            module._global_forward_hooks
+            or module._global_forward_pre_hooks
+            or module._global_backward_hooks
+            or module._global_backward_pre_hooks
+        )
+    except AttributeError as error:
+        name = f"torch.nn.modules.module.{error.name}"
+        _missing(name, "a layer calls its projections instead of reading them, which is slower")
         return True
 
 

@@ -24,6 +24,7 @@ from ra_triton.checks import (
     check_float_tensor,
     check_pack_inputs,
     check_shape,
+    may_keep,
     needs_grad,
 )
 
@@ -126,6 +127,8 @@ def _check_rope(
         raise TypeError(f"sin of rope must be {cos.dtype} like cos, got {sin.dtype}")
     if sin.shape != cos.shape:
         raise ValueError(f"sin of rope must be {tuple(cos.shape)} like cos, got {tuple(sin.shape)}")
+    if cos.shape[1] == dims:
+        _check_halves(cos, sin)
     T = q.shape[1]
     if isinstance(position, Tensor):
         positions = check_positions(position, q)
@@ -134,13 +137,30 @@ def _check_rope(
         return cos, sin, positions, dims
     if type(position) is not int:
         raise TypeError(f"position must be an int or an int tensor, got {position!r}")
-    if position < 0 or position + T > cos.shape[0]:
+    if position < 0:
+        raise ValueError(f"position must be at least 0, got {position}")
+    if position + T > cos.shape[0]:
         raise ValueError(
             f"position={position} and {T} tokens need rows {position} to {position + T} of cos and "
             f"sin, which have {cos.shape[0]}"
         )
     # The launch sees the same layout wherever the rows begin, so decoding plans it once.
     return cos[position : position + T], sin[position : position + T], None, dims
+
+
+def _check_halves(cos: Tensor, sin: Tensor) -> None:
+    """Tables for neighbouring lanes, ``[c0, c0, c1, c1, ...]``, raise where reading costs nothing.
+
+    One row on a CPU: the last, as all tables are alike at position 0.
+    """
+    readable = cos.device.type == "cpu" and may_keep(cos.device) and len(cos)
+    for name, t in (("cos", cos), ("sin", sin)) if readable else ():
+        first, second = t[-1].chunk(2)
+        if ((first != second) & ~first.isnan()).any():
+            raise ValueError(
+                f"{name} of rope must have both halves alike, [c0, c1, ..., c0, c1, ...]: this "
+                "rotation turns lane i with lane i + rope_dims / 2, not neighbours"
+            )
 
 
 def check_norm_eps(eps: float) -> None:

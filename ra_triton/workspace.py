@@ -6,7 +6,7 @@ import threading
 import torch
 from torch import Tensor
 
-from ra_triton.checks import needs_grad
+from ra_triton.checks import may_keep, needs_grad
 
 Key = tuple[str, torch.device, torch.dtype, int]  # name, device, dtype, stream
 
@@ -29,7 +29,7 @@ class Workspace:
         """A contiguous tensor whose contents are left over from earlier calls.
 
         While a CUDA graph is captured the memory is the graph's own: storage that later grew would
-        leave the graph with a dangling address.
+        leave the graph with a dangling address. What is traced or transformed gets new memory too.
 
         Args:
             name: what the buffer is for; equal names share memory.
@@ -47,7 +47,7 @@ class Workspace:
         if any(size < 0 for size in shape):
             raise ValueError(f"shape must have no negative size, got {tuple(shape)}")
         device = _with_index(torch.device(device))
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if not may_keep(device):
             return torch.empty(shape, dtype=dtype, device=device)
         storages = self._storages()
         key = (name, device, dtype, stream_id(device))

@@ -1,6 +1,7 @@
 """The cache and the module with a cache: token by token, in chunks, ragged, cropped, reordered."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import C, D, H, assert_rounded, layer, parametrisations
 from strategies import DEVICE, NAN, backends, few_examples, fewest_examples, lay_out, normal, quick
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import ra_triton
 from ra_triton.nn import KVCache
@@ -405,7 +407,7 @@ def test_a_cache_in_autocasts_dtype():
         ({"x": normal(3, 2, C)}, ValueError, r"got \(3, 2, 3, 16\)"),
         ({"x": normal(2, 12, C)}, ValueError, "max_len = 9 .* and 12 more do not fit"),
         ({"x": normal(2, 2, C).half()}, TypeError, "cache takes torch.float32 keys"),
-        ({"x": normal(2, 2, C + 1)}, ValueError, "W_fused must be"),
+        ({"x": normal(2, 2, C + 1)}, ValueError, r"x must be .B, T, n_embd. with n_embd = 48, got"),
         ({"grad": True}, ValueError, "a gradient is needed; use no_grad"),
         ({"dropout": 0.5}, ValueError, "cache cannot be used with dropout=0.5; call eval"),
         ({"backend": "flex"}, NotImplementedError, "block masks of a cache"),
@@ -419,6 +421,124 @@ def test_the_module_tells_before_anything_runs(monkeypatch, change, error, messa
         module(change.get("x", normal(2, 2, C)), cache)
     if isinstance(cache, KVCache):
         assert cache.lengths.tolist() == [0, 0]
+
+
+# Under a compiler
+
+
+def compiled_step(module, cache, **options):
+    """``module`` with ``cache`` as one graph, and how often it was compiled."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(lambda x: module(x, cache), backend=counter, fullgraph=True, **options)
+    return step, counter
+
+
+@backends
+@pytest.mark.parametrize("options", [{}, {"rope": True, "qk_norm": True}])
+def test_a_compiled_decoding_step_is_compiled_once_for_all_tokens(backend, options):
+    module, x = layer(backend=backend, **options).eval(), normal(2, 12, C)
+    cache = new_cache(max_len=16)
+    step, counter = compiled_step(module, cache)
+    with torch.no_grad():
+        full = module(x)
+        out = [step(token) for token in x.split(1, dim=1)]
+    assert counter.frame_count == 1
+    assert_rounded(torch.cat(out, dim=1), full.double(), "compiled")
+    assert cache.lengths.tolist() == cache.known_lengths() == [12, 12]
+    assert cache.longest == 12
+
+
+def test_compiled_and_eager_steps_share_a_cache():
+    """Prompts, crops, reorderings; the host reads the lengths when it needs them."""
+    module, x = layer(rope=True).eval(), normal(2, 34, C)
+    cache, other = new_cache(), new_cache()
+    step, counter = compiled_step(module, cache)
+    with torch.no_grad():
+        for chunk in (x[:, :17], x[:, 17:18], x[:, 18:20]):
+            assert_rounded(step(chunk), module(chunk, other).double(), "compiled")
+        assert cache._known is None  # what it does not know it does not guess
+        assert_rounded(module(x[:, 20:22], cache), module(x[:, 20:22], other).double(), "eager")
+        assert cache.known_lengths() == [22, 22]
+        for kept in (cache, other):
+            kept.crop((20, 21))
+        for _ in range(3):
+            assert_rounded(step(x[:, 22:23]), module(x[:, 22:23], other).double(), "after a crop")
+        for kept in (cache, other):
+            kept.reorder([1, 0])
+        assert cache.known_lengths() == other.known_lengths() == [24, 23]
+        assert_rounded(step(x[:, 23:24]), module(x[:, 23:24], other).double(), "after a reordering")
+        cache.reset()
+        assert cache._known == [0, 0]
+        other.reset()
+        assert_rounded(step(x[:, :17]), module(x[:, :17], other).double(), "after a reset")
+    assert counter.frame_count <= 4
+
+
+def test_what_changes_a_cache_compiles_with_it():
+    module, x = layer().eval(), normal(2, 6, C)
+    cache, other = new_cache(), new_cache()
+    order = torch.tensor([1, 0], device=DEVICE)
+
+    def step(x, cache):
+        y = module(x, cache)
+        cache.crop(5)
+        cache.reorder(order)
+        return y
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for token in x.split(1, dim=1):
+            assert_rounded(compiled(token, cache), step(token, other).double(), "compiled")
+    assert cache.known_lengths() == other.known_lengths() == [5, 5]
+    assert counter.frame_count <= 2
+
+
+def test_a_compiled_step_beyond_the_end_loses_what_does_not_fit_and_eager_ones_say_so():
+    module, x = layer().eval(), normal(2, 3, C)
+    cache = new_cache(max_len=2)
+    step, _ = compiled_step(module, cache)
+    with torch.no_grad():
+        for token in x.split(1, dim=1):
+            step(token)
+        assert cache.lengths.tolist() == [2, 2]
+        with pytest.raises(ValueError, match="its longest has 2, and 1 more do not fit"):
+            module(x[:, :1], cache)
+
+
+# Whose it is
+
+
+def test_a_cache_in_two_layers_raises_and_after_a_reset_it_may_change_hands():
+    first, second, x = layer().eval(), layer(seed=1).eval(), normal(2, 3, C)
+    cache = new_cache()
+    with torch.no_grad():
+        first(x, cache)
+        with pytest.raises(ValueError, match=r"cache belongs to another layer.* after reset\(\)"):
+            second(x, cache)
+        assert cache.lengths.tolist() == [3, 3]
+        first(x, cache)
+        copies = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
+        for other in copies:
+            assert other.known_lengths() == [6, 6]
+        cache.reset()
+        assert_bitwise(second(x, cache), second(x, new_cache()))
+        del second  # no cache keeps a layer alive
+        gc.collect()
+        first(x, cache)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is no GPU")
+def test_a_cuda_cache_without_cuda_is_named():
+    for device in ("cuda", "cuda:0", torch.device("cuda", 1)):
+        with pytest.raises(ValueError, match=r"device='cuda.*', but no CUDA device is available"):
+            new_cache_on(device)
+
+
+def new_cache_on(device):
+    return KVCache(2, 4, 3, 16, device=device)
 
 
 @pytest.mark.gpu

@@ -26,7 +26,8 @@ def definition(x, p, bias=True):
         weights = [torch.cat((w, b[None])) for w, b in zip(weights, biases, strict=True)]
         x = torch.cat((x, torch.ones_like(x[..., :1])), -1)
     gates = {name: p[f"c_attn.{name}"] for name in ("w_std", "w_rec")}
-    y = ref.reciprocal_attention(x, *weights, p["c_attn.W_recip"], n_head=H, **gates)
+    W_recip = p.get("c_attn.W_recip", x.new_empty(D, 0))  # without elements it is no parameter
+    y = ref.reciprocal_attention(x, *weights, W_recip, n_head=H, **gates)
     return nn.functional.linear(y, p["c_proj.weight"], p["c_proj.bias"] if bias else None)
 
 
@@ -210,7 +211,7 @@ def test_bad_inputs_raise(parametrisation):
     module = layer(parametrisation)
     for x, error, message in (
         (normal(9, C), ValueError, r"x must be \[B, T, C\], got \(9, 48\)"),
-        (normal(2, 9, C + 1), ValueError, r"W_fused must be \[C, N\] with C = 49"),
+        (normal(2, 9, C + 1), ValueError, r"x must be \[B, T, n_embd\] with n_embd = 48, got"),
         (normal(2, 9, C).half(), TypeError, "must be torch.float16 like x"),
         (None, TypeError, "x must be a tensor"),
     ):
@@ -253,3 +254,25 @@ def test_modules_need_neither_triton_nor_a_gpu():
         check=True,
         timeout=120,
     )
+
+
+@pytest.mark.parametrize("recip_per_head", [True, False])
+def test_rank_0_has_no_parameter_without_elements_and_takes_older_states(recip_per_head):
+    module, other = (layer(R=0, recip_per_head=recip_per_head, seed=seed) for seed in (0, 1))
+    assert all(p.numel() for p in module.parameters())
+    shape = (H, D, 0) if recip_per_head else (D, 0)
+    state = {**module.state_dict(), "c_attn.W_recip": torch.empty(shape, device=DEVICE)}
+    other.load_state_dict(state)
+    assert "c_attn.W_recip" in state  # the caller's
+    x = normal(2, 9, C)
+    assert_bitwise(other(x), module(x))
+    state["c_attn.W_recip"] = torch.empty(D, 1, device=DEVICE)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*c_attn.W_recip"):
+        other.load_state_dict(state)
+    folded = ra_triton.nn.to_gpt2(module)
+    assert_bitwise(ra_triton.nn.from_gpt2(layer(R=0, seed=2), folded)(x), module(x))
+    optimizer = torch.optim.Adafactor(module.parameters())
+    module(x).square().sum().backward()
+    optimizer.step()
+    assert module(x).isfinite().all()
+    assert module.eval().quantize_("all").c_attn.data.shape == (3 * C, C)

@@ -245,7 +245,7 @@ def test_wrong_options_are_named(options, error, match):
 @pytest.mark.parametrize(
     ("position", "error", "match"),
     [
-        (-1, ValueError, "position=-1 and 3 tokens need rows"),
+        (-1, ValueError, "position must be at least 0, got -1"),
         (True, TypeError, "position must be an int or an int tensor, got True"),
         (torch.zeros(3).long(), ValueError, r"position must be \[\], \[B\] = \[2\] or"),
         (torch.zeros(2), TypeError, "position must be an int32 or int64 tensor"),

@@ -15,7 +15,7 @@ from strategies import DEVICE, NAN, ProjectionCase, backends, few_examples, norm
 import ra_triton
 from ra_triton import QuantizedWeight, quantize_weight
 from ra_triton.nn import QuantizedLinear, RACausalSelfAttention, from_gpt2, to_gpt2
-from ra_triton.quantization import MAX_INT8_CHANNELS
+from ra_triton.quantization import ACTIVATIONS, MAX_INT8_CHANNELS
 from ref.reciprocal_attention import round_to_int8
 
 WHICH = ("all", "reciprocal")
@@ -270,6 +270,26 @@ def test_a_layers_state_dict_comes_back(which, activations):
 
 
 @pytest.mark.parametrize("which", WHICH)
+def test_int8_columns_for_other_activations_are_refused(which):
+    states = {a: layer().quantize_(which, activations=a).state_dict() for a in ACTIVATIONS}
+    for saved, state in states.items():
+        for wanted in ACTIVATIONS:
+            module = layer(seed=1).quantize_(which, activations=wanted)
+            before = {name: t.clone() for name, t in module.c_attn.state_dict().items()}
+            if wanted == saved:
+                module.load_state_dict(state)
+                continue
+            match = f"activations='{saved}', this layer with activations='{wanted}': quantize_ it"
+            with pytest.raises(RuntimeError, match=match):
+                module.load_state_dict(state)
+            for name, t in module.c_attn.state_dict().items():
+                assert_bitwise(t, before[name], name)
+            # A state from before they were told apart says nothing.
+            del (older := dict(state))["c_attn.activations_code"]
+            module.load_state_dict(older)
+
+
+@pytest.mark.parametrize("which", WHICH)
 def test_a_cast_of_the_module_keeps_its_scales(which):
     module = layer().quantize_(which)
     scale = module.c_attn.scale.clone()
@@ -317,6 +337,6 @@ def test_the_linear_layer_has_buffers_alone():
     module = layer().quantize_("reciprocal").c_attn
     assert isinstance(module, QuantizedLinear)
     assert not list(module.parameters())
-    assert set(module.state_dict()) == {"data", "scale", "others", "bias"}
+    assert set(module.state_dict()) == {"data", "scale", "others", "bias", "activations_code"}
     assert module.data.shape == (2 * H * R, C)
     assert module.others.shape == (3 * H * D - 2 * H * R, C)

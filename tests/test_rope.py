@@ -525,7 +525,7 @@ def wrong_tables():
             {"rope": (cos.half(), sin), "half": True},
         ),
         (ValueError, "position=5 and 5 tokens need rows 5 to 10 .* have 9", {"position": 5}),
-        (ValueError, "position=-1 and 5 tokens", {"position": -1}),
+        (ValueError, "position must be at least 0, got -1", {"position": -1}),
         (TypeError, "position must be an int or an int tensor, got True", {"position": True}),
         (TypeError, "position must be an int or an int tensor, got 1.0", {"position": 1.0}),
         (TypeError, "position must be an int32 or int64", {"position": torch.tensor([1.0, 1.0])}),
@@ -590,3 +590,20 @@ def test_in_place_refuses_gradients_of_weights():
     options = {"qk_norm": (normal(16).requires_grad_(), normal(16))}
     with pytest.raises(ValueError, match="pack_qk_ is for inference"):
         ra_triton.pack_qk_(**arguments(**options))
+
+
+@backends
+@pytest.mark.parametrize("table", [0, 1])
+def test_tables_of_neighbouring_lanes_are_named_on_a_cpu(backend, table):
+    """[c0, c0, c1, c1, ...], as GPT-J has them, turn other pairs of lanes than ours."""
+    q = normal(1, 5, 2, 16)
+    angles = torch.arange(9.0)[:, None] * torch.tensor([1.0, 0.1, 0.01, 0.001])
+    halves = [torch.cat((t, t), -1).to(DEVICE) for t in (angles.cos(), angles.sin())]
+    pairs = [t.repeat_interleave(2, -1).to(DEVICE) for t in (angles.cos(), angles.sin())]
+    rope = tuple(pairs[i] if i == table else halves[i] for i in (0, 1))
+    options = {"rope_dims": 8, "backend": backend}
+    ra_triton.pack_qk(q, q, rope=tuple(halves), **options)
+    if DEVICE.type == "cpu":  # elsewhere reading would wait for the device
+        for position in (0, 3, torch.tensor([2])):
+            with pytest.raises(ValueError, match=f"{('cos', 'sin')[table]} of rope must have both"):
+                ra_triton.pack_qk(q, q, rope=rope, position=position, **options)

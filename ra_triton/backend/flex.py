@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ra_triton import internals
 from ra_triton.backend import sdpa
-from ra_triton.checks import distributed, needs_grad
+from ra_triton.checks import distributed, may_keep, needs_grad
 from ra_triton.layout import RALayout
 from ra_triton.offsets import Offsets
 from ra_triton.options import AttentionOptions, DecodeOptions
@@ -96,12 +96,13 @@ def packed_attention(
         q, k, v = (t.detach() for t in (q, k, v))  # on a CPU a leaf that asks for one is refused
     with_lse = options.return_lse and q.device.type != "cpu"
     mask = (T_q - blind, T_k, left, right, q.device)
+    make_mask, make_cap = kept(_mask, q.device), kept(_cap, q.device)
     if torch.compiler.is_compiling():
-        numbers = _numbers(q, k, options, _mask.__wrapped__(*mask), _cap.__wrapped__)
+        numbers = _numbers(q, k, options, make_mask(*mask), make_cap)
         out, lse = _attend(q, k, v, with_lse, numbers)
     else:
         with torch.inference_mode(False):  # a later call may train with what is kept
-            numbers = _numbers(q, k, options, _mask(*mask), _cap)
+            numbers = _numbers(q, k, options, make_mask(*mask), make_cap)
         for t in (q, k, v):
             internals.mark_static(t, (1, 3))
             internals.mark_varying(t, (0, 2))
@@ -211,6 +212,11 @@ def _compiled(configuration: Configuration) -> Callable[..., tuple[Tensor, Tenso
 
 
 # Masks and score_mods. Their numbers are tensors, so that another number is no other code.
+
+
+def kept(make: Any, device: torch.device) -> Callable[..., Any]:
+    """``_mask`` or ``_cap``; without its memory where what is made now is of no use later."""
+    return make if may_keep(device) else make.__wrapped__
 
 
 @lru_cache(maxsize=KEPT)

@@ -15,15 +15,18 @@ from ra_triton.api import (
     ra_attention,
 )
 from ra_triton.backend import choose
-from ra_triton.cache import KVCache
+from ra_triton.cache import FEW_TOKENS, KVCache
 from ra_triton.checks import (
     autocast_dtype,
     check_choice,
     check_dims,
     check_float_tensor,
+    check_shape,
     needs_grad,
 )
+from ra_triton.nn.children import is_ordinary, is_plain, is_readable
 from ra_triton.nn.composed import INIT_STD, ComposedLinear, layout_of
+from ra_triton.nn.configs import options_of
 from ra_triton.nn.quantized import QuantizedLinear
 from ra_triton.nn.rope import THETA, RotaryTables
 from ra_triton.norm_rope import check_norm_eps, check_rope_dims
@@ -31,7 +34,8 @@ from ra_triton.options import DecodeOptions
 from ra_triton.quantization import QuantizedWeight, quantize_weight
 
 PARAMETRISATIONS = ("free", "composed")
-FEW_TOKENS = 16  # that attention over a cache takes at a time
+PROJECTIONS = (nn.Linear, ComposedLinear, QuantizedLinear)  # whose weights attention can read
+NORMS = (nn.RMSNorm,)
 
 
 class RACausalSelfAttention(nn.Module):
@@ -44,14 +48,21 @@ class RACausalSelfAttention(nn.Module):
                     of GPT-2, so any GPT-2 checkpoint loads, and R only says which lanes are called
                     reciprocal: the function class is plain attention's.
     ``"composed"``  ``c_attn`` is a :class:`ComposedLinear`: W_q, W_k, W_v, W_recip and one gate per
-                    head and term (``c_attn.w_std``, ``c_attn.w_rec``), composed on each step.
+                    head and term (``c_attn.w_std``, ``c_attn.w_rec``), composed on each call; for
+                    inference :meth:`fuse_` composes once.
 
     Between projection and attention come, if asked for, a QK-norm of the packed heads (weights
     ``q_norm.weight``, ``k_norm.weight``, Qwen3's names) and their rotation by position (RoPE), as
     :func:`ra_triton.pack_qk` has them.
 
+    For speed the weights of ``c_attn``, ``q_norm`` and ``k_norm`` are read by attention's kernels.
+    A child that is wrapped, replaced, parametrised or has hooks is called instead: ``c_attn`` on x,
+    for ``[B, T, N]`` in packed order, the norms on packed heads ``[B, T, H, D]``, before rotation.
+
     Both start as GPT-2 does: normal weights of standard deviation 0.02, zero biases.
     """
+
+    _factors: tuple[ComposedLinear, ...] = ()  # what fuse_ has set aside; no child of this module
 
     def __init__(
         self,
@@ -127,21 +138,23 @@ class RACausalSelfAttention(nn.Module):
 
     @classmethod
     def from_config(cls, config: Any, **options: Any) -> "RACausalSelfAttention":
-        """Build from a nanoGPT config: ``n_embd``, ``n_head``, ``bias``, ``dropout``.
+        """Build from a config of nanoGPT, or of Hugging Face's GPT-2, Llama, Mistral, Qwen2, Qwen3.
 
         Args:
-            config: an object with these four attributes.
-            **options: everything else that the constructor takes: ``R``, ``parametrisation``, ...
+            config: an object with their attributes; see :mod:`ra_triton.nn.configs`.
+            **options: everything else that the constructor takes, ``R``, ``parametrisation``, ...,
+                and what shall not be as the config says.
 
         Raises:
-            AttributeError: an attribute that the config lacks; and what the constructor raises.
+            AttributeError: attributes that the config lacks, by name.
+            ValueError: a config of a layer that this is not; and what the constructor raises.
         """
-        given = {name: getattr(config, name) for name in ("n_embd", "n_head", "bias", "dropout")}
-        return cls(**{**given, **options})
+        return cls(**{**options_of(config, options), **options})
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """GPT-2's initialisation; a model scales ``c_proj`` by its depth, as nanoGPT does."""
+        self._refuse_fused("reset_parameters()")
         if isinstance(self.c_attn, ComposedLinear):
             self.c_attn.reset_parameters()
         for layer in (self.c_attn, self.c_proj):
@@ -173,8 +186,12 @@ class RACausalSelfAttention(nn.Module):
             "dropout_p": self.dropout if self.training else 0.0,
             "backend": self.backend,
         }
-        if self.rope is None and self.q_norm is None:
-            W_fused, bias = self.fused_weight()
+        weights = None
+        if self.rope is None and self.q_norm is None and self.k_norm is None:
+            weights = self._plain_weight()
+        if weights is not None:
+            self._check_width(x)
+            W_fused, bias = weights
             heads: Any = {"n_head": self.n_head, "n_kv_head": self.n_kv_head}
             y = ra_attention(
                 x, W_fused, self.R, **heads, bias=bias, weight_layout="packed", **options
@@ -198,29 +215,80 @@ class RACausalSelfAttention(nn.Module):
             TypeError: see :meth:`forward`.
             ValueError: see :meth:`forward`; a position that is negative or of another shape.
         """
-        W_fused, bias = self.fused_weight()
-        heads: Any = {"n_head": self.n_head, "n_kv_head": self.n_kv_head}
-        q, k, v = project(
-            x, W_fused, self.R, **heads, bias=bias, weight_layout="packed", backend=self.backend
-        )
+        self._check_width(x)
+        weights = self._plain_weight()
+        own = weights is not None  # whether q and k are this call's own, so that it may write them
+        if weights is not None:
+            W_fused, bias = weights
+            heads: Any = {"n_head": self.n_head, "n_kv_head": self.n_kv_head}
+            heads |= {"bias": bias, "weight_layout": "packed", "backend": self.backend}
+            q, k, v = project(x, W_fused, self.R, **heads)
+        else:
+            q, k, v = self._called_projection(x)
         options: Any = {"backend": self.backend}
-        weights: tuple[Tensor, ...] = ()
-        if self.q_norm is not None and self.k_norm is not None:
-            weights = self.q_norm.weight, self.k_norm.weight
-            options |= {"qk_norm": weights, "norm_eps": self.q_norm.eps}
+        norms: tuple[Tensor, ...] = ()
+        if self._has_plain_norms():
+            norms = self.q_norm.weight, self.k_norm.weight  # type: ignore[union-attr]
+            options |= {"qk_norm": norms, "norm_eps": self.q_norm.eps}  # type: ignore[union-attr]
+        elif self.q_norm is not None or self.k_norm is not None:
+            q, k, own = (
+                _called_norm("q_norm", self.q_norm, q),
+                _called_norm("k_norm", self.k_norm, k),
+                False,
+            )
         if self.rope is not None:
             options |= self.rope.options(position, q)
         if len(options) > 1:
-            in_place = not needs_grad(q, k, *weights)  # q and k are this call's own
+            in_place = own and not needs_grad(q, k, *norms)
             q, k = (pack_qk_ if in_place else pack_qk)(q, k, **options)
         return q, k, v
+
+    def _plain_weight(self) -> tuple[Tensor | QuantizedWeight, Tensor | None] | None:
+        """``W_fused`` and its bias; None where ``c_attn`` has to be called."""
+        c_attn = self.c_attn
+        if not is_plain(c_attn, PROJECTIONS):
+            return None
+        if isinstance(c_attn, nn.Linear):
+            weight = c_attn.weight
+            return (weight.mT, c_attn.bias) if is_ordinary(weight) else None
+        return _fused(c_attn)
+
+    def _has_plain_norms(self) -> bool:
+        """Whether the kernel's norm, one eps and two weights, is what the two children do."""
+        q_norm, k_norm = self.q_norm, self.k_norm
+        return (
+            is_plain(q_norm, NORMS)
+            and is_plain(k_norm, NORMS)
+            and is_ordinary(q_norm.weight)  # type: ignore[union-attr]
+            and is_ordinary(k_norm.weight)  # type: ignore[union-attr]
+            and q_norm.eps is not None  # type: ignore[union-attr]
+            and q_norm.eps == k_norm.eps  # type: ignore[union-attr]
+        )
+
+    def _called_projection(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The packed operands as ``c_attn`` returns them when it is called."""
+        y, name = self.c_attn(x), "what c_attn returns"
+        check_float_tensor(name, y)
+        check_shape(name, y, (*x.shape[:2], self.layout.columns), "[B, T, N] in packed order")
+        dtype = autocast_dtype(x.device) or x.dtype
+        if y.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {y.dtype}")
+        return self.layout.views(y if y.stride(-1) == 1 else y.contiguous())
+
+    def _check_width(self, x: Tensor) -> None:
+        """Before a message could blame a weight."""
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != self.n_embd:
+            check_float_tensor("x", x)
+            check_dims("x", x, "[B, T, C]")
+            raise ValueError(
+                f"x must be [B, T, n_embd] with n_embd = {self.n_embd}, got {tuple(x.shape)}"
+            )
 
     def _attend_to(self, x: Tensor, cache: KVCache) -> Tensor:
         """Append ``x [B, T, C]`` to the cache and attend to what it then holds: ``[B, T, C]``."""
         if not isinstance(cache, KVCache):
             raise TypeError(f"cache must be a KVCache or None, got {cache!r}")
-        check_float_tensor("x", x)
-        check_dims("x", x, "[B, T, C]")
+        self._check_width(x)
         if needs_grad(x, *self.parameters()):
             raise ValueError("cache cannot be used while a gradient is needed; use no_grad()")
         if self.training and self.dropout:
@@ -230,8 +298,9 @@ class RACausalSelfAttention(nn.Module):
         cache.check_fits((B, T, self.n_kv_head, head_dim), dtype, x.device)
         # Raises where decoding would, before the projection has run.
         choose(self.backend, (x,), DecodeOptions(n_queries=min(T, FEW_TOKENS)), head_dim)
-        known = cache.known_lengths()
-        before = known[0] if known is not None and len(set(known)) == 1 else None
+        cache.claim(self)
+        known = cache.known_lengths(T)
+        before = None if known is None or any(n != known[0] for n in known) else known[0]
         operands = self.operands(x, cache.lengths if before is None else before)
         if T > FEW_TOKENS and before is not None:
             return self._prefill(*operands, cache, before).flatten(2)
@@ -259,12 +328,97 @@ class RACausalSelfAttention(nn.Module):
         )
 
     def fused_weight(self) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
-        """``W_fused [C, N]`` and its bias ``[N]`` or None, in packed order; ``N <= 3 * C``."""
+        """``W_fused [C, N]`` and its bias ``[N]`` or None, in packed order; ``N <= 3 * C``.
+
+        Raises:
+            ValueError: a ``c_attn`` whose output is more than its weight: wrapped, parametrised,
+                with forward hooks.
+        """
+        if not is_readable(self.c_attn, PROJECTIONS):
+            raise ValueError(
+                f"c_attn, a {type(self.c_attn).__name__}, has no W_fused to read, as its output "
+                "may be more than x @ weight: first merge or remove what is around it (an adapter, "
+                "hooks, a parametrisation)"
+            )
+        return _fused(self.c_attn)
+
+    @torch.no_grad()
+    def fuse_(self) -> "RACausalSelfAttention":
+        """Replace a composed ``c_attn`` by an ``nn.Linear`` of the composed weight, for inference.
+
+        Until :meth:`unfuse_`, ``c_attn`` and the state dict are those of a free layer. The factors
+        are set aside and follow moves and casts; what is written to the fused weight does not
+        reach them. A free layer stays as it is.
+
+        Returns:
+            The layer itself.
+
+        Raises:
+            ValueError: a layer that is fused, quantized or in training, and where
+                :meth:`fused_weight` raises.
+        """
+        self._refuse_fused("fuse_()")
         if isinstance(self.c_attn, QuantizedLinear):
-            return self.c_attn.quantized(), self.c_attn.bias
-        if isinstance(self.c_attn, ComposedLinear):
-            return self.c_attn.fused()
-        return self.c_attn.weight.mT, self.c_attn.bias
+            raise ValueError("c_attn is quantized, so it is one weight already")
+        if self.training:
+            raise ValueError("fuse_ is for inference: call eval() first")
+        if self.parametrisation == "free":
+            return self
+        with torch.inference_mode(False):
+            W_fused, bias = self.fused_weight()
+            composed = self.c_attn
+            assert isinstance(composed, ComposedLinear)
+            assert isinstance(W_fused, Tensor)
+            C, N = W_fused.shape
+            linear = nn.Linear(C, N, bias is not None, device="meta").eval()
+            linear.weight = nn.Parameter(W_fused.mT.contiguous(), requires_grad=False)
+            if bias is not None:
+                linear.bias = nn.Parameter(bias.clone(), requires_grad=False)
+        self._factors, self.c_attn = (composed,), linear
+        return self
+
+    def unfuse_(self) -> "RACausalSelfAttention":
+        """Undo :meth:`fuse_`: the factors come back, and the fused weight goes.
+
+        Returns:
+            The layer itself.
+
+        Raises:
+            ValueError: a layer that is not fused.
+        """
+        if not self._factors:
+            raise ValueError("c_attn is not fused")
+        (self.c_attn,), self._factors = self._factors, ()
+        return self
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether :meth:`fuse_` has set factors aside."""
+        return bool(self._factors)
+
+    def _refuse_fused(self, what: str) -> None:
+        if self._factors:
+            raise ValueError(f"c_attn is fused, for inference: unfuse_() comes before {what}")
+
+    def train(self, mode: bool = True) -> "RACausalSelfAttention":
+        """Switch the mode; a fused layer has nothing to train and raises ValueError."""
+        if mode:
+            self._refuse_fused("train()")
+        return super().train(mode)
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> "RACausalSelfAttention":
+        """Moves and casts reach the factors too."""
+        for factors in self._factors:
+            factors._apply(fn, *args, **kwargs)
+        return super()._apply(fn, *args, **kwargs)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Refuses another weight than that of the factors, which ``unfuse_`` would bring back."""
+        if any(name.startswith(f"{prefix}c_attn.") for name in state_dict):
+            self._refuse_fused("load_state_dict()")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @torch.no_grad()
     def quantize_(self, which: str, *, activations: str = "none") -> "RACausalSelfAttention":
@@ -290,14 +444,15 @@ class RACausalSelfAttention(nn.Module):
         heads: Any = {"n_head": self.n_head, "n_kv_head": self.n_kv_head}
         options: Any = {"which": which, **heads, "weight_layout": "packed"}
         weight = quantize_weight(W_fused, self.R, **options, activations=activations)
-        self.c_attn = QuantizedLinear(weight, bias)
+        self._factors, self.c_attn = (), QuantizedLinear(weight, bias)
         return self
 
     def gates(self) -> dict[str, Tensor]:
         """``{"w_std": [H], "w_rec": [H]}``, detached copies; empty for free, which has no gates."""
-        if not isinstance(self.c_attn, ComposedLinear):
+        composed = self._factors[0] if self._factors else self.c_attn
+        if not isinstance(composed, ComposedLinear):
             return {}
-        return {name: getattr(self.c_attn, name).detach().clone() for name in ("w_std", "w_rec")}
+        return {name: getattr(composed, name).detach().clone() for name in ("w_std", "w_rec")}
 
     @torch.no_grad()
     def reciprocal_share(self, x: Tensor) -> Tensor:
@@ -324,9 +479,10 @@ class RACausalSelfAttention(nn.Module):
             )
         q_pack, k_pack, _ = self.operands(x)
         d_std = q_pack.shape[-1] - self.R
-        variances = torch.zeros(2, self.n_head, device=x.device)  # standard, reciprocal
+        variances = torch.zeros(2, self.n_head, dtype=torch.float32, device=x.device)
         k_pack = k_pack.repeat_interleave(self.n_head // self.n_kv_head, dim=2)
         for q, k in zip(q_pack.float(), k_pack.float(), strict=True):  # [T, H, D]
+            # Standard, reciprocal.
             terms = ((q[..., :d_std], k[..., :d_std]), (q[..., d_std:], k[..., d_std:]))
             for total, (a, b) in zip(variances, terms, strict=True):
                 total += _variance_over_keys(torch.einsum("ihd,jhd->hij", a, b))
@@ -340,6 +496,27 @@ class RACausalSelfAttention(nn.Module):
             f"dropout={self.dropout}, parametrisation={self.parametrisation!r}, "
             f"backend={self.backend!r}" + ("" if self.rope is None else f", rope={self.rope}")
         )
+
+
+def _fused(c_attn: nn.Module) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
+    """``W_fused`` and its bias, of one of ``PROJECTIONS``."""
+    if isinstance(c_attn, ComposedLinear):
+        return c_attn.fused()
+    if isinstance(c_attn, QuantizedLinear):
+        return c_attn.quantized(), c_attn.bias
+    assert isinstance(c_attn, nn.Linear)
+    return c_attn.weight.mT, c_attn.bias
+
+
+def _called_norm(name: str, norm: nn.Module | None, heads: Tensor) -> Tensor:
+    """What ``norm`` makes of packed heads ``[B, T, H, D]``, in their dtype."""
+    if norm is None:
+        return heads
+    y, name = norm(heads), f"what {name} returns"
+    check_float_tensor(name, y, dtypes=None)
+    check_shape(name, y, tuple(heads.shape), "[B, T, H, D] like its input")
+    y = y.to(heads.dtype)
+    return y if y.stride(-1) == 1 else y.contiguous()
 
 
 def _variance_over_keys(S: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Two orientations of the same names: ``"linear"`` is nanoGPT's ``nn.Linear`` (``c
 [3 * C, C]``), ``"conv1d"`` is Hugging Face's ``Conv1D`` (``[C, 3 * C]``), which always has biases.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import TypeVar
 
 import torch
@@ -14,12 +14,17 @@ from ra_triton.checks import check_choice
 from ra_triton.nn.attention import RACausalSelfAttention
 from ra_triton.nn.composed import ComposedLinear
 from ra_triton.nn.quantized import QuantizedLinear
+from ra_triton.quantization import QuantizedWeight
 from ra_triton.weights import factor_weight
 
 ORIENTATIONS = ("linear", "conv1d")
 PROJECTIONS = ("c_attn", "c_proj", "c_fc")  # transposed between the orientations
 BIASED = (*PROJECTIONS, "ln_1", "ln_2", "ln_f")  # with a bias in every stock GPT-2
 MASKS = (".attn.bias", ".attn.masked_bias")  # buffers in old checkpoints, not weights
+# What wrappers of a module put into its names, as do DataParallel and its like with "module".
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+REPLICATING = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+GATHER = "gather a full state dict and load it into a module that is not sharded"
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -30,7 +35,7 @@ def to_gpt2(module: nn.Module, *, orientation: str = "linear") -> dict[str, Tens
 
     Args:
         module: a :class:`RACausalSelfAttention`, or a model with any number of them and nanoGPT's
-            names.
+            names; compiled, fused or wrapped in (Distributed)DataParallel or not.
         orientation: ``"linear"`` for nanoGPT, ``"conv1d"`` for Hugging Face; there biases that the
             model lacks are zeros.
 
@@ -41,25 +46,27 @@ def to_gpt2(module: nn.Module, *, orientation: str = "linear") -> dict[str, Tens
     Raises:
         TypeError: not a module.
         ValueError: unknown orientation; a layer that no GPT-2 computes: grouped heads,
-            rotation, QK-norm.
+            rotation, QK-norm; a ``c_attn`` that is more than its weight; sharded parameters.
     """
     check_choice("orientation", orientation, ORIENTATIONS)
     _check_module(module)
-    state = {name: t.detach() for name, t in module.state_dict().items()}
+    state = {}
+    for name, t in module.state_dict().items():
+        if hasattr(t, "full_tensor"):
+            raise ValueError(f"{name} is sharded, a {type(t).__name__}: {GATHER}")
+        state[_plain_name(module, name)] = t.detach()
     for name, attention in _attentions(module):
         _check_is_gpt2(attention)
-        if isinstance(attention.c_attn, ComposedLinear):
-            for factor in attention.c_attn.state_dict():
-                del state[f"{name}c_attn.{factor}"]
-            W_fused, bias = attention.c_attn.fused()
-            state[f"{name}c_attn.weight"] = _transpose(W_fused)
-            if bias is not None:
-                state[f"{name}c_attn.bias"] = bias.clone()
-        if isinstance(attention.c_attn, QuantizedLinear):
-            for buffer in ("data", "scale", "others"):
-                state.pop(f"{name}c_attn.{buffer}", None)
-            weight = attention.c_attn.weight.to(attention.c_proj.weight.dtype)
-            state[f"{name}c_attn.weight"] = weight.contiguous()
+        W_fused, bias = attention.fused_weight()
+        if isinstance(attention.c_attn, nn.Linear):
+            continue  # its weight is in the state as it is
+        for own in attention.c_attn.state_dict():
+            del state[f"{name}c_attn.{own}"]
+        if isinstance(W_fused, QuantizedWeight):
+            W_fused = W_fused.dequantize(attention.c_proj.weight.dtype)
+        state[f"{name}c_attn.weight"] = _transpose(W_fused)
+        if bias is not None:
+            state[f"{name}c_attn.bias"] = bias.clone()
     return _with_biases(_transposed(state)) if orientation == "conv1d" else state
 
 
@@ -74,8 +81,9 @@ def from_gpt2(
 
     Args:
         module: a :class:`RACausalSelfAttention`, or a model with any number of them and nanoGPT's
-            names; overwritten.
-        state: the state dict of the layer or model, in any dtype and on any device.
+            names; overwritten; compiled or wrapped as for :func:`to_gpt2`.
+        state: the state dict of the layer or model, in any dtype and on any device; names may have
+            the prefixes ``_orig_mod.`` of a compiled model and ``module.`` of DataParallel.
         orientation: that of ``state``.
 
     Returns:
@@ -85,18 +93,24 @@ def from_gpt2(
         TypeError: not a module, no mapping, a value of ``state`` that is not a tensor.
         ValueError: unknown orientation; names that are missing or left over, shapes that do not
             fit (nothing is loaded); a bias other than zero for a module without biases; a layer
-            that is quantized, or that no GPT-2 computes.
+            that is quantized or fused, or where :func:`to_gpt2` raises.
     """
     check_choice("orientation", orientation, ORIENTATIONS)
     _check_module(module)
     check_state(state)
-    loaded = {name: t for name, t in state.items() if not f".{name}".endswith(MASKS)}
+    names, expected = _names(module), to_gpt2(module)
+    loaded = {
+        name: t
+        for name, t in _without_prefixes(state, expected).items()
+        if not f".{name}".endswith(MASKS)
+    }
     if orientation == "conv1d":
         loaded = _transposed(loaded)
     for name, attention in _attentions(module):
         if isinstance(attention.c_attn, QuantizedLinear):
             raise ValueError(f"{name}c_attn is quantized: load first, then quantize_")
-    expected = to_gpt2(module)
+        if attention.is_fused:
+            raise ValueError(f"{name}c_attn is fused: load first, then fuse_")
     loaded = _without_zero_biases(loaded, expected)
     _check_names_and_shapes(loaded, expected, orientation)
     for name, attention in _attentions(module):
@@ -105,13 +119,42 @@ def from_gpt2(
             assert weight is not None
             for factor, t in composed_state(attention.c_attn, weight, bias).items():
                 loaded[f"{name}c_attn.{factor}"] = t
-    module.load_state_dict(loaded)
+    module.load_state_dict({names[name]: t for name, t in loaded.items()})
     return module
 
 
 def _check_module(module: nn.Module) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+    for name, m in module.named_modules():
+        if "_fsdp_wrapped_module" in m._modules:
+            raise ValueError(f"{name or 'module'} is sharded (FSDP): {GATHER}")
+
+
+def _plain_name(module: nn.Module, name: str) -> str:
+    """``name``, of a tensor or a module in ``module``, without what wrappers put into it."""
+    kept, owner = [], module
+    for part in name.split("."):
+        if part not in WRAPPED and not (part == "module" and isinstance(owner, REPLICATING)):
+            kept.append(part)
+        owner = getattr(owner, part, None)  # type: ignore[assignment]
+    return ".".join(kept)
+
+
+def _names(module: nn.Module) -> dict[str, str]:
+    """The names in the state dict of ``module``, by what they are without wrappers."""
+    return {_plain_name(module, name): name for name in module.state_dict()}
+
+
+def _without_prefixes(state: Mapping[str, Tensor], expected: Container[str]) -> dict[str, Tensor]:
+    """``state``, its names without the prefixes of wrappers, unless the module has them itself."""
+
+    def plain(name: str) -> str:
+        parts = [part for part in name.split(".") if part not in WRAPPED]
+        short = ".".join(parts[1:] if parts[0] == "module" else parts)
+        return name if name in expected else short
+
+    return {plain(name): t for name, t in state.items()}
 
 
 def check_state(state: Mapping[str, Tensor]) -> None:
@@ -126,7 +169,7 @@ def check_state(state: Mapping[str, Tensor]) -> None:
 def _attentions(module: nn.Module) -> list[tuple[str, RACausalSelfAttention]]:
     """``[(prefix of its names, layer)]``, a layer that is used twice under each of its names."""
     return [
-        (f"{name}." if name else "", m)
+        (f"{_plain_name(module, name)}.".lstrip("."), m)
         for name, m in module.named_modules(remove_duplicate=False)
         if isinstance(m, RACausalSelfAttention)
     ]
@@ -150,7 +193,8 @@ def composed_state(
     sizes = {"R": c_attn.R, "n_head": c_attn.n_head, "n_kv_head": c_attn.n_kv_head}
     *weights, W_recip = factor_weight(weight.mT, **sizes, weight_layout="packed")
     state = dict(zip(("W_q", "W_k", "W_v"), weights, strict=True))
-    state["W_recip"] = W_recip.expand_as(c_attn.W_recip)
+    if c_attn.W_recip is not None:
+        state["W_recip"] = W_recip.expand_as(c_attn.W_recip)
     if bias is not None:
         *biases, _ = factor_weight(bias, **sizes, weight_layout="packed")
         state |= zip(("b_q", "b_k", "b_v"), biases, strict=True)

@@ -19,6 +19,7 @@ from ra_triton.nn.attention import RACausalSelfAttention
 from ra_triton.nn.composed import ComposedLinear
 from ra_triton.nn.gpt2 import check_state, composed_state
 from ra_triton.nn.quantized import QuantizedLinear
+from ra_triton.quantization import QuantizedWeight
 
 NORMS = ("q_norm", "k_norm")
 
@@ -44,12 +45,15 @@ def to_llama(module: RACausalSelfAttention, *, partial_rotary: bool = False) -> 
     Raises:
         TypeError: not a :class:`RACausalSelfAttention`.
         ValueError: a layer that no Llama-type layer computes: one without rotation, or with a
-            rotation of some lanes and not ``partial_rotary``.
+            rotation of some lanes and not ``partial_rotary``; a ``c_attn`` that is more than its
+            weight.
     """
     _check_is_llama(module, partial_rotary)
-    weight = module.c_attn.weight.to(module.c_proj.weight.dtype)  # that of int8 is computed
+    weight, bias = module.fused_weight()
+    if isinstance(weight, QuantizedWeight):
+        weight = weight.dequantize(module.c_proj.weight.dtype)
     state = {}
-    for kind, t in (("weight", weight.mT), ("bias", module.c_attn.bias)):
+    for kind, t in (("weight", weight), ("bias", bias)):
         if t is not None:
             for name, section in zip("qkv", module.layout.views(t), strict=True):
                 state[f"{name}_proj.{kind}"] = (
@@ -84,11 +88,13 @@ def from_llama(
     Raises:
         TypeError: not a :class:`RACausalSelfAttention`; no mapping, or a value that is no tensor.
         ValueError: see :func:`to_llama`; names that are missing or left over, shapes that do not
-            fit, grouped heads that have no factors, a layer that is quantized. Nothing is loaded
-            then.
+            fit, grouped heads that have no factors, a layer that is quantized or fused. Nothing is
+            loaded then.
     """
     if isinstance(getattr(module, "c_attn", None), QuantizedLinear):
         raise ValueError("c_attn is quantized: load first, then quantize_")
+    if getattr(module, "is_fused", False):
+        raise ValueError("c_attn is fused: load first, then fuse_")
     expected = to_llama(module, partial_rotary=partial_rotary)
     check_state(state)
     given = {

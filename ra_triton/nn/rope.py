@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ra_triton.checks import may_keep
 from ra_triton.norm_rope import check_positions
 from ra_triton.workspace import stream_id
 
@@ -17,7 +18,7 @@ class RotaryTables:
 
     They are no buffers of the module, so casting a model leaves them in float32, and no checkpoint
     holds them. Tables that were needed once are kept for each device and stream, twice as long as
-    they had to be; not while something is traced or captured, which would keep what it made.
+    they had to be; not while something is traced, transformed or captured.
 
     Attributes:
         rope_dims: lanes that turn.
@@ -30,7 +31,10 @@ class RotaryTables:
         self._kept: dict[tuple[torch.device, int], Tables] = {}
 
     def options(self, position: int | Tensor, q: Tensor) -> dict[str, Any]:
-        """The arguments of ``pack_qk`` for ``q [B, T, H, D]``."""
+        """The arguments of ``pack_qk`` for ``q [B, T, H, D]``.
+
+        An int position is 0 or more. Those of a tensor are not read; negative ones turn backwards.
+        """
         B, T = q.shape[:2]
         if isinstance(position, Tensor):
             # Every token has a row of its own, so the host need not know how far they reach.
@@ -40,6 +44,8 @@ class RotaryTables:
             rows = torch.arange(B * T, device=q.device).view(B, T)
             rope = self.at(position.flatten())
             return {"rope": rope, "position": rows, "rope_dims": self.rope_dims}
+        if type(position) is int and position < 0:
+            raise ValueError(f"position must be at least 0, got {position}")
         end = position + T if type(position) is int else T
         return {
             "rope": self.rows(max(end, 1), q.device),
@@ -49,18 +55,13 @@ class RotaryTables:
 
     def rows(self, length: int, device: torch.device) -> Tables:
         """At least ``length`` rows: those of positions 0, 1, ..."""
-        if torch.compiler.is_compiling() or (
-            device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        ):
+        if not may_keep(device):
             return self.at(torch.arange(length, device=device))
         key = (device, stream_id(device))
         if key not in self._kept or len(self._kept[key][0]) < length:
             # A tensor born in inference mode could not take part in a graph later.
             with torch.inference_mode(False), torch.no_grad():
-                tables = self.at(torch.arange(2 * length, device=device))
-            if type(tables[0]) is not Tensor:  # of a tracer, and of no use after it
-                return tables
-            self._kept[key] = tables
+                self._kept[key] = self.at(torch.arange(2 * length, device=device))
         return self._kept[key]
 
     def at(self, positions: Tensor) -> Tables:

@@ -1890,27 +1890,6 @@ CONTRACT_FAULTS = [
         "False",
         "tests/test_hopper.py::test_newer_assemblers_get_tiles_of_two_groups_for_long_rows_of_64",
     ),
-    Fault(
-        "kept weight: versions of the factors not compared",
-        COMPOSED_LINEAR,
-        "            and self.versions == tuple(p._version for p in factors)\n",
-        "",
-        "tests/test_nn_cache.py::test_every_change_of_a_factor_is_seen",
-    ),
-    Fault(
-        "kept weight: steps of fused optimizers not counted",
-        COMPOSED_LINEAR,
-        "_optimizer_steps += 1",
-        "_optimizer_steps += 0",
-        "tests/test_nn_cache.py::test_every_change_of_a_factor_is_seen",
-    ),
-    Fault(
-        "kept weight: still there after eval()",
-        COMPOSED_LINEAR,
-        "self._cached = None\n        return super().train(mode)",
-        "return super().train(mode)",
-        "tests/test_nn_cache.py::test_every_change_of_a_factor_is_seen",
-    ),
 ]
 
 _L = "tests/test_launcher.py::test_"
@@ -3111,8 +3090,8 @@ DECODE_FAULTS = [
     Fault(
         "cache: the host's lengths trusted after a capture",
         CACHE,
-        "        if self._captured:\n            self._known = ",
-        "        if False:\n            self._known = ",
+        "if self._captured or self._known is None:",
+        "if self._known is None:",
         f"{_CA}after_a_capture_lengths_are_read_from_the_device",
     ),
     Fault(
@@ -3149,6 +3128,270 @@ DECODE_FAULTS = [
         "logits < least",
         "logits <= least",
         f"{_GE}temperature_and_top_k",
+    ),
+]
+
+CHILDREN, CONFIGS_OF, QUANTIZED = (
+    f"ra_triton/nn/{name}.py" for name in ("children", "configs", "quantized")
+)
+GPT2_EXCHANGE = "ra_triton/nn/gpt2.py"
+_CH, _FU, _KE, _DI, _CO = (
+    f"tests/test_nn_{name}.py::test_"
+    for name in ("children", "fuse", "keeping", "distributed", "configs")
+)
+CHILD_CHANGES = f"{_CH}attention_reads_what_the_changed_child_returns"
+CHILD_HOOKS = f"{_CH}hooks_run_and_change_no_more_than_the_last_bits"
+NORMS = f"{_CH}any_norm_is_called_on_packed_heads_before_rotation"
+TRACED = f"{_KE}nothing_of_a_tracer_is_kept"
+LOST = f"{_FU}what_would_lose_the_factors_or_be_lost_itself_raises"
+ONE_COMPILATION = f"{_CA}a_compiled_decoding_step_is_compiled_once_for_all_tokens"
+MIXED = f"{_CA}compiled_and_eager_steps_share_a_cache"
+
+CHILD_FAULTS = [
+    Fault(
+        "children: subclasses are read",
+        CHILDREN,
+        "type(child) in kinds",
+        "isinstance(child, tuple(kinds))",
+        f"{CHILD_CHANGES}[subclass-free-sdpa]",
+    ),
+    Fault(
+        "children: hooks before the forward are ignored",
+        CHILDREN,
+        "        and not child._forward_pre_hooks  # type: ignore[union-attr]\n",
+        "",
+        f"{CHILD_CHANGES}[changing_pre_hook-free-sdpa]",
+    ),
+    Fault(
+        "children: hooks after the forward are ignored",
+        CHILDREN,
+        "        and not child._forward_hooks  # type: ignore[union-attr]\n",
+        "",
+        f"{CHILD_CHANGES}[changing_hook-composed-sdpa]",
+    ),
+    Fault(
+        "children: another forward is ignored",
+        CHILDREN,
+        '        and "forward" not in child.__dict__\n',
+        "",
+        f"{CHILD_CHANGES}[patched_forward-free-sdpa]",
+    ),
+    Fault(
+        "children: hooks of gradients are ignored",
+        CHILDREN,
+        "        child._backward_hooks  # type: ignore[union-attr]\n        or ",
+        "        ",
+        CHILD_HOOKS,
+    ),
+    Fault(
+        "children: hooks before a backward are ignored",
+        CHILDREN,
+        "        or child._backward_pre_hooks  # type: ignore[union-attr]\n",
+        "",
+        CHILD_HOOKS,
+    ),
+    Fault(
+        "children: a compiled call is ignored",
+        CHILDREN,
+        "        or child._compiled_call_impl is not None  # type: ignore[union-attr]\n",
+        "",
+        f"{_CH}a_compiled_child_is_called",
+    ),
+    Fault(
+        "children: hooks of all modules are ignored",
+        CHILDREN,
+        "        or internals.hooks_of_all_modules()\n",
+        "",
+        f"{_CH}hooks_of_all_modules_see_the_children",
+    ),
+    Fault(
+        "children: bytes of a coded weight are read",
+        CHILDREN,
+        'weight is not None and not hasattr(type(weight), "__tensor_flatten__")',
+        "weight is not None",
+        f"{_CH}a_weight_of_another_tensor_type_is_left_to_its_own_product",
+    ),
+    Fault(
+        "children: nothing is read any more",
+        CHILDREN,
+        "return is_readable(child, kinds) and not (",
+        "return False and not (",
+        f"{_CH}a_plain_child_is_read",
+    ),
+    Fault(
+        "children: norms of two eps are one",
+        ATTENTION_MODULE,
+        "q_norm.eps == k_norm.eps",
+        "k_norm.eps is not None",
+        NORMS,
+    ),
+    Fault(
+        "children: what a projection's hook has kept is rotated",
+        ATTENTION_MODULE,
+        "own = weights is not None  #",
+        "own = True  #",
+        f"{_CH}what_a_hook_has_kept_is_not_overwritten",
+    ),
+    Fault(
+        "children: another dtype of a projection passes",
+        ATTENTION_MODULE,
+        "        if y.dtype != dtype:\n",
+        "        if False:\n",
+        f"{_CH}what_a_child_returns_is_checked",
+    ),
+    Fault(
+        "module: a wrong width is the weight's",
+        ATTENTION_MODULE,
+        "or x.shape[-1] != self.n_embd:",
+        "or False:",
+        "tests/test_nn.py::test_bad_inputs_raise",
+    ),
+    Fault(
+        "fuse_: the layer still trains",
+        ATTENTION_MODULE,
+        'self._refuse_fused("train()")',
+        "pass",
+        LOST,
+    ),
+    Fault(
+        "fuse_: twice",
+        ATTENTION_MODULE,
+        'self._refuse_fused("fuse_()")',
+        "pass",
+        LOST,
+    ),
+    Fault(
+        "fuse_: other weights are loaded over it",
+        ATTENTION_MODULE,
+        'self._refuse_fused("load_state_dict()")',
+        "pass",
+        LOST,
+    ),
+    Fault(
+        "fuse_: factors stay where they were",
+        ATTENTION_MODULE,
+        "            factors._apply(fn, *args, **kwargs)\n",
+        "            pass\n",
+        f"{_FU}the_factors_follow_moves_casts_and_copies",
+    ),
+    Fault(
+        "fuse_: the weight is born in inference mode",
+        ATTENTION_MODULE,
+        "        with torch.inference_mode(False):\n            W_fused, bias",
+        "        with torch.no_grad():\n            W_fused, bias",
+        f"{_FU}fused_in_inference_mode_it_serves_a_graph_later",
+    ),
+    Fault(
+        "rank 0: states with an empty W_recip are refused",
+        COMPOSED_LINEAR,
+        "            del state_dict[name]\n",
+        "            pass\n",
+        "tests/test_nn.py::test_rank_0_has_no_parameter_without_elements_and_takes_older_states",
+    ),
+    Fault(
+        "rank 0: a parameter without elements",
+        COMPOSED_LINEAR,
+        "parameter(*recip) if R else None",
+        "parameter(*recip)",
+        "tests/test_nn.py::test_rank_0_has_no_parameter_without_elements_and_takes_older_states",
+    ),
+    Fault(
+        "int8 module: columns for other activations",
+        QUANTIZED,
+        "if saved != self.activations:",
+        "if False:",
+        f"{_Q}int8_columns_for_other_activations_are_refused",
+    ),
+    Fault(
+        "kept: tensors of a mode or a transform",
+        CHECKS,
+        "        or internals.modes_active()\n",
+        "",
+        TRACED,
+    ),
+    Fault(
+        "kept: tensors of a captured graph",
+        CHECKS,
+        'device.type == "cuda" and torch.cuda.is_current_stream_capturing()',
+        "False",
+        f"{_KE}ordinary_calls_may_keep",
+    ),
+    Fault(
+        "kept: masks and caps of FlexAttention, always",
+        FLEX,
+        "return make if may_keep(device) else make.__wrapped__",
+        "return make",
+        TRACED,
+    ),
+    Fault(
+        "share: in the default dtype",
+        ATTENTION_MODULE,
+        "torch.zeros(2, self.n_head, dtype=torch.float32, device=x.device)",
+        "torch.zeros(2, self.n_head, device=x.device)",
+        f"{_KE}the_default_dtype_changes_nothing_of_a_layer_that_there_is",
+    ),
+    Fault(
+        "cache: a compiler looks at lengths",
+        CACHE,
+        "return None if tokens <= FEW_TOKENS else self._known",
+        "return self._known",
+        ONE_COMPILATION,
+    ),
+    Fault(
+        "cache: the host believes what it knew before a compiled step",
+        CACHE,
+        "if lengths is not None or torch.compiler.is_compiling():",
+        "if lengths is not None:",
+        MIXED,
+    ),
+    Fault(
+        "cache: two layers in one",
+        CACHE,
+        "elif owner is not layer:",
+        "elif False:",
+        f"{_CA}a_cache_in_two_layers_raises_and_after_a_reset_it_may_change_hands",
+    ),
+    Fault(
+        "cache: it stays its layer's after a reset",
+        CACHE,
+        "self._known, self._layer = [0] * self.batch, None",
+        "self._known = [0] * self.batch",
+        f"{_CA}a_cache_in_two_layers_raises_and_after_a_reset_it_may_change_hands",
+    ),
+    Fault(
+        "exchange: names of a compiled model",
+        GPT2_EXCHANGE,
+        'WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")',
+        'WRAPPED = ("_checkpoint_wrapped_module",)',
+        f"{_DI}a_wrapped_model_has_the_names_of_its_own",
+    ),
+    Fault(
+        "exchange: every child called module is a wrapper's",
+        GPT2_EXCHANGE,
+        '(part == "module" and isinstance(owner, REPLICATING))',
+        '(part == "module")',
+        f"{_DI}a_child_that_is_called_module_keeps_its_name",
+    ),
+    Fault(
+        "from_config: scaled rotation passes for plain",
+        CONFIGS_OF,
+        'if scaled != "default":',
+        "if False:",
+        f"{_CO}what_a_config_lacks_or_a_layer_is_not_has_its_name_in_the_error",
+    ),
+    Fault(
+        "from_config: a window passes",
+        CONFIGS_OF,
+        'if getattr(config, "sliding_window", None) and',
+        "if False and",
+        f"{_CO}what_a_config_lacks_or_a_layer_is_not_has_its_name_in_the_error",
+    ),
+    Fault(
+        "rope: tables of neighbouring lanes pass",
+        ROPE_ARGUMENTS,
+        "    if cos.shape[1] == dims:\n",
+        "    if False:\n",
+        f"{_RP}tables_of_neighbouring_lanes_are_named_on_a_cpu",
     ),
 ]
 
@@ -3642,6 +3885,7 @@ FAULTS = [
     *LONG_ROW_FAULTS,
     *MODERN_FAULTS,
     *DECODE_FAULTS,
+    *CHILD_FAULTS,
     *FLEX_FAULTS,
     *SPARSITY_FAULTS,
     *WINDOW_FAULTS,
