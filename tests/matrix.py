@@ -6,7 +6,8 @@
 
 An environment is ``.matrix/<torch>+<triton>`` and is kept. In it run: the imports, the tests of the
 launcher and of Gluon's names, the tracing (no graph break), a part of the interpreter's tests, and
-the compilation of the kernels for Hopper. The exit status is 1 if anything fails.
+the compilation of the kernels for Hopper (no spill, no serialised WGMMA), two of these at a time.
+The exit status is 1 if anything fails.
 """
 
 import argparse
@@ -15,7 +16,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +52,8 @@ for kernel in shipped("sm_90", only=sys.argv[1]):
     own = "hopper" in kernel.name or "GROUPS" in kernel.constants
     (in_gluon if own else plain).add(kernel.label)
     assert kernel.kernel.metadata.enable_fp_fusion
+    assert not kernel.spilled_bytes, f"{kernel.label}: spills {kernel.spilled_bytes} bytes"
+    assert not kernel.serialised_wgmma, f"{kernel.label}: serialised WGMMA"
 print(len(in_gluon), "kernels in Gluon,", len(plain), "others")
 attention = {label for label in in_gluon if label.startswith("attention_forward_hopper")}
 assert len(attention) >= 6 and len(in_gluon - attention) >= 8, sorted(in_gluon)
@@ -73,10 +78,10 @@ def steps(pair: str, quick: bool) -> list[Step]:
     pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
     return [
         Step("imports", ("-c", IMPORTS, pair)),
-        Step("launcher", (*pytest, "tests/test_launcher.py", "tests/test_gluon.py"), True),
-        Step("tracing", (*pytest, "tests/test_tracing.py"), True),
-        Step("interpreter", (*pytest, *tests), True),
         Step("sm_90", ("-c", AHEAD_OF_TIME, GLUON if quick else "")),
+        Step("tracing", (*pytest, "tests/test_tracing.py"), True),
+        Step("launcher", (*pytest, "tests/test_launcher.py", "tests/test_gluon.py"), True),
+        Step("interpreter", (*pytest, *tests), True),
     ]
 
 
@@ -93,8 +98,9 @@ def environment(pair: str, folder: Path) -> Path:
     return python
 
 
-def run(python: Path, step: Step) -> bool:
-    """Whether a step succeeds; its output is shown only if it does not."""
+def run(python: Path, step: Step) -> tuple[bool, float]:
+    """Whether a step succeeds, and its seconds; its output is shown only if it does not."""
+    start = time.monotonic()
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT)} | ({"TRITON_INTERPRET": "1"} if step.interpreted else {})
     done = subprocess.run(
@@ -104,7 +110,7 @@ def run(python: Path, step: Step) -> bool:
         print(
             f"{step.name}: exit status {done.returncode}", done.stdout[-6000:], done.stderr[-6000:]
         )
-    return done.returncode == 0
+    return done.returncode == 0, time.monotonic() - start
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,13 +126,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed = True
             continue
         cells.append(f"install {time.monotonic() - start:.0f} s")
-        for step in steps(pair, args.quick):
-            start = time.monotonic()
-            passed = run(python, step)
-            failed |= not passed
-            said = "ok" if passed else "FAILED"
-            cells.append(f"{step.name} {said} {time.monotonic() - start:.0f} s")
-            print(f"{pair}: {cells[-1]}", flush=True)
+        todo = steps(pair, args.quick)
+        with ThreadPoolExecutor(2) as pool:
+            for step, (passed, seconds) in zip(
+                todo, pool.map(partial(run, python), todo), strict=True
+            ):
+                failed |= not passed
+                cells.append(f"{step.name} {'ok' if passed else 'FAILED'} {seconds:.0f} s")
+                print(f"{pair}: {cells[-1]}", flush=True)
         lines.append(f"{pair:14}  {'   '.join(cells)}")
     print("\n".join(["", *lines]))
     return int(failed)

@@ -33,10 +33,14 @@ def test_the_pinned_pair_is_one_of_them():
 @pytest.mark.parametrize("failing", [None, "launcher", "sm_90"])
 def test_one_failing_step_fails_the_whole(monkeypatch, capsys, tmp_path, failing):
     monkeypatch.setattr(matrix, "environment", lambda pair, folder: Path("python"))
-    monkeypatch.setattr(
-        matrix, "run", lambda python, step: not (step.name == failing and ran.append(step) is None)
-    )
     ran = []
+
+    def run(python, step):
+        if step.name == failing:
+            ran.append(step)
+        return step.name != failing, 0.0
+
+    monkeypatch.setattr(matrix, "run", run)
     assert matrix.main(["--quick", "--pair", "2.11.0+3.6.0", "--pair", "newest"]) == bool(failing)
     out = capsys.readouterr().out
     assert out.count("FAILED") == 2 * len(ran)  # in the course of it and in the table
@@ -54,8 +58,8 @@ def test_a_pair_that_cannot_be_installed_fails(monkeypatch, tmp_path):
 
 def test_a_step_that_exits_with_an_error_has_failed(capsys):
     python = Path(matrix.sys.executable)
-    assert matrix.run(python, matrix.Step("fine", ("-c", "print('unseen')")))
-    assert not matrix.run(python, matrix.Step("bad", ("-c", "raise SystemExit('seen')")))
+    assert matrix.run(python, matrix.Step("fine", ("-c", "print('unseen')")))[0]
+    assert not matrix.run(python, matrix.Step("bad", ("-c", "raise SystemExit('seen')")))[0]
     out = capsys.readouterr().out
     assert "seen" in out
     assert "unseen" not in out
