@@ -68,6 +68,7 @@ def test_the_kernels_refuse_dtensors_and_name_local_tensors(mesh, call):
     for backend in backends:
         with pytest.raises(NotImplementedError, match=r"to_local"):
             CALLS[call](distribute, {"backend": backend})
+    CALLS[call](lambda t: distribute(t).to_local(), {"backend": "triton"})
 
 
 @backends

@@ -277,7 +277,8 @@ class RACausalSelfAttention(nn.Module):
 
     def _check_width(self, x: Tensor) -> None:
         """Before a message could blame a weight."""
-        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != self.n_embd:
+        known = isinstance(x, Tensor) and not x.is_nested
+        if not known or x.dim() != 3 or x.shape[-1] != self.n_embd:
             check_float_tensor("x", x)
             check_dims("x", x, "[B, T, C]")
             raise ValueError(
