@@ -145,7 +145,7 @@ def _config(
 
 def _projection(stage: str, full_precision: bool, target: str, aligned: bool) -> LaunchConfig:
     if full_precision:  # IEEE products run on the FMA units; static
-        stages = 3 if target == "sm_90" else 2
+        stages = 2 if aligned and target != "sm_90" else 3
         return LaunchConfig(64, 8, stages, block_n=64, block_k=16)
     if target == "sm_90":
         if aligned:
@@ -180,7 +180,7 @@ def _attention_forward(
     if full_precision:  # static: no spill with IEEE products and with TF32
         if small:
             if dropout and not aligned:
-                return LaunchConfig(32, 8, 2, block_n=16)
+                return LaunchConfig(32, 16 if target == "sm_120" else 8, 2, block_n=16)
             warps = 16 if target == "sm_90" else 8
             return LaunchConfig(32, warps if dropout else 4, 2, block_n=32)
         if dropout:
@@ -197,10 +197,8 @@ def _attention_forward(
         # No asynchronous copy is narrower than 4 bytes, so loads pass through registers: static,
         # small tiles without a spill. Hopper also comes here with strides of 0; one stage there,
         # because with cp.async in flight the assembler serialises WGMMA (C7515).
-        if head_dim <= 64:
-            keys = 16 if dropout and target != "sm_90" else 32
-            return LaunchConfig(64, 4, 1, block_n=keys)
-        return LaunchConfig(64, 8, 1, block_n=32)
+        few = dropout and (target == "sm_120" or (small and target != "sm_90"))
+        return LaunchConfig(64, 4 if small else 8, 1, block_n=16 if few else 32)
     if head_dim <= 64 and target == "sm_120":
         return LaunchConfig(64, 4, 3, block_n=64)
     if head_dim <= 64:  # static: 255 registers, no spill, two CTAs per SM
@@ -264,7 +262,11 @@ def _attention_backward(
                 few = (dropout and not aligned) or (for_keys and target == "sm_100")
                 rows = 16 if few else 32
                 return LaunchConfig(rows, 16, 2, block_n=32)
-            few = for_keys and (dropout or not small)
+            if for_keys and not small and target == "sm_120":
+                return LaunchConfig(16, 16, 2, block_n=32)
+            if for_keys and not (small or dropout) and target == "sm_80":
+                return LaunchConfig(16, 16, 2, block_n=16)
+            few = for_keys and (dropout or not small or target == "sm_120")
             return LaunchConfig(16, 4 if few else 8, 2, block_n=16)
         if dropout and not aligned:
             return LaunchConfig(32, 16, 2, block_n=16)
@@ -285,11 +287,12 @@ def _attention_backward(
         if dropout:  # static
             return LaunchConfig(64, 4, 2, block_n=32, use_tma=True)
         return LaunchConfig(64, 4, 3, block_n=32, use_tma=True)  # static
-    if target in ("sm_100", "sm_120"):
-        if for_keys and small and (dropout or target == "sm_120"):
-            return LaunchConfig(32, 4, 2, block_n=64)
-        if not for_keys and target == "sm_120":
-            return LaunchConfig(64, 4 if small else 8, 2, block_n=32)
+    if target == "sm_120" and small and dropout:
+        return LaunchConfig(16 if for_keys else 64, 4, 2, block_n=32 if for_keys else 16)
+    if target == "sm_120" and not for_keys:
+        return LaunchConfig(64, 4 if small else 8, 2, block_n=32)
+    if for_keys and small and (target == "sm_120" or (target == "sm_100" and dropout)):
+        return LaunchConfig(32, 4, 2, block_n=64)
     if small and (for_keys or dropout):
         return LaunchConfig(64, 4, 2, block_n=32)
     if not for_keys:
@@ -307,9 +310,12 @@ def _cut(
         return LaunchConfig(64, 4, 2, block_n=64, use_tma=True) if wide else None
     if full_precision:
         return LaunchConfig(16, 16, 2, block_n=32) if for_keys and head_dim > 32 else None
+    few = target == "sm_120" and small and dropout
     if for_keys:
-        return LaunchConfig(32, 4, 2, block_n=64) if small else LaunchConfig(32, 8, 2, block_n=32)
-    return LaunchConfig(64, 4, 2, block_n=32) if small else LaunchConfig(64, 8, 2, block_n=64)
+        return LaunchConfig(32, 4 if small else 8, 2, block_n=32 if few or not small else 64)
+    if small:
+        return LaunchConfig(64, 4, 2, block_n=16 if few else 32)
+    return LaunchConfig(64, 8, 2, block_n=64)
 
 
 def _weight_gradient(full_precision: bool, target: str, aligned: bool) -> LaunchConfig:
