@@ -290,14 +290,9 @@ class _NormRope(Function):
     @staticmethod
     def backward(ctx: Any, dq_pack: Tensor, dk_pack: Tensor) -> Grads:
         call = NormRope._make((*ctx.saved_tensors, ctx.rope_dims, ctx.eps))
-        incoming, functions = (
-            (dq_pack, dk_pack),
-            (
-                launches.norm_rope_gradients,
-                library.norm_rope_gradients,
-            ),
-        )
-        grads = _gradients(*functions, incoming, call, *incoming, ctx.needs_input_grad[:6])
+        functions = launches.norm_rope_gradients, library.norm_rope_gradients
+        args = (call, dq_pack, dk_pack, ctx.needs_input_grad[:6])
+        grads = _gradients(*functions, (dq_pack, dk_pack), *args)
         return (*grads, *[None] * 5)
 
 
