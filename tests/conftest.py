@@ -105,6 +105,8 @@ def uncompiled_flex_attention():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:  # it limits how often a function is compiled in a process
+        torch._dynamo.reset()
 
 
 def pytest_configure(config):
