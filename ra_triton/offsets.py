@@ -80,7 +80,7 @@ def check_longest(name: str, longest: object, total: int) -> None:
     if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {longest!r}")
     if torch.compiler.is_compiling():
-        return  # a tracer may not know the number: `Offsets.within` looks at it when the call runs
+        return  # it may be an unbacked SymInt: `Offsets.within` checks it when the call runs
     if longest < min(total, 1):
         raise ValueError(f"{name} must be at least 1 with {total} tokens, got {longest}")
 

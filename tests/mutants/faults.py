@@ -1328,14 +1328,14 @@ SDPA_FAULTS = [
         f"{_SD}second_derivatives_are_as_exact_as_eager_pytorchs",
     ),
     Fault(
-        "sdpa: addresses are not looked at",
+        "sdpa: addresses are not checked",
         SDPA,
         "offsets = [_address(t), *",
         "offsets = [*",
         f"{_SD}rows_of_whole_loads_are_aligned",
     ),
     Fault(
-        "sdpa: strides are not looked at",
+        "sdpa: strides are not checked",
         SDPA,
         "for step, n in rows if n > 1)",
         "for step, n in rows if n < 1)",
@@ -3855,7 +3855,7 @@ VERSION_FAULTS = [
         f"{_T}functions_are_one_graph",
     ),
     Fault(
-        "compiler: the device is looked at while it traces",
+        "compiler: the check of the device is traced",
         INTERNALS,
         "    function._dynamo_marked_constant = True  # type: ignore[attr-defined]\n",
         "",
