@@ -1774,8 +1774,8 @@ CONTRACT_FAULTS = [
     Fault(
         "varlen: a compiler has to know the longest sequence",
         OFFSETS,
-        "        return  # a tracer may not know",
-        "        pass  # a tracer may not know",
+        "        return  # it may be an unbacked SymInt",
+        "        pass  # it may be an unbacked SymInt",
         f"{_TA}a_compiled_call_measures_its_longest_sequence",
     ),
     Fault(
