@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ra_triton import prepared
+from ra_triton import recorded
 from ra_triton.backend import choose
 from ra_triton.checks import (
     autocast_dtype,
@@ -105,15 +105,15 @@ def ra_attention(
     Source: github.com/mcgrof/knlp; flash attention: arXiv:2205.14135, arXiv:2307.08691.
     """
     key = None
-    if workspace is None and cu_seqlens is None and weight_layout == "packed":
-        heads, numbers = (R, n_head, n_kv_head), (softmax_scale, softcap, dropout_p)
+    if workspace is None and weight_layout == "packed" and (cu_seqlens is None or check is False):
+        heads, numbers = (R, n_head, n_kv_head), (softmax_scale, softcap, dropout_p, max_seqlen)
         given = (*heads, causal, *numbers, repr(window_size), backend)
-        key = prepared.key_of((x, W_fused, bias), given)
-        call = prepared.known(key)
+        key = recorded.key_of((x, W_fused, bias, cu_seqlens), given, 3)
+        call = recorded.known(key)
         if call is not None:
-            return call(x, W_fused, bias)
+            return call(x, W_fused, bias, cu_seqlens)
     options = AttentionOptions(causal, softmax_scale, window_size, softcap, dropout_p)
-    x, W_fused, bias = _autocast(x, W_fused, bias)
+    x, W_fused, bias, dtype = _autocast_weights(x, W_fused, bias)
     flattened = cu_seqlens is not None and isinstance(x, Tensor) and x.dim() == 2
     x = x.unsqueeze(0) if flattened else x
     if isinstance(W_fused, SparseWeight):
@@ -124,7 +124,7 @@ def ra_attention(
         packed = W_fused.layout.views(sparse_project(x, W_fused, bias, weight_layout))
         out = module.packed_attention(*packed, options, offsets)[0].flatten(2)
         return out.squeeze(0) if flattened else out
-    layout = _projection_layout(x, W_fused, R, n_head, n_kv_head, bias, weight_layout)
+    layout = _projection_layout(x, W_fused, R, n_head, n_kv_head, bias, weight_layout, dtype)
     offsets = _layer_offsets(x, cu_seqlens, max_seqlen, check)
     if workspace is not None:
         if not isinstance(workspace, Workspace):
@@ -132,16 +132,11 @@ def ra_attention(
         workspace.refuse_gradients(x, *_tensors(W_fused), bias)
     module, _ = choose(backend, (x, *_tensors(W_fused), bias), options, layout.head_dim)
     W_packed, bias = _packed(layout, W_fused, bias, weight_layout)
-    out = module.layer(x, W_packed, bias, layout, options, workspace, offsets).flatten(2)
-    if key is not None:
-
-        def again(x: Tensor, W_packed: Tensor, bias: Tensor | None) -> Tensor:
-            return module.layer(x, W_packed, bias, layout, options, None).flatten(2)
-
-        call = None
-        if not out.requires_grad:
-            call = module.prepare_layer(x, W_packed, bias, layout, options)
-        prepared.keep(key, call or again)
+    out = module.layer(x, W_packed, bias, layout, options, workspace, offsets, dtype)
+    if not flattened:
+        longest = 0 if offsets is None else offsets.max_seqlen_q
+        call = module.known_layer(layout, options, longest, dtype, out.requires_grad)
+        recorded.keep(key, call)
     return out.squeeze(0) if flattened else out
 
 
@@ -180,15 +175,21 @@ def project(
             while a gradient is needed.
         NotImplementedError: the backend cannot run the call.
     """
-    x, W_fused, bias = _autocast(x, W_fused, bias)
+    key = None
+    if out is None and weight_layout == "packed":
+        key = recorded.key_of((x, W_fused, bias), ("project", R, n_head, n_kv_head, backend))
+        call = recorded.known(key)
+        if call is not None:
+            return call(x, W_fused, bias)
+    x, W_fused, bias, dtype = _autocast_weights(x, W_fused, bias)
     if isinstance(W_fused, SparseWeight):
         check_sparse_inputs(x, W_fused, bias, R, n_head, n_kv_head, weight_layout, out=out)
         choose(backend, (x,))  # checks it
         return W_fused.layout.views(sparse_project(x, W_fused, bias, weight_layout))
-    layout = _projection_layout(x, W_fused, R, n_head, n_kv_head, bias, weight_layout)
+    layout = _projection_layout(x, W_fused, R, n_head, n_kv_head, bias, weight_layout, dtype)
     if out is not None:
         check_float_tensor("out", out)
-        check_same("x", x, out=out)
+        check_same("x", x if dtype is None else x.to(dtype), out=out)
         shape = (*x.shape[:2], layout.packed_heads, layout.head_dim)
         check_shape("out", out, shape, "[B, T, H + 2 * H_kv, D]")
         if not out.is_contiguous():
@@ -202,7 +203,9 @@ def project(
         out = out.flatten(2)
     module, _ = choose(backend, (x, *_tensors(W_fused), bias))
     W_packed, bias = _packed(layout, W_fused, bias, weight_layout)
-    return layout.views(module.project(x, W_packed, bias, out))
+    y = module.project(x, W_packed, bias, out, dtype)
+    recorded.keep(key, module.known_project(layout, dtype, y.requires_grad))
+    return layout.views(y)
 
 
 @overload
@@ -268,11 +271,17 @@ def packed_attention(
         ValueError: shapes that do not fit, values out of range.
         NotImplementedError: the backend lacks an option; the message names one that has it.
     """
-    q_pack, k_pack, v = _autocast(q_pack, k_pack, v)
-    check_attention_inputs(q_pack, k_pack, v)
+    given = (causal, softmax_scale, repr(window_size), softcap, dropout_p, return_lse, backend)
+    key = recorded.key_of((q_pack, k_pack, v), given)
+    call = recorded.known(key)
+    if call is not None:
+        return call(q_pack, k_pack, v, None, None)
+    dtype = _autocast_of(q_pack)
+    check_attention_inputs(q_pack, k_pack, v, dtype)
     options = AttentionOptions(causal, softmax_scale, window_size, softcap, dropout_p, return_lse)
     module, _ = choose(backend, (q_pack, k_pack, v), options, q_pack.shape[-1])
-    out, lse = module.packed_attention(q_pack, k_pack, v, options)
+    out, lse = module.packed_attention(q_pack, k_pack, v, options, None, dtype)
+    recorded.keep(key, module.known_attention(options, (0, 0), dtype, out.requires_grad))
     return (out, lse) if return_lse else out
 
 
@@ -321,6 +330,11 @@ def decode_attention(
 
     Source: Flash-Decoding, pytorch.org/blog/flash-decoding.
     """
+    given = (max_length, softmax_scale, repr(window_size), softcap, backend)
+    key = recorded.key_of((q_pack, k_pack, v, lengths), ("decode", *given))
+    call = recorded.known(key)
+    if call is not None:
+        return call(q_pack, k_pack, v, lengths)
     q_pack, k_pack, v = _autocast(q_pack, k_pack, v)
     check_decode_inputs(q_pack, k_pack, v, lengths, max_length)
     T_q, D = q_pack.shape[1], q_pack.shape[-1]
@@ -331,7 +345,10 @@ def decode_attention(
         )
     module, _ = choose(backend, (q_pack, k_pack, v), options, D)
     max_length = k_pack.shape[1] if max_length is None else max_length
-    return module.decode_attention(q_pack, k_pack, v, lengths, options, max_length)
+    out = module.decode_attention(q_pack, k_pack, v, lengths, options, max_length)
+    if _autocast_of(q_pack) is None:
+        recorded.keep(key, module.known_decode(options, max_length))
+    return out
 
 
 def which_backend(q_pack: Tensor, k_pack: Tensor, v: Tensor, **options: Any) -> str:
@@ -478,13 +495,14 @@ def _projection_layout(
     n_kv_head: int | None,
     bias: Tensor | None,
     weight_layout: str,
+    dtype: torch.dtype | None,
 ) -> RALayout:
-    """Check the arguments of a projection and derive its sizes."""
+    """Check the arguments of a projection in ``dtype``, None: in theirs, and derive its sizes."""
     check_choice("weight_layout", weight_layout, WEIGHT_LAYOUTS)
     if isinstance(W_fused, QuantizedWeight):
         check_quantized_inputs(x, W_fused, bias, R, n_head, n_kv_head)
         return W_fused.layout
-    check_project_inputs(x, W_fused, bias)
+    check_project_inputs(x, W_fused, bias, dtype=dtype)
     return RALayout.from_columns(W_fused.shape[1], R, n_head, n_kv_head)
 
 
@@ -525,10 +543,25 @@ def _tensors(W_fused: Tensor | QuantizedWeight) -> tuple[Tensor, ...]:
     return W_fused.tensors if isinstance(W_fused, QuantizedWeight) else (W_fused,)
 
 
+def _autocast_weights(x: Any, W_fused: Any, bias: Any) -> tuple[Any, Any, Any, torch.dtype | None]:
+    """The dtype that autocast asks for, or None, and what is not cast where it is multiplied.
+
+    That is a weight that has no gradient, and what it is multiplied with.
+    """
+    if isinstance(W_fused, Tensor):
+        return x, W_fused, bias, _autocast_of(x)
+    return *_autocast(x, W_fused, bias), None
+
+
+def _autocast_of(x: Any) -> torch.dtype | None:
+    """The dtype that autocast asks for; None where it is off."""
+    device = getattr(x, "device", None)
+    return autocast_dtype(device) if isinstance(device, torch.device) else None
+
+
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
     """Float tensors in the autocast dtype where autocast is on; everything else unchanged."""
-    device = getattr(tensors[0], "device", None)
-    dtype = autocast_dtype(device) if isinstance(device, torch.device) else None
+    dtype = _autocast_of(tensors[0])
     if dtype is None:
         return tensors
     return tuple(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,10 +58,15 @@ def check_unit_stride(name: str, t: Tensor) -> None:
         )
 
 
-def check_same(first_name: str, first: Tensor, **others: Tensor) -> None:
-    """All tensors share the first one's dtype (TypeError) and device (ValueError)."""
+def check_same(
+    first_name: str, first: Tensor, *, dtype: torch.dtype | None = None, **others: Tensor
+) -> None:
+    """All tensors share the first one's dtype (TypeError) and device (ValueError).
+
+    With ``dtype``, which autocast brings them to, any dtype will do.
+    """
     for name, t in others.items():
-        if t.dtype != first.dtype:
+        if dtype is None and t.dtype != first.dtype:
             raise TypeError(f"{name} must be {first.dtype} like {first_name}, got {t.dtype}")
         if t.device != first.device:
             raise ValueError(f"{name} must be on {first.device} like {first_name}, got {t.device}")
@@ -128,34 +134,48 @@ def _meet(
 
 
 def check_project_inputs(
-    x: Tensor, W_fused: Tensor, bias: Tensor | None, columns_name: str = "N"
+    x: Tensor,
+    W_fused: Tensor,
+    bias: Tensor | None,
+    columns_name: str = "N",
+    *,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """``x [B, T, C]``, ``W_fused [C, N]``, ``bias [N]``: types, dtypes, devices, shapes."""
+    """``x [B, T, C]``, ``W_fused [C, N]``, ``bias [N]``: types, dtypes, devices, shapes.
+
+    ``dtype``: what autocast brings them to.
+    """
+    dtypes = DTYPES if dtype is None else None
     for name, t in (("x", x), ("W_fused", W_fused)):
-        check_float_tensor(name, t)
+        check_float_tensor(name, t, dtypes=dtypes)
     check_dims("x", x, "[B, T, C]")
     check_rows("x", x.shape[:2])
-    check_same("x", x, W_fused=W_fused)
+    check_same("x", x, dtype=dtype, W_fused=W_fused)
     if W_fused.dim() != 2 or W_fused.shape[0] != x.shape[-1]:
         raise ValueError(
             f"W_fused must be [C, {columns_name}] with C = {x.shape[-1]} like x, "
             f"got {tuple(W_fused.shape)}"
         )
     if bias is not None:
-        check_float_tensor("bias", bias)
-        check_same("x", x, bias=bias)
+        check_float_tensor("bias", bias, dtypes=dtypes)
+        check_same("x", x, dtype=dtype, bias=bias)
         check_shape("bias", bias, (W_fused.shape[1],), "one value per column of W_fused")
 
 
-def check_attention_inputs(q_pack: Tensor, k_pack: Tensor, v: Tensor) -> None:
-    """``q [B, Tq, H, D]``, ``k`` and ``v [B, Tk, H_kv, D]``: types, dtypes, devices, shapes."""
+def check_attention_inputs(
+    q_pack: Tensor, k_pack: Tensor, v: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """``q [B, Tq, H, D]``, ``k`` and ``v [B, Tk, H_kv, D]``: types, dtypes, devices, shapes.
+
+    ``dtype``: what autocast brings them to.
+    """
     tensors = {"q_pack": q_pack, "k_pack": k_pack, "v": v}
     for name, t in tensors.items():
-        check_float_tensor(name, t)
+        check_float_tensor(name, t, dtypes=DTYPES if dtype is None else None)
     for name, t in tensors.items():
         check_dims(name, t, "[B, T, H, D]")
         check_rows(name, t.shape[:3])
-    check_same("q_pack", q_pack, k_pack=k_pack, v=v)
+    check_same("q_pack", q_pack, dtype=dtype, k_pack=k_pack, v=v)
     B, _, H, D = q_pack.shape
     if H < 1 or D < 1:
         raise ValueError(f"q_pack must have at least one head and lane, got {tuple(q_pack.shape)}")
@@ -220,6 +240,13 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 @internals.constant  # before torch 2.12 the compiler cannot trace it
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)  # not on "meta"
+
+
+def in_dtype(dtype: torch.dtype | None, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in ``dtype``; None: as they are."""
+    if dtype is None:
+        return tensors
+    return tuple(t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -7,7 +7,6 @@ only what is needed counts.
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
 from math import prod
 from typing import Any
 
@@ -17,7 +16,15 @@ from torch import Tensor
 from ra_triton import internals
 
 
-def register() -> None:
+_formulas: dict[str, Callable[..., int]] = {}
+
+
+def count(name: str, formula: Callable[..., int]) -> None:
+    """Give the operator of this name its formula: ``formula(*args, out_val=result)``."""
+    _formulas[name] = formula
+
+
+def count_all() -> None:
     """Give the formulas to PyTorch's counter if it was imported, and to those that count now.
 
     Not on import of this package, as the counter imports Triton. A counter copies the formulas
@@ -30,74 +37,26 @@ def register() -> None:
     registries = [getattr(counter, "flop_registry", None) for counter in counters]
     for registry in (module.flop_registry, *registries):
         if registry is not None and torch.ops.ra_triton.layer not in registry:
-            registry.update(_formulas())
+            registry.update({getattr(torch.ops.ra_triton, n): f for n, f in _formulas.items()})
 
 
-@cache
-def _formulas() -> dict[Any, Callable[..., int]]:
-    """By operator, whose name a formula has."""
-    forward = (_project, _project_quantized, _attention, _layer, _decode)
-    formulas = (*forward, _project_backward, _attention_backward, _layer_backward)
-    return {getattr(torch.ops.ra_triton, f.__name__[1:]): f for f in formulas}
-
-
-def _gemm(x: Tensor, columns: int) -> int:
+def gemm(x: Tensor, columns: int) -> int:
     """``x [B, T, C]`` times ``[C, columns]``, or one of its gradients."""
     return 2 * prod(x.shape) * columns
 
 
-def _scores(q: Tensor, T_k: int, offsets: Sequence[Any]) -> int:
+def scores(q: Tensor, T_k: int, offsets: Sequence[Any]) -> int:
     """One product of the queries ``q [B, T_q, H, D]`` and their keys.
 
-    ``offsets``: nothing, or cu_seqlens and the longest sequences, which count where a fake tensor
-    has no values.
+    ``offsets``: cu_seqlens and the longest sequences, which count where a fake tensor has no
+    values; cu_seqlens of None where there are none.
     """
     B, T_q, H, D = q.shape
     pairs = B * T_q * T_k
-    if offsets and offsets[0] is not None:
+    if offsets[0] is not None:
         cu_seqlens_q, cu_seqlens_k, most_q, most_k = offsets
         if type(cu_seqlens_q) is Tensor:
             pairs = int((cu_seqlens_q.diff().long() * cu_seqlens_k.diff()).sum())
         else:
             pairs = (len(cu_seqlens_q) - 1) * most_q * most_k
     return 2 * pairs * H * D
-
-
-def _project(x: Tensor, W_packed: Tensor, *_: Any, **__: Any) -> int:
-    return _gemm(x, W_packed.shape[1])
-
-
-def _project_quantized(x: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
-    return _gemm(x, out_val.shape[-1])
-
-
-def _project_backward(
-    x: Tensor, W_packed: Tensor, dy: Tensor, needed: Sequence[bool], **_: Any
-) -> int:
-    return sum(needed[:2]) * _gemm(x, W_packed.shape[1])
-
-
-def _attention(q_pack: Tensor, k_pack: Tensor, *args: Any, **_: Any) -> int:
-    return 2 * _scores(q_pack, k_pack.shape[1], args[8:])  # beyond, what is not the default
-
-
-def _attention_backward(q_pack: Tensor, k_pack: Tensor, *args: Any, **_: Any) -> int:
-    *offsets, (dq, dk, dv) = args[12:]
-    products = 1 + (dq or dk) + dq + dk + dv  # scores, dP, and the gradients
-    return products * _scores(q_pack, k_pack.shape[1], offsets)
-
-
-def _layer(x: Tensor, W_packed: Tensor, *args: Any, out_val: tuple[Tensor, ...], **_: Any) -> int:
-    return _gemm(x, W_packed.shape[1]) + 2 * _scores(out_val[0], x.shape[1], args[10:])
-
-
-def _layer_backward(
-    x: Tensor, W_packed: Tensor, packed: Tensor, out: Tensor, *args: Any, **_: Any
-) -> int:
-    *offsets, needed = args[11:]
-    attention = 5 * _scores(out, x.shape[1], offsets)
-    return attention + sum(needed[:2]) * _gemm(x, W_packed.shape[1])
-
-
-def _decode(q_pack: Tensor, *args: Any, **_: Any) -> int:
-    return 2 * _scores(q_pack, args[-1], ())  # as if every sequence had the longest's length

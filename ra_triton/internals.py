@@ -83,6 +83,26 @@ def dispatch_modes() -> list[Any]:
         return []
 
 
+class OperatorLog(_python_dispatch.TorchDispatchMode):
+    """Notices whether what runs inside does more than to allocate memory and to view it."""
+
+    _ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+
+    def __init__(self) -> None:
+        """Nothing has run yet."""
+        super().__init__()
+        self.only_allocated = True
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """See one operator."""
+        name = getattr(function, "_opname", "")
+        if name not in self._ALLOCATIONS and not getattr(function, "is_view", False):
+            self.only_allocated = False
+        return function(*args, **(kwargs or {}))
+
+
 def is_batch_of_gradients(t: Tensor) -> bool:
     """Whether this is the wrapper of ``torch.autograd.grad(is_grads_batched=True)``."""
     try:

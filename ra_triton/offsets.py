@@ -48,17 +48,17 @@ def lengths(offsets: Offsets) -> tuple[int, int, int]:
 
 
 def flat(offsets: Offsets | None) -> tuple[Any, ...]:
-    """What a trace keeps of them, as autograd functions and operators take it."""
-    return (None, None, 0, 0) if offsets is None else tuple(offsets)[:4]
+    """As operators take them: two tensors, then constants."""
+    return (None, None, 0, 0, True) if offsets is None else tuple(offsets)
 
 
 def unflat(
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, *constants: Any
 ) -> Offsets | None:
-    """Inverse of :func:`flat`, but for what is known of the values."""
+    """Inverse of :func:`flat`."""
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return None
-    return Offsets(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return Offsets(cu_seqlens_q, cu_seqlens_k, *constants)
 
 
 def check_offsets(name: str, cu_seqlens: Tensor, device: torch.device) -> None:

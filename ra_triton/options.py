@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 
 class AttentionKeywords(TypedDict, total=False):
@@ -17,6 +17,20 @@ class AttentionKeywords(TypedDict, total=False):
 
 
 NO_LIMIT = 2**30  # a window this wide is none: kernels add sides to positions in 32 bits
+
+
+class Scores(NamedTuple):
+    """What operators and kernels take of the options: how scores become weights.
+
+    The window is that after ``causal``, -1 without limit: :attr:`AttentionOptions.reach`.
+    """
+
+    causal: bool
+    softmax_scale: float | None
+    dropout_p: float
+    window_left: int
+    window_right: int
+    softcap: float
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,13 @@ class AttentionOptions:
         """
         left, right = (-1 if side >= NO_LIMIT else side for side in self.window_size)
         return (left, 0) if self.causal else (left, right)
+
+
+    @property
+    def scores(self) -> Scores:
+        """As operators and kernels take them."""
+        numbers = (self.causal, self.softmax_scale, float(self.dropout_p))
+        return Scores(*numbers, *self.reach, float(self.softcap))
 
 
 @dataclass(frozen=True)

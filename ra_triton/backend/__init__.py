@@ -1,9 +1,10 @@
 """Backends: modules with one signature each, and the choice between them.
 
 A backend is a module with ``project``, ``packed_attention``, ``layer`` (both of them), ``pack_qk``,
-``pack_qk_``, ``norm_rope``, ``norm_rope_``, ``decode_attention``, ``append_``, ``prepare_layer``,
-which makes a shortcut for calls alike where there is one, and ``unsupported``, which returns the
-reason why it cannot run a call, or None.
+``pack_qk_``, ``norm_rope``, ``norm_rope_``, ``decode_attention``, ``append_``; ``known_project``,
+``known_attention``, ``known_layer`` and ``known_decode``, which return a shortcut for calls that
+come again, or None; and ``unsupported``, which returns the reason why it cannot run a call, or
+None. ``dtype`` is what autocast brings operands to, None: as they are.
 """
 
 import warnings

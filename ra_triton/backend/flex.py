@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ra_triton import internals
 from ra_triton.backend import sdpa
-from ra_triton.checks import distributed, may_keep, needs_grad
+from ra_triton.checks import distributed, in_dtype, may_keep, needs_grad
 from ra_triton.layout import RALayout
 from ra_triton.offsets import Offsets
 from ra_triton.options import AttentionOptions, DecodeOptions
@@ -42,7 +42,7 @@ norm_rope = sdpa.norm_rope
 norm_rope_ = sdpa.norm_rope_
 append_ = sdpa.append_
 decode_attention = sdpa.decode_attention  # never called: `unsupported` refuses it
-prepare_layer = sdpa.prepare_layer
+known_project = known_attention = known_decode = known_layer = sdpa.nothing_known
 
 
 def unsupported(
@@ -74,12 +74,14 @@ def packed_attention(
     v: Tensor,
     options: AttentionOptions,
     offsets: Offsets | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over ``[B, T, H, D]`` operands: ``(out, lse [B, H, Tq] or None)``.
 
     On a CPU ``return_lse`` costs a second pass over the scores, as in the backend ``sdpa``; and as
     there, with ``offsets`` it is a loop over the sequences.
     """
+    q_pack, k_pack, v = in_dtype(dtype, q_pack, k_pack, v)
     if offsets is not None:
         return sdpa.by_sequence(packed_attention, q_pack, k_pack, v, options, offsets)
     T_q, T_k = q_pack.shape[1], k_pack.shape[1]
@@ -124,13 +126,15 @@ def layer(
     options: AttentionOptions,
     workspace: Workspace | None,
     offsets: Offsets | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Projection and attention: ``[B, T, C] -> [B, T, H, D]``; a workspace holds the projection."""
+    """Projection and attention: to ``[B, T, H * D]``; a workspace holds the projection."""
     out = None
     if workspace is not None:
-        out = workspace.buffer("packed", (*x.shape[:2], layout.columns), x.dtype, x.device)
-    packed = layout.views(project(x, W_packed, bias, out))
-    return packed_attention(*packed, options, offsets)[0]
+        shape = (*x.shape[:2], layout.columns)
+        out = workspace.buffer("packed", shape, dtype or x.dtype, x.device)
+    packed = layout.views(project(x, W_packed, bias, out, dtype))
+    return packed_attention(*packed, options, offsets)[0].flatten(2)
 
 
 def _numbers(

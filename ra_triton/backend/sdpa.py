@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ra_triton import internals, quantization
-from ra_triton.checks import autocast_dtype, needs_grad
+from ra_triton.checks import autocast_dtype, in_dtype, needs_grad
 from ra_triton.layout import RALayout
 from ra_triton.norm_rope import NormRope
 from ra_triton.offsets import Offsets
@@ -37,9 +37,14 @@ def unsupported(
 
 
 def project(
-    x: Tensor, W_packed: Tensor | QuantizedWeight, bias: Tensor | None, out: Tensor | None
+    x: Tensor,
+    W_packed: Tensor | QuantizedWeight,
+    bias: Tensor | None,
+    out: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``x @ W_packed + bias``: ``[B, T, C] @ [C, N] -> [B, T, N]``."""
+    x, W_packed, bias = in_dtype(dtype, x, W_packed, bias)  # type: ignore[arg-type]
     if isinstance(W_packed, QuantizedWeight):
         return quantization.project(x, W_packed, bias, out)
     if out is None:
@@ -58,6 +63,7 @@ def packed_attention(
     v: Tensor,
     options: AttentionOptions,
     offsets: Offsets | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over ``[B, T, H, D]`` operands: ``(out, lse [B, H, Tq] or None)``.
 
@@ -65,6 +71,7 @@ def packed_attention(
     pass over the scores beside it. With ``offsets`` it is a loop over the sequences, whose bounds
     are read back from the device.
     """
+    q_pack, k_pack, v = in_dtype(dtype, q_pack, k_pack, v)
     if offsets is not None:
         return by_sequence(packed_attention, q_pack, k_pack, v, options, offsets)
     if _on_cuda(q_pack):
@@ -122,22 +129,43 @@ def layer(
     options: AttentionOptions,
     workspace: Workspace | None,
     offsets: Offsets | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Projection and attention: ``[B, T, C] -> [B, T, H, D]``.
+    """Projection and attention: ``[B, T, C] -> [B, T, H * D]``.
 
     A workspace holds the projection; what SDPA returns is its own.
     """
     out = None
     if workspace is not None:
-        out = workspace.buffer("packed", (*x.shape[:2], layout.columns), x.dtype, x.device)
-    packed = layout.views(project(x, W_packed, bias, out))
+        out = workspace.buffer(
+            "packed", (*x.shape[:2], layout.columns), dtype or x.dtype, x.device
+        )
+    packed = layout.views(project(x, W_packed, bias, out, dtype))
     if offsets is not None:
-        return packed_attention(*packed, options, offsets)[0]
-    return _attention(*packed, options)[0]
+        return packed_attention(*packed, options, offsets)[0].flatten(2)
+    return _attention(*packed, options)[0].flatten(2)
 
 
-def prepare_layer(*_: object) -> None:
-    """Nothing to prepare: PyTorch looks at every call itself."""
+def known_layer(
+    layout: RALayout,
+    options: AttentionOptions,
+    longest: int,
+    dtype: torch.dtype | None,
+    recorded: bool,
+) -> Callable[..., Tensor] | None:
+    """:func:`layer` of ``(x, W_packed, bias, None)`` for calls that come again, without checks."""
+    if longest:
+        return None
+    return lambda x, W_packed, bias, _: layer(
+        x, W_packed, bias, layout, options, None, None, dtype
+    )
+
+
+def nothing_known(*_: object) -> None:
+    """A call that comes again takes the way of the first."""
+
+
+known_project = known_attention = known_decode = nothing_known
 
 
 def pack_qk(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor, Tensor]:

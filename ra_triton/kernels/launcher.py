@@ -47,18 +47,26 @@ class Descriptors:
     def of(self, t: Any) -> Any:
         """A descriptor of ``t``: the class's constructor would check what does not change."""
         descriptor: Any = object.__new__(self.kind)
-        descriptor.__dict__.update(self.fields, base=t)
+        descriptor.__dict__.update(self.fields, base=Address(t) if type(t) is int else t)
         return descriptor
 
     def encoded(self, t: Any) -> Any:
         """The hardware's form of it, which holds the address and no reference; None if unknown."""
-        return self._encoded.get(t.data_ptr())
+        return self._encoded.get(t if type(t) is int else t.data_ptr())
 
     def keep(self, t: Any, encoded: Any) -> None:
         """Remember the hardware's form of it."""
         if len(self._encoded) >= ADDRESSES:
             self._encoded.clear()
-        self._encoded[t.data_ptr()] = encoded
+        self._encoded[t if type(t) is int else t.data_ptr()] = encoded
+
+
+class Address(int):
+    """Stands for a tensor where a descriptor asks for its address."""
+
+    def data_ptr(self) -> int:
+        """As of a tensor."""
+        return self
 
 
 def launcher(
@@ -68,7 +76,7 @@ def launcher(
     descriptors: Mapping[int, Descriptors],
     rest: Sequence[Any],
 ) -> Launch:
-    """A function of a kernel's tensors, its first arguments, that launches it.
+    """A function of a kernel's tensors, its first arguments, or their addresses, that launches it.
 
     Args:
         compiled: the kernel.

@@ -6,6 +6,7 @@ whose results are kept; a plan's first call goes through the JIT, and later ones
 the compiled kernel. What the compiler specialised on (sizes, strides, alignment) is in the layouts.
 """
 
+import threading
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
@@ -18,6 +19,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ra_triton.kernels import gluon
 from ra_triton.kernels.launcher import Descriptors, Launch, launcher, make_context_current
 
+
+
+class _Recording(threading.local):
+    log: "list[tuple[Plan, tuple[Any, ...]]] | None" = None  # the launches of this thread, if kept
+
+
+recording = _Recording()
 PLANS = 1024  # that a stage keeps; the least recently used goes
 _kept: list[Callable[[], None]] = []
 Planner = TypeVar("Planner", bound=Callable[..., Any])
@@ -33,7 +41,7 @@ def planned(derive: Planner) -> Planner:
 def forget_plans() -> None:
     """Derive every plan anew, for who has changed the config table or Triton's knobs.
 
-    Prepared calls hold plans of their own: ``ra_triton.prepared.forget()`` lets go of those.
+    Recorded calls hold plans of their own: ``ra_triton.recorded.forget()`` lets go of those.
     """
     for clear in _kept:
         clear()
@@ -99,21 +107,17 @@ class Plan:
         self._launch: Launch | None = None
 
     def __call__(self, *tensors: Any) -> None:
-        """Launch on the current device and stream; each tensor has the layout of the plan.
+        """Launch on the current device and stream; each tensor has the layout of the plan."""
+        log = recording.log
+        if log is not None:
+            log.append((self, tensors))
+        (self._launch or self._compile)(*tensors)
 
-        Once :attr:`compiled`, anything that has an address (``data_ptr()``) stands for a tensor.
-        """
-        if self._launch is None:
-            self._compile(tensors)
-        else:
-            self._launch(*tensors)
+    def at_addresses(self) -> Launch | None:
+        """The launch, for addresses in place of tensors; None before the kernel is compiled."""
+        return self._launch
 
-    @property
-    def compiled(self) -> bool:
-        """Whether a launch needs no more than the tensors' addresses."""
-        return self._launch is not None
-
-    def _compile(self, tensors: tuple[Tensor | None, ...]) -> None:
+    def _compile(self, *tensors: Tensor | None) -> None:
         """Launch through the JIT, and remember what it compiled."""
         launched = any(
             t is not None and t.is_cuda for t in tensors
@@ -140,7 +144,7 @@ class Plan:
             launch = self._launcher(compiled, tensors) if launched else None
         except Exception as error:
             vars(self).update(vars(instead(error)))
-            self(*tensors)
+            (self._launch or self._compile)(*tensors)
             return
         self._launch = launch
         if launch is not None:

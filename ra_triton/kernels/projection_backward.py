@@ -122,29 +122,40 @@ def _add_splits_kernel(
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def weight_gradient(x: Tensor, g: Tensor, *, config: LaunchConfig | None = None) -> Tensor:
-    """``x [B, T, C]``, ``g [B, T, N]`` contiguous → ``xᵀ g``, ``[C, N]`` in their dtype."""
+def weight_gradient(
+    x: Tensor, g: Tensor, dw: Tensor | None = None, *, config: LaunchConfig | None = None
+) -> Tensor:
+    """``x [B, T, C]``, ``g [B, T, N]`` contiguous → ``xᵀ g``, ``[C, N]``, written to dw if given.
+
+    dw has any dtype; it is contiguous or, as the gradient of a transposed weight, its transpose is.
+    That is ``gᵀ x``: the same product with x and g in each other's place.
+    """
+    if dw is None:
+        dw = torch.empty((x.shape[-1], g.shape[-1]), dtype=x.dtype, device=x.device)
+    result = dw
+    if dw.stride(1) != 1 and dw.stride(0) == 1:
+        x, g, dw = g, x.contiguous(), dw.mT
     B, T, C = x.shape
     N = g.shape[-1]
-    dw = torch.empty((C, N), dtype=x.dtype, device=x.device)
     if B * T == 0 or dw.numel() == 0:
-        return dw.zero_()
+        dw.zero_()
+        return result
     precision, target = dot_precision(x.dtype), target_of(x.device)
-    plan, splits = _weight_plan(
-        x.device, x.dtype, layout_of(x), N, on_16_bytes(g, dw), precision, target, config
-    )
+    dtypes, others = (x.dtype, dw.dtype), on_16_bytes(g, dw)
+    plan, splits = _weight_plan(x.device, dtypes, layout_of(x), N, others, precision, target, config)
     if splits == 1:
         plan(x, g, dw)
-        return dw
+        return result
     parts = torch.empty((splits, C, N), dtype=torch.float32, device=x.device)
     plan(x, g, parts)
-    return _add_splits(parts, dw)
+    _add_splits(parts, dw)
+    return result
 
 
 @planned
 def _weight_plan(
     device: torch.device,
-    dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, torch.dtype],
     x: Layout,
     N: int,
     others: tuple[bool | None, ...],
@@ -152,7 +163,11 @@ def _weight_plan(
     target: str,
     config: LaunchConfig | None,
 ) -> tuple[Plan, int]:
-    """The launch of the weight's gradient, and its number of splits; ``others`` are g and dw."""
+    """The launch of the weight's gradient, and its number of splits; ``others`` are g and dw.
+
+    ``dtypes``: of x and g, and of dw.
+    """
+    dtype, _ = dtypes
     x = as_one_batch(x)
     B, T, C = x.shape
     rows = Layout(x.shape[1:], x.strides[1:], x.on_16_bytes)
@@ -188,10 +203,12 @@ def _weight_plan(
     return plan, splits
 
 
-def bias_gradient(g: Tensor, *, config: LaunchConfig | None = None) -> Tensor:
-    """``g [B, T, N]`` contiguous → ``Σ g``, ``[N]`` in its dtype."""
+def bias_gradient(
+    g: Tensor, dtype: torch.dtype | None = None, *, config: LaunchConfig | None = None
+) -> Tensor:
+    """``g [B, T, N]`` contiguous → ``Σ g``, ``[N]`` in ``dtype``, None: in that of g."""
     M, N = g.shape[0] * g.shape[1], g.shape[2]
-    dbias = torch.empty(N, dtype=g.dtype, device=g.device)
+    dbias = torch.empty(N, dtype=dtype or g.dtype, device=g.device)
     if M == 0:
         return dbias.zero_()
     plan, splits = _column_sum_plan(
