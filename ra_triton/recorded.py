@@ -243,7 +243,7 @@ class Repeated:
         """The function's results."""
         first = next(t for t in tensors if t is not None)
         with device_of(first):
-            if first.device.type != DEVICE:
+            if first.device.type != DEVICE or context_parallel():
                 return self.function(*tensors, *constants)
             key: list[Any] = [None if t is None else _layout(t) for t in tensors]
             if first.dtype is torch.float32:

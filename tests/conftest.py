@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ if not torch.cuda.is_available():
 
 import pytest
 from hypothesis import HealthCheck, settings
+from torch.utils._python_dispatch import _disable_current_modes
 
 _COMMON = {
     "deadline": None,  # compilation and interpreter times vary
@@ -45,9 +47,11 @@ def poisoned_allocations():
 def _poisoned(allocate):
     def allocate_nan(*args, **kwargs):
         t = allocate(*args, **kwargs)
-        if t.is_floating_point() and t.device.type != "meta":
-            with torch.no_grad():
-                t.fill_(float("nan"))
+        value = 255 if t.dtype is torch.uint8 else float("nan")  # in bytes, a NaN of any float
+        if (t.is_floating_point() or t.dtype is torch.uint8) and t.device.type != "meta":
+            unseen = _disable_current_modes() if type(t) is torch.Tensor else nullcontext()
+            with torch.no_grad(), unseen:  # by what records the operators of the package
+                t.fill_(value)
         return t
 
     return allocate_nan

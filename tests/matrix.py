@@ -38,7 +38,7 @@ import ra_triton, ra_triton.nn
 assert "triton" not in sys.modules, "import ra_triton imports Triton"
 pair = torch.__version__.partition("+")[0] + "+" + version("triton")
 assert pair == sys.argv[1], f"installed: {pair}"
-from ra_triton import launches
+from ra_triton.backend.triton import operators
 from ra_triton.kernels import attention_forward, gluon, projection
 assert gluon.MISSING is None, gluon.MISSING
 """

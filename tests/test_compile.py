@@ -13,7 +13,7 @@ from strategies import DEVICE, backends, normal, quick
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import ra_triton
-from ra_triton import library
+from ra_triton.options import AttentionOptions
 from ra_triton.nn import Workspace
 
 LENGTHS = (9, 16, 17, 33, 40, 50)
@@ -50,21 +50,34 @@ def leaf(t):
     return t.detach().requires_grad_()
 
 
+def check_operator(
+    name, *tensors, heads=(), options=AttentionOptions(), cu_seqlens=(None, None), longest=(0, 0)
+):
+    """opcheck of attention or a layer, on its three operands and a seed."""
+    tensors = (*tensors, *[None] * (4 - len(tensors)), *cu_seqlens)
+    constants = (*heads, *options.scores, *longest, cu_seqlens[0] is None)
+    operator = getattr(torch.ops.ra_triton, name).default
+    torch.library.opcheck(operator, (*tensors, *constants))
+
+
 @pytest.mark.parametrize("layout", quick(LAYOUTS))
 def test_opcheck_of_attention(layout):
     q, k, v = (leaf(layout(normal(2, 7, 3, 16, seed=seed))) for seed in range(3))
-    torch.library.opcheck(library.attention, (q, k, v, None, True, None, 0.0))
+    check_operator("attention", q, k, v)
     seed = torch.tensor([5], device=DEVICE)
-    torch.library.opcheck(library.attention, (q, k, v, seed, False, 0.3, 0.2))
+    options = AttentionOptions(False, 0.3, dropout_p=0.2)
+    check_operator("attention", q, k, v, seed, options=options)
 
 
 @pytest.mark.parametrize("layout", quick([contiguous, tokens_first, sliced, offset]))
 def test_opcheck_of_projection_and_layer(layout):
     x, W = leaf(layout(normal(2, 7, 24))), leaf(normal(24, 3 * 2 * 16))
     bias = leaf(normal(96))
-    torch.library.opcheck(library.project, (x, W, bias))
-    torch.library.opcheck(library.project, (x, W, None))
-    torch.library.opcheck(library.layer, (x, W, bias, None, 2, 2, True, None, 0.0))
+    torch.library.opcheck(torch.ops.ra_triton.project.default, (x, W, bias))
+    torch.library.opcheck(torch.ops.ra_triton.project.default, (x, W, None))
+    check_operator("layer", x, W, bias, heads=(2, 2))
+    transposed = leaf(W.mT.contiguous().mT)
+    check_operator("layer", x, transposed, bias, heads=(2, 2))
 
 
 def run(function, x, *others):

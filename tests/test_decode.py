@@ -293,10 +293,10 @@ GOOD = DecodeCase((9, 4), group=2)
 
 @pytest.fixture
 def nothing_launched(monkeypatch):
-    from ra_triton import launches
+    from ra_triton.kernels import append, decode
 
-    for name in ("decode", "append_"):
-        monkeypatch.setattr(launches, name, None)
+    monkeypatch.setattr(decode, "decode", None)
+    monkeypatch.setattr(append, "append_", None)
 
 
 BAD = [

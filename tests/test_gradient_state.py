@@ -9,6 +9,7 @@ from strategies import DEVICE, AttentionCase, backends, normal, quick
 from torch.utils.checkpoint import checkpoint
 
 import ra_triton
+from ra_triton.options import AttentionOptions
 
 H, D, C = 2, 16, 24
 SUBSETS = [needed for needed in product([True, False], repeat=3) if any(needed)]
@@ -301,9 +302,13 @@ def test_autocast_gives_the_gradients_of_explicit_casts_in_each_inputs_dtype(bac
 
     mixed = [t.to(dtype) if i == 0 else t for i, t in enumerate(layer_inputs())]
     for inputs in (layer_inputs(), mixed):
-        got = gradients(automatic, inputs, grad)
+        got, expected = gradients(automatic, inputs, grad), gradients(explicit, inputs, grad)
         assert [g.dtype for g in got] == [t.dtype for t in inputs]
-        assert_all_bitwise(got, gradients(explicit, inputs, grad))
+        if backend == "triton":  # those of the weights are not rounded to half precision before
+            fine = [g.dtype is torch.float32 and not torch.equal(g.to(dtype).float(), g) for g in got]
+            assert fine[1:] == [True, True]
+            got, expected = ([g.to(dtype) for g in grads] for grads in (got, expected))
+        assert_all_bitwise(got, expected)
 
 
 def test_a_backward_under_autocast_stays_in_the_operands_dtype():
@@ -361,7 +366,8 @@ def test_an_output_without_a_gradient_gives_its_inputs_zeros(function):
 
 def test_the_operator_too_gives_zeros_without_a_gradient():
     x, W, bias = (t.requires_grad_() for t in layer_inputs())
-    out, _, _ = torch.ops.ra_triton.layer(x, W, bias, None, H, H, True, None, 0.0)
+    constants = (H, H, *AttentionOptions().scores, 0, 0, True)
+    out, _, _ = torch.ops.ra_triton.layer(x, W, bias, None, None, None, *constants)
     (Stop.apply(out).sum() + x.sum() + W.sum() + bias.sum()).backward()
     for t in (x, W, bias):
         assert_bitwise(t.grad, torch.ones_like(t))

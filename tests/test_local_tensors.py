@@ -6,7 +6,7 @@ import torch.distributed as dist
 from strategies import DEVICE, backends, normal
 
 import ra_triton
-from ra_triton import launches, prepared
+from ra_triton import checks, recorded
 from ra_triton.nn import KVCache
 
 if not dist.is_available():
@@ -75,7 +75,7 @@ def test_the_kernels_refuse_dtensors_and_name_local_tensors(mesh, call):
 def test_attention_inside_context_parallel_is_refused(mesh, backend, monkeypatch):
     from torch.distributed.tensor.experimental import context_parallel
 
-    monkeypatch.setattr(prepared, "DEVICE", DEVICE.type)
+    monkeypatch.setattr(recorded, "DEVICE", DEVICE.type)
     x, W = normal(B, T, C), normal(C, 3 * H * D)
     options = {"backend": backend}
 
@@ -105,4 +105,4 @@ def test_attention_inside_context_parallel_is_refused(mesh, backend, monkeypatch
 
 def test_another_replacement_of_pytorchs_attention_is_none_of_ours(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *t: None)
-    launches.refuse_context_parallel()
+    checks.refuse_context_parallel()

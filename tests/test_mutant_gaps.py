@@ -177,10 +177,10 @@ def test_gradients_of_a_projection_with_x_in_another_layout(layout):
 
 def test_a_gradient_of_the_projection_in_another_layout():
     """Behind the public functions: their views always send contiguous gradients."""
-    from ra_triton import ops
+    from ra_triton.backend.triton import operators
 
     x, W = normal(2, 9, 24).requires_grad_(), normal(24, 48, seed=1).requires_grad_()
-    y, dy = ops.project(x, W, None, None), normal(2, 9, 48, seed=2)
+    y, dy = operators.project((x, W, None), ()), normal(2, 9, 48, seed=2)
     apart = torch.stack((dy, torch.full_like(dy, NAN)), -1)[..., 0]
     expected = torch.autograd.grad(y, (x, W), dy, retain_graph=True)
     for a, e in zip(torch.autograd.grad(y, (x, W), apart), expected, strict=True):

@@ -16,7 +16,9 @@ from torch.utils.checkpoint import (
 from torch.utils.flop_counter import FlopCounterMode
 
 import ra_triton
-from ra_triton import launches, prepared
+from ra_triton import recorded
+from ra_triton.backend.triton import operators
+from ra_triton.backend.triton.operator import Operator
 from ra_triton.nn import KVCache, RACausalSelfAttention
 
 B, T, H, D, C, R = 2, 5, 2, 16, 24, 4
@@ -273,7 +275,7 @@ def test_function_modes_see_operators_and_a_default_device_is_none():
         layer(x, W, bias, backend="triton")
     assert any("ra_triton.layer" in name for name in mode.names)
     with torch.device(DEVICE), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ra_triton.library.call", None)  # the launches, directly
+        patch.setattr(Operator, "_observed", None)  # the launches, directly
         layer(x, W, bias, backend="triton")
 
 
@@ -345,8 +347,9 @@ def test_flops_count_what_is_needed_and_inference():
 @pytest.mark.parametrize("saved", ["ra_triton", "mm", "nothing"])
 def test_selective_checkpoints_save_what_they_name(monkeypatch, saved):
     module = RACausalSelfAttention(32, H, R=R, rope=True, backend="triton", device=DEVICE)
-    launched, attend = [], launches.attend
-    monkeypatch.setattr(launches, "attend", lambda *a, **k: launched.append(0) or attend(*a, **k))
+    launched, attend = [], operators.launch_attention
+    counted = lambda *a, **k: launched.append(0) or attend(*a, **k)  # noqa: E731
+    monkeypatch.setattr(operators, "launch_attention", counted)
 
     def policy(context, operator, *args, **kwargs):
         keep = saved in str(operator)
@@ -405,9 +408,9 @@ def test_compiled_autograd_of_an_eager_forward(name):
 
 
 def test_known_calls_are_not_taken_where_something_observes(monkeypatch):
-    monkeypatch.setattr(prepared, "DEVICE", DEVICE.type)
+    monkeypatch.setattr(recorded, "DEVICE", DEVICE.type)
     x, W, bias = inputs_of(layer)
-    key = prepared.key_of((x, W, bias), ())
+    key = recorded.key_of((x, W, bias), ())
     assert key is not None
 
     class Nothing(TorchFunctionMode):
@@ -416,11 +419,11 @@ def test_known_calls_are_not_taken_where_something_observes(monkeypatch):
 
     for context in (Operators(), Nothing(), FlopCounterMode(display=False)):
         with context:
-            assert prepared.key_of((x, W, bias), ()) is None
+            assert recorded.key_of((x, W, bias), ()) is None
     for other in (torch._neg_view(x), x.as_subclass(Plain), torch.nested.nested_tensor([x[0]])):
-        assert prepared.key_of((other, W, bias), ()) is None
+        assert recorded.key_of((other, W, bias), ()) is None
     with torch.device(DEVICE):
-        assert prepared.key_of((x, W, bias), ()) == key
+        assert recorded.key_of((x, W, bias), ()) == key
 
 
 # Memory that is not simply the values

@@ -21,11 +21,11 @@ from strategies import (
     quick,
     small_head_dims,
 )
-from test_compile import assert_compiles, leaf
+from test_compile import assert_compiles, check_operator, leaf
 from test_dropout import read_mask
 
 import ra_triton
-from ra_triton import library
+from ra_triton.backend.triton import operators
 from ra_triton.backend import BACKENDS as MODULES
 from ra_triton.nn import Workspace
 
@@ -415,7 +415,8 @@ def test_values_are_looked_at_only_when_asked_for(monkeypatch, check):
     for name in ("item", "__bool__", "__int__", "cpu", "numpy"):
         if DEVICE.type == "cuda":
             monkeypatch.setattr(torch.Tensor, name, None)
-    monkeypatch.setattr(library.launches, "attend", lambda q, *_, **__: (q, q[..., 0]))
+    launched = lambda q, *_, **__: (q, q[..., 0])  # noqa: E731
+    monkeypatch.setattr(operators, "launch_attention", launched)
     ra_triton.packed_attention_varlen(**arguments(), check=check, backend="triton")
     assert bool(looked) == check
 
@@ -444,10 +445,10 @@ def test_unchecked_offsets_lead_to_no_address_outside(cu):
 @pytest.mark.slow
 def test_opcheck_of_variable_lengths():
     q, k, v = (leaf(normal(1, 9, 2, 16, seed=seed)) for seed in range(3))
-    numbers = (True, None, 0.0, -1, -1, 0.0, ints(0, 4, 9), ints(0, 4, 9), 5, 5)
-    torch.library.opcheck(library.attention, (q, k, v, None, *numbers))
+    offsets = {"cu_seqlens": (ints(0, 4, 9), ints(0, 4, 9)), "longest": (5, 5)}
+    check_operator("attention", q, k, v, **offsets)
     x, W = leaf(normal(1, 9, 24)), leaf(normal(24, 96))
-    torch.library.opcheck(library.layer, (x, W, None, None, 2, 2, *numbers))
+    check_operator("layer", x, W, heads=(2, 2), **offsets)
 
 
 @pytest.mark.slow

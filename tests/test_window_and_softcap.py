@@ -26,11 +26,11 @@ from strategies import (
     quick,
     small_head_dims,
 )
-from test_compile import assert_compiles, leaf
+from test_compile import assert_compiles, check_operator, leaf
 from test_dropout import check_case as check_dropout
 
 import ra_triton
-from ra_triton import library
+from ra_triton.options import AttentionOptions
 from ra_triton.kernels.configs import LaunchConfig
 
 ROOT = Path(__file__).parent.parent
@@ -252,10 +252,11 @@ def test_ra_attention_passes_window_and_softcap_on():
 @pytest.mark.slow
 def test_opcheck_with_a_window_and_a_softcap():
     q, k, v = (leaf(normal(2, 7, 3, 16, seed=seed)) for seed in range(3))
-    torch.library.opcheck(library.attention, (q, k, v, None, False, None, 0.0, 3, 1, 2.0))
+    options = AttentionOptions(False, window_size=(3, 1), softcap=2.0)
+    check_operator("attention", q, k, v, options=options)
     x, W = leaf(normal(2, 7, 24)), leaf(normal(24, 3 * 2 * 16))
-    layer = (x, W, None, None, 2, 2, True, None, 0.0, 3, 0, 2.0)
-    torch.library.opcheck(library.layer, layer)
+    options = AttentionOptions(window_size=(3, 0), softcap=2.0)
+    check_operator("layer", x, W, heads=(2, 2), options=options)
 
 
 @pytest.mark.slow
