@@ -106,6 +106,9 @@ def launch_config(
             "decode": LaunchConfig(32, 4, block_n=16, block_k=32),
             "decode_combine": LaunchConfig(2, 4),
             "append": LaunchConfig(16, 4),
+            "compose": LaunchConfig(16, 4, block_n=16, block_k=16),
+            "compose_backward": LaunchConfig(16, 4, block_n=16, block_k=16),
+            "compose_sums": LaunchConfig(16, 4, block_n=32),
         }[stage]
     aligned = aligned and not (varlen and target == "sm_90")
     full_precision = dtype == torch.float32
@@ -140,6 +143,10 @@ def _config(
         "quantize_rows": LaunchConfig(4, 4, block_k=512),
         "decode_combine": LaunchConfig(32, 4),
         "append": LaunchConfig(32, 4),
+        # static, as no time was taken: no spill
+        "compose": LaunchConfig(32, 4, 2, block_n=32, block_k=16 if full_precision else 32),
+        "compose_backward": LaunchConfig(32, 4, 2, block_n=32, block_k=16),
+        "compose_sums": LaunchConfig(64, 4, block_n=16),
     }[stage]
 
 
