@@ -11,21 +11,22 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "ra_triton").rglob("*.py"))
 
-SHARED = {"checks", "internals", "layout", "norm_rope", "offsets", "options"}  # leaves
+SHARED = {"checks", "factors", "internals", "layout", "norm_rope", "offsets", "options"}  # leaves
 STAGE = {"kernels.tiles", "kernels.plans", "kernels.configs", "layout", "offsets"}
 HOPPER = {"kernels.gluon", *STAGE}
 # Module: what it may import of the package. A new module needs a line here.
 ARROWS = {
     "": {"api", "nn", "quantization", "sparsity", "varlen", "weights"},
-    "api": {"backend", "prepared", "quantization", "sparsity", "weights", "workspace", *SHARED},
-    "sparsity": {"weights", *SHARED},
+    "api": {"backend", "prepared", "quantization", "sparsity", "workspace", *SHARED},
+    "sparsity": SHARED,
     "varlen": {"api", "backend", *SHARED},
-    "weights": SHARED,
-    "quantization": {"weights", *SHARED},
+    "weights": {"backend", *SHARED},
+    "quantization": SHARED,
     "internals": set(),
     "checks": {"internals"},
     "prepared": {"checks", "internals"},
     "layout": set(),
+    "factors": {"layout"},
     "offsets": set(),
     "options": set(),
     "norm_rope": {"checks"},
@@ -34,12 +35,17 @@ ARROWS = {
     "backend.sdpa": {"quantization", "workspace", *SHARED},
     "backend.triton": {
         "backend.sdpa",
+        "composition",
         "ops",
         "quantization",
         "workspace",
         *SHARED,
     },
     "ops": {"launches", "library", "quantization", "workspace", *SHARED},
+    "composition": {
+        *("kernels.compose", "kernels.compose_backward", "launches", "library", "ops"),
+        *SHARED,
+    },
     "library": {"flops", "launches", "quantization", *SHARED},
     "flops": {"internals"},
     "cache": {"backend", *SHARED},
@@ -80,6 +86,9 @@ ARROWS = {
     "workspace": SHARED,
     "kernels.append": STAGE,
     "kernels.attention_backward": STAGE,
+    "kernels.compose": {*STAGE, "factors", "kernels.compose_tiles"},
+    "kernels.compose_backward": {*STAGE, "factors", "kernels.compose_tiles"},
+    "kernels.compose_tiles": {*STAGE, "factors"},
     "kernels.decode": STAGE,
     "kernels.projection_backward": STAGE,
     "kernels": set(),

@@ -1,9 +1,9 @@
 """Backends: modules with one signature each, and the choice between them.
 
 A backend is a module with ``project``, ``packed_attention``, ``layer`` (both of them), ``pack_qk``,
-``pack_qk_``, ``norm_rope``, ``norm_rope_``, ``decode_attention``, ``append_``, ``prepare_layer``,
-which makes a shortcut for calls alike where there is one, and ``unsupported``, which returns the
-reason why it cannot run a call, or None.
+``pack_qk_``, ``compose``, ``norm_rope``, ``norm_rope_``, ``decode_attention``, ``append_``,
+``prepare_layer``, which makes a shortcut for calls alike where there is one, and ``unsupported``,
+which returns the reason why it cannot run a call, or None.
 """
 
 import warnings

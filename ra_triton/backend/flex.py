@@ -36,6 +36,7 @@ KEPT = 64  # masks, and caps, that are kept
 
 # Projection and packing have nothing to do with FlexAttention: PyTorch's own, differentiable.
 project = sdpa.project
+compose = sdpa.compose
 pack_qk = sdpa.pack_qk
 pack_qk_ = sdpa.pack_qk_
 norm_rope = sdpa.norm_rope

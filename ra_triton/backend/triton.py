@@ -11,9 +11,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ra_triton import internals, ops
+from ra_triton import composition, internals, ops
 from ra_triton.backend import sdpa
-from ra_triton.checks import distributed, needs_grad, observed
+from ra_triton.checks import DTYPES, distributed, needs_grad, observed
+from ra_triton.factors import Factors
 from ra_triton.layout import RALayout
 from ra_triton.norm_rope import NormRope
 from ra_triton.offsets import Offsets
@@ -32,10 +33,14 @@ def unsupported(
     """Why the kernels cannot run the call, or None."""
     if distributed(*tensors):
         return "the kernels take local tensors, got a DTensor; call .to_local() on it"
-    reason = _device_unsupported(tensors[0].device)  # type: ignore[union-attr]
+    first = tensors[0]
+    assert first is not None
+    reason = _device_unsupported(first.device)
     if reason is not None:
         return reason
-    if options is None:
+    if first.dtype not in DTYPES:
+        return f"the kernels take {', '.join(map(str, DTYPES))}, got {first.dtype}"
+    if options is None and head_dim is None:
         return None
     if head_dim is None or not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         return f"head dim {head_dim} is outside {MIN_HEAD_DIM}..{MAX_HEAD_DIM}"
@@ -109,6 +114,11 @@ def pack_qk_(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> None:
         sdpa.pack_qk_(q, k, q_low, k_low)
     else:
         ops.pack_(q, k, q_low, k_low)
+
+
+def compose(factors: Factors) -> tuple[Tensor, Tensor | None]:
+    """``W_fused [C, N]`` and its bias ``[N]`` or None."""
+    return composition.compose(factors)
 
 
 def norm_rope(call: NormRope) -> tuple[Tensor, Tensor]:

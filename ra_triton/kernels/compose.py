@@ -73,15 +73,16 @@ def _multiply(
     V: tl.constexpr,
 ):
     """``out = scale * Σ_i w_i W_recip_i`` over ``n_heads`` heads next to each other."""
-    BLOCK_K: tl.constexpr = V.BLOCK_K
-    offs_k = tl.arange(0, BLOCK_K)
+    BLOCK_M: tl.constexpr = V.BLOCK_M
+    BLOCK_R: tl.constexpr = V.BLOCK_R
+    offs_k = tl.arange(0, V.BLOCK_K)
     for first in tl.range(0, V.R, V.BLOCK_R):
         r = first + tl.arange(0, V.BLOCK_R)[None, :]
-        acc = tl.zeros([V.BLOCK_M, V.BLOCK_R], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
         for i in tl.range(0, n_heads):
             head_rows = rows + i * V.D
             head_recip = recip_ptr + tl.cast(i, tl.int64) * stride_h
-            for k in tl.range(0, V.D, BLOCK_K):
+            for k in tl.range(0, V.D, V.BLOCK_K):
                 d = k + offs_k
                 w = tl.load(head_rows + d[None, :], mask=inside & (d < V.D)[None, :], other=0.0)
                 recip_mask = (d < V.D)[:, None] & (r < V.R)
@@ -165,7 +166,9 @@ def _compose_kernel(
         _copy(v_rows + head * V.D, out_rows + first, inside, 1.0, V.D, False, V)
 
 
-def compose(factors: Factors, *, config: LaunchConfig | None = None) -> tuple[Tensor, Tensor | None]:
+def compose(
+    factors: Factors, *, config: LaunchConfig | None = None
+) -> tuple[Tensor, Tensor | None]:
     """``(W_fused [C, N], bias [N] or None)``, new, in ``factors.dtype``."""
     W_q = factors.W_q
     C, N = W_q.shape[0], factors.layout.columns
@@ -173,7 +176,9 @@ def compose(factors: Factors, *, config: LaunchConfig | None = None) -> tuple[Te
     bias = None if factors.b_q is None else W_q.new_empty(N, dtype=factors.dtype)
     tensors = with_unit_strides(factors)
     if C or bias is not None:
-        plan = _plan(W_q.device, *key_of(tensors, factors), factors.dtype, target_of(W_q.device), config)
+        plan = _plan(
+            W_q.device, *key_of(tensors, factors), factors.dtype, target_of(W_q.device), config
+        )
         plan(*tensors, out, bias)
     return out, bias
 
@@ -202,6 +207,6 @@ def _plan(
     )
     options = {name: value for name, value in config.options.items() if name != "PDL"}
     tiles = triton.cdiv(arguments["sizes"].C, config.block_m) + variant.BIAS
-    return Plan(_compose_kernel, (tiles * layout.packed_heads,), {**arguments, "V": variant, **options})
-
-
+    return Plan(
+        _compose_kernel, (tiles * layout.packed_heads,), {**arguments, "V": variant, **options}
+    )

@@ -117,12 +117,14 @@ def _weight_rows(
     V: tl.constexpr,
 ):
     """``[std_scale dstd | 0] + Σ_i low_scale_i dlow_i W_recip_iᵀ`` for some rows of a head."""
-    lane = tl.arange(0, V.BLOCK_D)[None, :]
+    BLOCK_M: tl.constexpr = V.BLOCK_M
+    BLOCK_D: tl.constexpr = V.BLOCK_D
+    lane = tl.arange(0, BLOCK_D)[None, :]
     offs_k = tl.arange(0, V.BLOCK_K)
-    total = tl.zeros([V.BLOCK_M, V.BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if V.R > 0:
         for i in tl.range(0, n_heads):
-            acc = tl.zeros([V.BLOCK_M, V.BLOCK_D], tl.float32)
+            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             head_recip = recip_ptr + tl.cast(head + i, tl.int64) * strides.recip_h
             for k in tl.range(0, V.R, V.BLOCK_K):
                 r = k + offs_k
@@ -162,6 +164,9 @@ def _partial_sums(
     V: tl.constexpr,
 ):
     """``W_qᵀ dQ_low / G + w_rec W_kᵀ dK_low``, ``Σ W_q dQ_std``, ``Σ W_recip (W_kᵀ dK_low)``."""
+    BLOCK_D: tl.constexpr = V.BLOCK_D
+    BLOCK_R: tl.constexpr = V.BLOCK_R
+    BLOCK_K: tl.constexpr = V.BLOCK_K
     C, H, group = sizes.C, sizes.H, sizes.H // sizes.H_kv
     head = pid % H
     r_tile = pid // H % partial.r_tiles
@@ -181,9 +186,9 @@ def _partial_sums(
     W_k_ptr += head // group * V.D
     lane = tl.arange(0, V.BLOCK_D)[None, :]
     r = r_tile * V.BLOCK_R + tl.arange(0, V.BLOCK_R)
-    q_low = tl.zeros([V.BLOCK_D, V.BLOCK_R], tl.float32)
-    k_low = tl.zeros([V.BLOCK_D, V.BLOCK_R], tl.float32)
-    std = tl.zeros([V.BLOCK_K, V.BLOCK_D], tl.float32)
+    q_low = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
+    k_low = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
+    std = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     LANES: tl.constexpr = V.D - V.R
     WITH_STD: tl.constexpr = V.NEED_STD and LANES > 0
     for m in tl.range(begin, end, V.BLOCK_K):
@@ -459,7 +464,9 @@ def _plans(
     config = launch_config("compose_backward", D, dtypes[0], target, False)  # type: ignore[arg-type]
     transposed = dw.strides[1] != 1
     block_r = min(config.block_n, block_d_of(R))
-    needs = dict(zip(("Q", "K", "V", "RECIP", "STD", "REC", "BQ", "BK", "BV"), present, strict=True))
+    needs = dict(
+        zip(("Q", "K", "V", "RECIP", "STD", "REC", "BQ", "BK", "BV"), present, strict=True)
+    )
     needs["RECIP"] = needs["RECIP"] and R > 0
     with_bias = dbias is not False
     variant = Variant(
