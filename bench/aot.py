@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.runtime.jit import JITFunction
 
+from ra_triton.factors import Factors
 from ra_triton.kernels import (
     append,
     attention_backward,
@@ -43,7 +44,6 @@ from ra_triton.kernels import (
     projection_backward,
     projection_int8,
 )
-from ra_triton.factors import Factors
 from ra_triton.kernels.configs import LaunchConfig
 from ra_triton.layout import Columns, RALayout
 from ra_triton.norm_rope import NormRope
@@ -393,11 +393,11 @@ def _composing() -> Iterator[_Launch]:
 def _factors(dtype: torch.dtype, into: torch.dtype, H: int, H_kv: int, D: int, R: int) -> Factors:
     """Of a layer of width 768 with gates per head and biases, packed."""
     widths = (H * D, H_kv * D, H_kv * D)
-    weights = [_tensor(dtype, 768, n) for n in widths]
-    biases = [_tensor(dtype, n) for n in widths]
-    gates = [_tensor(dtype, H) for _ in range(2)]
-    recip = _tensor(dtype, D, R)
-    return Factors(*weights, recip, *gates, *biases, None, None, H, H_kv, True, into)
+    weights = (_tensor(dtype, 768, n) for n in widths)
+    biases = (_tensor(dtype, n) for n in widths)
+    gates = _tensor(dtype, H), _tensor(dtype, H)
+    numbers = None, None, H, H_kv, True, into
+    return Factors._make((*weights, _tensor(dtype, D, R), *gates, *biases, *numbers))
 
 
 def _windowed() -> Iterator[_Launch]:

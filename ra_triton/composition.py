@@ -22,7 +22,7 @@ Nine = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 
 def compose(factors: Factors) -> tuple[Tensor, Tensor | None]:
     """``(W_fused [C, N], bias [N] or None)`` by the kernel, differentiable in every tensor."""
-    tensors = factors[:TENSORS]
+    tensors = factors.tensors
     ops._refuse_tangents(*tensors)
     if observed(*tensors):
         W_fused, bias = library.call(composed, *factors)

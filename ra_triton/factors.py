@@ -33,6 +33,16 @@ class Factors(NamedTuple):
     dtype: torch.dtype  # of the result
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What has gradients, in order."""
+        return self[:TENSORS]  # type: ignore[return-value]
+
+    @property
+    def numbers(self) -> tuple[float | None, float | None, int, int, bool]:
+        """What a launch depends on besides tensors and the result's dtype."""
+        return self[TENSORS:-1]  # type: ignore[return-value]
+
+    @property
     def layout(self) -> RALayout:
         """The columns of the result."""
         R = 0 if self.W_recip is None else self.W_recip.shape[-1]

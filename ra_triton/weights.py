@@ -4,11 +4,12 @@
 matrix. Composing weights costs a few MFLOP, and autograd reaches every factor.
 """
 
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from ra_triton import prepared
 from ra_triton.backend import choose
 from ra_triton.checks import (
     DTYPES,
@@ -17,7 +18,7 @@ from ra_triton.checks import (
     check_same,
     check_shape,
 )
-from ra_triton.factors import TENSORS, Factors
+from ra_triton.factors import Factors
 from ra_triton.layout import WEIGHT_LAYOUTS, RALayout
 
 
@@ -110,47 +111,36 @@ def compose_weights(
 
     Source: reciprocal attention, github.com/mcgrof/knlp; grouped heads: arXiv:2305.13245.
     """
+    w = _tensors_of(W_q, W_k, W_v, W_recip, w_std, w_rec, biases)
+    std, rec = (None if isinstance(gate, Tensor) else gate for gate in (w_std, w_rec))
+    numbers = (std, rec, n_head, n_kv_head, weight_layout, dtype, backend, biases is None)
+    key = prepared.key_of(w, numbers)
+    call = prepared.known(key)
+    if call is not None:
+        return call(w)
     check_choice("weight_layout", weight_layout, WEIGHT_LAYOUTS)
-    weights = {"W_q": W_q, "W_k": W_k, "W_v": W_v}
-    for name, w in weights.items():
-        check_float_tensor(name, w, dtypes=None)
-    if W_recip is not None:
-        check_float_tensor("W_recip", W_recip, dtypes=None)
-        check_same("W_q", W_q, W_recip=W_recip)
-    check_same("W_q", W_q, W_k=W_k, W_v=W_v)
-    if type(n_head) is not int:
-        raise TypeError(f"n_head must be an int, got {n_head!r}")
-    if W_q.dim() != 2 or n_head < 1 or W_q.shape[1] == 0 or W_q.shape[1] % n_head:
-        raise ValueError(f"W_q must be [C, H*D] with H = n_head = {n_head}, got {tuple(W_q.shape)}")
-    C, D = W_q.shape[0], W_q.shape[1] // n_head
-    H_kv = kv_heads(n_head, n_kv_head)
-    for name in ("W_k", "W_v"):
-        w = weights[name]
-        if w.shape == (C, H_kv * D):
-            continue
-        if n_kv_head is None and w.dim() == 2 and w.shape[0] == C and w.shape[1] < W_q.shape[1]:
-            raise ValueError(f"{name} has fewer heads than W_q ({tuple(w.shape)}): pass n_kv_head")
-        like = "like W_q" if H_kv == n_head else f"with n_kv_head = {H_kv} heads of W_q's size"
-        raise ValueError(f"{name} must be {(C, H_kv * D)} {like}, got {tuple(w.shape)}")
-    if W_recip is not None:
-        _check_recip(W_recip, n_head, H_kv, D)
+    _check_factors(W_q, W_k, W_v, W_recip, n_head, n_kv_head)
     for name, gate in (("w_std", w_std), ("w_rec", w_rec)):
         _check_gate(name, gate, n_head, W_q.device)
-    b_q, b_k, b_v = (None, None, None) if biases is None else _check_biases(biases, W_q, W_k)
+    if biases is not None:
+        _check_biases(biases, W_q, W_k)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point dtype or None, got {dtype!r}")
-
-    dtype = dtype or W_q.dtype
-    gates, numbers = zip(*(_gate_and_number(gate, W_q) for gate in (w_std, w_rec)), strict=True)
-    factors = Factors(
-        *(W_q, W_k, W_v, W_recip, *gates, b_q, b_k, b_v),
-        *(*numbers, n_head, H_kv, weight_layout == "packed", dtype),
-    )
-    if backend == "auto" and not {W_q.dtype, dtype} <= {*DTYPES}:
+    if backend == "auto" and not {W_q.dtype, dtype or W_q.dtype} <= {*DTYPES}:
         backend = "sdpa"  # float64 has no kernel
-    module, _ = choose(backend, factors[:TENSORS], head_dim=D)
-    W_fused, bias = module.compose(factors)
-    return W_fused if biases is None else (W_fused, bias)
+    module, _ = choose(backend, w, head_dim=W_q.shape[1] // n_head)
+    heads = n_head, kv_heads(n_head, n_kv_head)
+    rest = (std, rec, *heads, weight_layout == "packed", dtype or W_q.dtype)
+    device = W_q.device
+
+    def compose(w: tuple[Tensor | None, ...]) -> Any:
+        gates = (g if g is None or g.device == device else g.to(device) for g in w[4:6])
+        W_fused, bias = module.compose(Factors._make((*w[:4], *gates, *w[6:], *rest)))
+        return W_fused if bias is None else (W_fused, bias)
+
+    if key is not None:
+        prepared.keep(key, compose)
+    return compose(w)
 
 
 def pack_weight(
@@ -259,6 +249,53 @@ def _layout_of(w: Tensor, R: int, n_head: int | None, n_kv_head: int | None) -> 
     return RALayout.from_columns(w.shape[-1], R, n_head, n_kv_head)
 
 
+def _tensors_of(
+    W_q: Tensor,
+    W_k: Tensor,
+    W_v: Tensor,
+    W_recip: Tensor | None,
+    w_std: Tensor | float | None,
+    w_rec: Tensor | float | None,
+    biases: Any,
+) -> tuple[Tensor | None, ...]:
+    """In the order of :class:`Factors`, None where there is none; nothing is checked."""
+    gates = (gate if isinstance(gate, Tensor) else None for gate in (w_std, w_rec))
+    given = biases if isinstance(biases, tuple) and len(biases) == 3 else (None, None, None)
+    return (W_q, W_k, W_v, W_recip, *gates, *given)
+
+
+def _check_factors(
+    W_q: Tensor,
+    W_k: Tensor,
+    W_v: Tensor,
+    W_recip: Tensor | None,
+    n_head: int,
+    n_kv_head: int | None,
+) -> None:
+    """``W_q [C, H*D]``, ``W_k, W_v [C, H_kv*D]`` and W_recip fit each other and the heads."""
+    weights = {"W_q": W_q, "W_k": W_k, "W_v": W_v}
+    weights |= {} if W_recip is None else {"W_recip": W_recip}
+    for name, w in weights.items():
+        check_float_tensor(name, w, dtypes=None)
+    check_same("W_q", W_q, **weights)
+    if type(n_head) is not int:
+        raise TypeError(f"n_head must be an int, got {n_head!r}")
+    if W_q.dim() != 2 or n_head < 1 or W_q.shape[1] == 0 or W_q.shape[1] % n_head:
+        raise ValueError(f"W_q must be [C, H*D] with H = n_head = {n_head}, got {tuple(W_q.shape)}")
+    C, D = W_q.shape[0], W_q.shape[1] // n_head
+    H_kv = kv_heads(n_head, n_kv_head)
+    for name in ("W_k", "W_v"):
+        w = weights[name]
+        if w.shape == (C, H_kv * D):
+            continue
+        if n_kv_head is None and w.dim() == 2 and w.shape[0] == C and w.shape[1] < W_q.shape[1]:
+            raise ValueError(f"{name} has fewer heads than W_q ({tuple(w.shape)}): pass n_kv_head")
+        like = "like W_q" if H_kv == n_head else f"with n_kv_head = {H_kv} heads of W_q's size"
+        raise ValueError(f"{name} must be {(C, H_kv * D)} {like}, got {tuple(w.shape)}")
+    if W_recip is not None:
+        _check_recip(W_recip, n_head, H_kv, D)
+
+
 def _check_recip(W_recip: Tensor, n_head: int, n_kv_head: int, D: int) -> None:
     """``[D, R]`` or ``[H, D, R]``, ``R <= D``."""
     if W_recip.dim() not in (2, 3) or W_recip.shape[-2] != D:
@@ -272,17 +309,14 @@ def _check_recip(W_recip: Tensor, n_head: int, n_kv_head: int, D: int) -> None:
     RALayout.from_columns((n_head + 2 * n_kv_head) * D, W_recip.shape[-1], n_head, n_kv_head)
 
 
-def _check_biases(
-    biases: tuple[Tensor, Tensor, Tensor], W_q: Tensor, W_k: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _check_biases(biases: tuple[Tensor, Tensor, Tensor], W_q: Tensor, W_k: Tensor) -> None:
     """``b_q, b_k, b_v``, one value per column of their weights."""
     if not isinstance(biases, tuple) or len(biases) != 3:
-        raise TypeError(f"biases must be (b_q, b_k, b_v) or None, got {type(biases).__name__}")
+        raise TypeError(f"biases must be (b_q, b_k, b_v) or None, got {biases!r}")
     for name, b, w in zip(("b_q", "b_k", "b_v"), biases, (W_q, W_k, W_k), strict=True):
         check_float_tensor(name, b, dtypes=None)
         check_same("W_q", W_q, **{name: b})
         check_shape(name, b, (w.shape[1],), f"one value per column of W_{name[-1]}")
-    return biases
 
 
 def _check_gate(name: str, gate: Tensor | float | None, n_head: int, device: torch.device) -> None:
@@ -297,12 +331,3 @@ def _check_gate(name: str, gate: Tensor | float | None, n_head: int, device: tor
             )
     elif gate is not None and (isinstance(gate, bool) or not isinstance(gate, (int, float))):
         raise TypeError(f"{name} must be a tensor, a number or None, got {gate!r}")
-
-
-def _gate_and_number(
-    gate: Tensor | float | None, like: Tensor
-) -> tuple[Tensor | None, float | None]:
-    """The two fields of :class:`Factors` for a gate, which is on the device of ``like``."""
-    if not isinstance(gate, Tensor):
-        return None, gate
-    return gate if gate.device == like.device else gate.to(like.device), None

@@ -20,7 +20,7 @@ ARROWS = {
     "api": {"backend", "prepared", "quantization", "sparsity", "workspace", *SHARED},
     "sparsity": SHARED,
     "varlen": {"api", "backend", *SHARED},
-    "weights": {"backend", *SHARED},
+    "weights": {"backend", "prepared", *SHARED},
     "quantization": SHARED,
     "internals": set(),
     "checks": {"internals"},

@@ -143,10 +143,12 @@ def prepare_layer(*_: object) -> None:
 
 def compose(factors: Factors) -> tuple[Tensor, Tensor | None]:
     """``W_fused [C, N]`` and its bias ``[N]`` or None, in plain torch."""
-    weights, biases = factors[:3], factors[6:9]
-    if factors.b_q is not None:  # one more row: a bias folds like a weight over a constant 1
-        weights = tuple(torch.cat((w, b[None])) for w, b in zip(weights, biases, strict=True))
-    W_fused = _composed(factors, *weights)
+    W_q, W_k, W_v = (
+        # One more row: a bias folds like a weight over a constant 1.
+        w if b is None else torch.cat((w, b[None]))
+        for w, b in zip(factors[:3], factors[6:9], strict=True)
+    )
+    W_fused = _composed(factors, W_q, W_k, W_v)
     return (W_fused, None) if factors.b_q is None else (W_fused[:-1], W_fused[-1])
 
 
@@ -161,11 +163,11 @@ def _composed(factors: Factors, W_q: Tensor, W_k: Tensor, W_v: Tensor) -> Tensor
     )
     recip = q.new_empty(D, 0) if recip is None else recip
     recip = recip.expand(H, D, layout.R)
-    every_k = k if H == H_kv else k.repeat_interleave(H // H_kv, dim=1)
+    every_k = k if H_kv == H else k.repeat_interleave(H // H_kv, dim=1)
     with _no_autocast(q.device):  # the low lanes stay as exact as the rest
         q_low = torch.einsum("chd,hdr->chr", q, recip)
         k_low = torch.einsum("chd,hdr->chr", every_k, recip)
-    if H > H_kv:
+    if H_kv < H:
         q_low = q_low.unflatten(1, (H_kv, H // H_kv)).mean(2)
     sections = {
         "q_std": _gated(w_std, q[..., : layout.d_std]),

@@ -11,7 +11,7 @@ Sums in float32, products of float32 factors in IEEE float32, one rounding to th
 Overwrites nothing.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,6 +20,9 @@ from torch import Tensor
 
 from ra_triton.factors import Factors
 from ra_triton.kernels.compose_tiles import (
+    Dtypes,
+    Given,
+    Layouts,
     columns,
     common_arguments,
     gate,
@@ -29,7 +32,7 @@ from ra_triton.kernels.compose_tiles import (
     with_unit_strides,
 )
 from ra_triton.kernels.configs import LaunchConfig, launch_config
-from ra_triton.kernels.plans import Layout, Plan, planned
+from ra_triton.kernels.plans import Plan, planned
 from ra_triton.kernels.tiles import block_d_of, follow, target_of
 
 
@@ -176,19 +179,17 @@ def compose(
     bias = None if factors.b_q is None else W_q.new_empty(N, dtype=factors.dtype)
     tensors = with_unit_strides(factors)
     if C or bias is not None:
-        plan = _plan(
-            W_q.device, *key_of(tensors, factors), factors.dtype, target_of(W_q.device), config
-        )
-        plan(*tensors, out, bias)
+        key = key_of(tensors, factors)
+        _plan(W_q.device, *key, factors.dtype, target_of(W_q.device), config)(*tensors, out, bias)
     return out, bias
 
 
 @planned
 def _plan(
     device: torch.device,
-    dtypes: tuple[torch.dtype | None, ...],
-    layouts: tuple[Layout | None, ...],
-    numbers: tuple[Any, ...],
+    dtypes: Dtypes,
+    layouts: Layouts,
+    numbers: Given,
     dtype: torch.dtype,
     target: str,
     config: LaunchConfig | None,
@@ -196,7 +197,7 @@ def _plan(
     """The launch for factors of these layouts and numbers, in the order of :class:`Factors`."""
     layout, arguments = common_arguments(layouts, numbers)
     if config is None:
-        config = launch_config("compose", layout.head_dim, dtypes[0], target, False)  # type: ignore[arg-type]
+        config = launch_config("compose", layout.head_dim, dtypes[0], target, False)
     variant = Variant(
         **variant_of(layouts, numbers, layout),
         BLOCK_M=config.block_m,

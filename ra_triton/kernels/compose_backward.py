@@ -14,7 +14,7 @@ order, and the heads where W_recip or a gate is one for all. No atomics; overwri
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,6 +23,9 @@ from torch import Tensor
 
 from ra_triton.factors import Factors
 from ra_triton.kernels.compose_tiles import (
+    Dtypes,
+    Given,
+    Layouts,
     columns,
     common_arguments,
     gate,
@@ -32,7 +35,7 @@ from ra_triton.kernels.compose_tiles import (
     with_unit_strides,
 )
 from ra_triton.kernels.configs import launch_config
-from ra_triton.kernels.plans import Layout, Plan, layout_of, on_16_bytes, planned
+from ra_triton.kernels.plans import Layout, Plan, layout_of, planned
 from ra_triton.kernels.tiles import block_d_of, follow, target_of
 from ra_triton.layout import RALayout
 
@@ -235,8 +238,8 @@ def _partial_sums(
 def _wanted(is_bias, weight: tl.constexpr, bias: tl.constexpr, BIAS: tl.constexpr):
     """Whether the gradient of these rows, of a weight or of its bias, has a place."""
     wanted = weight
-    if BIAS and weight != bias:
-        wanted = is_bias if bias else not is_bias
+    if BIAS:
+        wanted = tl.where(is_bias, bias, weight)
     return wanted
 
 
@@ -264,7 +267,7 @@ def _weights(
     heads, group = H + 2 * H_kv, H // H_kv
     tile, head = pid // heads, pid % heads
     n_rows = C
-    is_bias = tile == -1
+    is_bias = False
     if V.BIAS:  # the last tile: one row, which begins elsewhere
         is_bias = tile == tl.cdiv(C, V.BLOCK_M)
         dw_ptr = tl.where(is_bias, dbias_ptr, dw_ptr)
@@ -339,12 +342,11 @@ def _compose_backward_kernel(
     """Partial sums of what all rows share, and the gradients of weights and biases."""
     follow(V.PDL)
     pid = tl.program_id(0)
-    if V.NEED_RECIP or V.NEED_STD or V.NEED_REC:
-        if pid < partial.programs:
-            _partial_sums(
-                pid, W_q_ptr, W_k_ptr, W_recip_ptr, w_rec_ptr, b_q_ptr, b_k_ptr, dw_ptr,
-                dbias_ptr, parts_ptr, stride, strides, sizes, numbers, partial, V,
-            )  # fmt: skip
+    if (V.NEED_RECIP or V.NEED_STD or V.NEED_REC) and pid < partial.programs:
+        _partial_sums(
+            pid, W_q_ptr, W_k_ptr, W_recip_ptr, w_rec_ptr, b_q_ptr, b_k_ptr, dw_ptr,
+            dbias_ptr, parts_ptr, stride, strides, sizes, numbers, partial, V,
+        )  # fmt: skip
     if pid >= partial.programs:
         pid += first_program - partial.programs
         outs = dW_q_ptr, dW_k_ptr, dW_v_ptr, db_q_ptr, db_k_ptr, db_v_ptr
@@ -387,17 +389,14 @@ def _compose_sums_kernel(
     """``Σ_p`` over parts and, of what all heads share, over heads."""
     follow(PDL)
     pid = tl.program_id(0)
-    if dW_recip_ptr is not None:
-        if pid < recip.programs:
-            _sum(parts_ptr, dW_recip_ptr, pid, recip, BLOCK_P, BLOCK)
+    if dW_recip_ptr is not None and pid < recip.programs:
+        _sum(parts_ptr, dW_recip_ptr, pid, recip, BLOCK_P, BLOCK)
     pid -= recip.programs
-    if dw_std_ptr is not None:
-        if (pid >= 0) & (pid < std.programs):
-            _sum(parts_ptr, dw_std_ptr, pid, std, BLOCK_P, BLOCK)
+    if dw_std_ptr is not None and (pid >= 0) & (pid < std.programs):
+        _sum(parts_ptr, dw_std_ptr, pid, std, BLOCK_P, BLOCK)
     pid -= std.programs
-    if dw_rec_ptr is not None:
-        if pid >= 0:
-            _sum(parts_ptr, dw_rec_ptr, pid, rec, BLOCK_P, BLOCK)
+    if dw_rec_ptr is not None and pid >= 0:
+        _sum(parts_ptr, dw_rec_ptr, pid, rec, BLOCK_P, BLOCK)
 
 
 def compose_gradients(
@@ -422,10 +421,12 @@ def compose_gradients(
     dW_q, dW_k, dW_v, dW_recip, dw_std, dw_rec, *dbiases = grads
     target = target_of(W_q.device)
     present = tuple(grad is not None for grad in grads)
-    grad_key = (layout_of(dw), dw.dtype, dbias is not None and on_16_bytes(dbias))
-    key = (*key_of(tensors, factors), *grad_key, present)
-    plans, scratch = _plans(W_q.device, *key, target)
-    parts = W_q.new_empty(scratch, dtype=torch.float32) if scratch else None
+    aligned = None if dbias is None else dbias.data_ptr() % 16 == 0
+    key = key_of(tensors, factors)
+    (first, second), scratch = _plans(
+        W_q.device, *key, layout_of(dw), dw.dtype, aligned, present, target
+    )
+    parts = W_q.new_empty(scratch, dtype=torch.float32) if second is not None else None
     weights = [
         (dW if dW is not None else db, db if db is not None else dW)
         for dW, db in zip((dW_q, dW_k, dW_v), dbiases, strict=True)
@@ -433,7 +434,6 @@ def compose_gradients(
     (q, bq), (k, bk), (v, bv) = weights
     t = tensors
     operands = (t[0], t[1], *t[3:8], dw, dbias)
-    first, second = plans
     if first is not None:
         first(*operands, q, k, v, bq, bk, bv, parts)
     if second is not None:
@@ -444,12 +444,12 @@ def compose_gradients(
 @planned
 def _plans(
     device: torch.device,
-    dtypes: tuple[torch.dtype | None, ...],
-    layouts: tuple[Layout | None, ...],
-    numbers: tuple[Any, ...],
+    dtypes: Dtypes,
+    layouts: Layouts,
+    numbers: Given,
     dw: Layout,
     dw_dtype: torch.dtype,
-    dbias: tuple[bool | None, ...] | bool,  # its alignment; False: there is none
+    dbias: bool | None,  # whether its address is on 16 bytes; None: there is none
     present: tuple[bool, ...],
     target: str,
 ) -> tuple[tuple[Plan | None, Plan | None], int]:
@@ -461,14 +461,15 @@ def _plans(
     layout, arguments = common_arguments(layouts, numbers)
     H, D, R = layout.n_head, layout.head_dim, layout.R
     C = arguments["sizes"].C
-    config = launch_config("compose_backward", D, dtypes[0], target, False)  # type: ignore[arg-type]
+    operands = dw_dtype if dw_dtype == dtypes[0] else torch.float32  # of the products
+    config = launch_config("compose_backward", D, operands, target, False)
     transposed = dw.strides[1] != 1
     block_r = min(config.block_n, block_d_of(R))
     needs = dict(
         zip(("Q", "K", "V", "RECIP", "STD", "REC", "BQ", "BK", "BV"), present, strict=True)
     )
     needs["RECIP"] = needs["RECIP"] and R > 0
-    with_bias = dbias is not False
+    with_bias = dbias is not None
     variant = Variant(
         **variant_of(layouts, numbers, layout) | {"BIAS": with_bias},
         **{f"NEED_{name}": need for name, need in needs.items()},
@@ -510,15 +511,15 @@ def _partial(
 
 
 def _sums_plan(
-    layouts: tuple[Layout | None, ...],
+    layouts: Layouts,
     layout: RALayout,
     partial: Partial,
     needs: dict[str, bool],
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
     target: str,
 ) -> Plan:
     """The launch that adds partial sums."""
-    config = launch_config("compose_sums", layout.head_dim, dtype, target, False)  # type: ignore[arg-type]
+    config = launch_config("compose_sums", layout.head_dim, dtype, target, False)
     H, elements = layout.n_head, layout.head_dim * layout.R
     n_gates = partial.parts * partial.r_tiles
 
@@ -535,9 +536,9 @@ def _sums_plan(
         if of_heads
         else sums("RECIP", 0, 1, elements, partial.parts * H, elements)
     }
-    for i, (name, gate) in enumerate((("std", w_std), ("rec", w_rec))):
+    for i, (name, of) in enumerate((("std", w_std), ("rec", w_rec))):
         begin = partial.gates + i * n_gates * H
-        width = H if gate is not None and gate.shape else 1
+        width = H if of is not None and of.shape else 1
         all_sums[name] = sums(name.upper(), begin, 1, width, n_gates * H // width, width)
     arguments = {**all_sums, "BLOCK_P": config.block_m, "BLOCK": config.block_n, **config.options}
     programs = sum(one.programs for one in all_sums.values())

@@ -1,15 +1,20 @@
-"""What forward and backward of ``compose`` share: bundles of arguments, gates, products, columns."""
+"""What forward and backward of ``compose`` share: bundles, gates, products, columns."""
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ra_triton.factors import TENSORS, Factors
+from ra_triton.factors import Factors
 from ra_triton.kernels.plans import Layout, layout_of
 from ra_triton.kernels.tiles import dot
 from ra_triton.layout import RALayout
+
+Layouts = tuple[Layout | None, ...]  # of the tensors of Factors
+Dtypes = tuple[torch.dtype, torch.dtype | None, torch.dtype | None]  # of weights and gates
+Given = tuple[float | None, float | None, int, int, bool]  # the numbers of Factors
 
 NO_GATE, NUMBER, TENSOR = 0, 1, 2  # what a gate is
 _NUMBER, _TENSOR = tl.constexpr(NUMBER), tl.constexpr(TENSOR)
@@ -98,20 +103,18 @@ def with_unit_strides(factors: Factors) -> tuple[Tensor | None, ...]:
     """The tensors, copied where the last dim of one has another stride than 1; gates may."""
     return tuple(
         t if t is None or i in (4, 5) or t.stride(-1) == 1 else t.contiguous()
-        for i, t in enumerate(factors[:TENSORS])
+        for i, t in enumerate(factors.tensors)
     )
 
 
-def key_of(tensors: tuple[Tensor | None, ...], factors: Factors) -> tuple[Any, ...]:
+def key_of(tensors: tuple[Tensor | None, ...], factors: Factors) -> tuple[Dtypes, Layouts, Given]:
     """What a plan depends on besides device, target and result: dtypes, layouts, numbers."""
     layouts = tuple(None if t is None else layout_of(t) for t in tensors)
-    dtypes = (tensors[0].dtype, *(None if t is None else t.dtype for t in tensors[4:6]))  # type: ignore[union-attr]
-    return dtypes, layouts, factors[TENSORS:-1]
+    w_std, w_rec = (None if gate is None else gate.dtype for gate in tensors[4:6])
+    return (factors.W_q.dtype, w_std, w_rec), layouts, factors.numbers
 
 
-def common_arguments(
-    layouts: tuple[Layout | None, ...], numbers: tuple[Any, ...]
-) -> tuple[RALayout, dict[str, Any]]:
+def common_arguments(layouts: Layouts, numbers: Given) -> tuple[RALayout, dict[str, Any]]:
     """The columns, and what the kernels of both directions are told of factors."""
     q, k, v, recip, w_std, w_rec = layouts[:6]
     std, rec, H, H_kv, _ = numbers
@@ -119,25 +122,19 @@ def common_arguments(
     assert k is not None
     assert v is not None
     R = 0 if recip is None else recip.shape[-1]
-    layout = RALayout(H, H_kv, q.shape[1] // H, R)
-    recip_h, recip_d = (0, *recip.strides)[-3:-1] if recip is not None else (0, 0)
-    strides = Strides(
-        *(t.strides[0] for t in (q, k, v)),
-        *(recip_h, recip_d),
-        *(0 if t is None or not t.shape else t.strides[0] for t in (w_std, w_rec)),
-    )
-    return layout, {
-        "strides": strides,
+    recip_h, recip_d = (0, 0) if recip is None else (0, *recip.strides)[-3:-1]
+    of_std, of_rec = (0 if g is None or not g.shape else g.strides[0] for g in (w_std, w_rec))
+    rows = (t.strides[0] for t in (q, k, v))
+    return RALayout(H, H_kv, q.shape[1] // H, R), {
+        "strides": Strides._make((*rows, recip_h, recip_d, of_std, of_rec)),
         "sizes": Sizes(q.shape[0], H, H_kv),
         "numbers": Numbers(
-            *(1.0 if number is None else float(number) for number in (std, rec)), H_kv / H
+            1.0 if std is None else float(std), 1.0 if rec is None else float(rec), H_kv / H
         ),
     }
 
 
-def variant_of(
-    layouts: tuple[Layout | None, ...], numbers: tuple[Any, ...], layout: RALayout
-) -> dict[str, Any]:
+def variant_of(layouts: Layouts, numbers: Given, layout: RALayout) -> dict[str, Any]:
     """What the code of both directions depends on."""
 
     def kind(tensor: Layout | None, number: float | None) -> int:

@@ -131,7 +131,7 @@ class ComposedLinear(nn.Module):
             "dtype": dtype,
             "backend": backend,
         }
-        if self.b_q is None:
+        if self.b_q is None or self.b_k is None or self.b_v is None:
             return compose_weights(*factors, **options), None
         return compose_weights(*factors, biases=(self.b_q, self.b_k, self.b_v), **options)
 
