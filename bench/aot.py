@@ -28,10 +28,13 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.runtime.jit import JITFunction
 
+from ra_triton.factors import Factors
 from ra_triton.kernels import (
     append,
     attention_backward,
     attention_forward,
+    compose,
+    compose_backward,
     decode,
     norm_rope,
     norm_rope_backward,
@@ -50,12 +53,13 @@ TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 STAGES = (
     *(attention_forward, attention_backward, packing, norm_rope, norm_rope_backward),
     *(projection, projection_backward, projection_int8),
-    *(append, decode),
+    *(append, decode, compose, compose_backward),
 )
 _HOPPER = "attention_forward_hopper"  # elsewhere these launches are those of _FORWARD
 _FORWARD, _BACKWARD = "attention_forward", "delta key_value_gradient query_gradient"
 _DECODE = "decode decode_combine"
 _WEIGHT, _BIAS = "weight_gradient add_splits", "column_sum add_splits"
+_COMPOSE = "compose_backward compose_sums"
 
 
 class _CompileOnlyDriver:
@@ -362,6 +366,38 @@ def _launches() -> Iterator[_Launch]:
     weight_gradient = partial(projection_backward.weight_gradient, *_rows(torch.float32, 0))
     yield _WEIGHT, "tf32", _with_tf32(weight_gradient)
     yield from _int8_launches()
+    yield from _composing()
+
+
+def _composing() -> Iterator[_Launch]:
+    """GPT-2's layer under autocast and in one dtype, grouped heads of 128, and the widest rank."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for label, dtype, into, heads, D, R in (
+        ("float32 to bfloat16 D=64", fp32, bf16, (12, 12), 64, 4),
+        ("float32 D=64", fp32, fp32, (12, 12), 64, 4),
+        ("bfloat16 D=64", bf16, bf16, (12, 12), 64, 4),
+        ("float32 to bfloat16 D=128 R=128", fp32, bf16, (32, 8), 128, 128),
+        ("float32 D=128 R=128", fp32, fp32, (32, 8), 128, 128),
+        ("bfloat16 D=128 R=128", bf16, bf16, (32, 8), 128, 128),
+    ):
+        factors = _factors(dtype, into, *heads, D, R)
+        yield "compose", label, partial(compose.compose, factors)
+        N = (heads[0] + 2 * heads[1]) * D
+        for transposed in (False, True):
+            dw = _tensor(into, N, 768).mT if transposed else _tensor(into, 768, N)
+            launch = partial(compose_backward.compose_gradients, factors, dw, _tensor(into, N))
+            label += " transposed" * transposed
+            yield _COMPOSE, label, partial(launch, [True] * 9)
+
+
+def _factors(dtype: torch.dtype, into: torch.dtype, H: int, H_kv: int, D: int, R: int) -> Factors:
+    """Of a layer of width 768 with gates per head and biases, packed."""
+    widths = (H * D, H_kv * D, H_kv * D)
+    weights = (_tensor(dtype, 768, n) for n in widths)
+    biases = (_tensor(dtype, n) for n in widths)
+    gates = _tensor(dtype, H), _tensor(dtype, H)
+    numbers = None, None, H, H_kv, True, into
+    return Factors._make((*weights, _tensor(dtype, D, R), *gates, *biases, *numbers))
 
 
 def _windowed() -> Iterator[_Launch]:

@@ -43,6 +43,7 @@ STAGES = (
     *("pack", "projection", "weight_gradient", "column_sum", "add_splits"),
     *("int8_projection", "quantize_rows", "norm_rope", "norm_rope_backward"),
     *("decode", "decode_combine", "append"),
+    *("compose", "compose_backward", "compose_sums"),
 )
 ATTENTION = {  # products of a tile, and the size that counts the rows it streams, twice
     "attention_forward": (2, "BLOCK_N"),  # s, o; k and v

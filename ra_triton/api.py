@@ -22,14 +22,13 @@ from ra_triton.checks import (
     have_addresses,
     needs_grad,
 )
-from ra_triton.layout import RALayout
+from ra_triton.layout import WEIGHT_LAYOUTS, RALayout
 from ra_triton.norm_rope import NormRope, QKNorm, Rope, check_norm_rope
 from ra_triton.offsets import Offsets, checked, longest_of
 from ra_triton.options import AttentionKeywords, AttentionOptions, DecodeOptions
 from ra_triton.quantization import QuantizedWeight, check_quantized_inputs
 from ra_triton.sparsity import SparseWeight, check_sparse_inputs
 from ra_triton.sparsity import project as sparse_project
-from ra_triton.weights import WEIGHT_LAYOUTS
 from ra_triton.workspace import Workspace
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+WEIGHT_LAYOUTS = ("split", "packed")
 GPT2_HEAD_DIM = 64  # n_head=None means heads of this size
 
 

@@ -1,37 +1,82 @@
 """Weights: compose W_q, W_k, W_v, W_recip and gates into one ``W_fused``; reorder its columns.
 
 ``Q_low = (x W_q) W_recip = x (W_q W_recip)``, so every lane that attention reads is a column of one
-matrix. Composing weights costs a few MFLOP in plain torch, and autograd reaches every factor.
+matrix. Composing weights costs a few MFLOP, and autograd reaches every factor.
 """
 
-from contextlib import nullcontext
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from ra_triton.checks import autocast_dtype, check_choice, check_float_tensor, check_same
-from ra_triton.layout import RALayout
+from ra_triton import recorded
+from ra_triton.backend import choose
+from ra_triton.checks import (
+    DTYPES,
+    check_choice,
+    check_float_tensor,
+    check_same,
+    check_shape,
+)
+from ra_triton.factors import Factors
+from ra_triton.layout import WEIGHT_LAYOUTS, RALayout
 
-WEIGHT_LAYOUTS = ("split", "packed")
 
-
+@overload
 def compose_weights(
     W_q: Tensor,
     W_k: Tensor,
     W_v: Tensor,
-    W_recip: Tensor,
+    W_recip: Tensor | None,
     *,
     n_head: int,
     n_kv_head: int | None = None,
     w_std: Tensor | float | None = None,
     w_rec: Tensor | float | None = None,
+    biases: None = None,
     weight_layout: str = "split",
-) -> Tensor:
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def compose_weights(
+    W_q: Tensor,
+    W_k: Tensor,
+    W_v: Tensor,
+    W_recip: Tensor | None,
+    *,
+    n_head: int,
+    n_kv_head: int | None = None,
+    w_std: Tensor | float | None = None,
+    w_rec: Tensor | float | None = None,
+    biases: tuple[Tensor, Tensor, Tensor],
+    weight_layout: str = "split",
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+def compose_weights(
+    W_q: Tensor,
+    W_k: Tensor,
+    W_v: Tensor,
+    W_recip: Tensor | None,
+    *,
+    n_head: int,
+    n_kv_head: int | None = None,
+    w_std: Tensor | float | None = None,
+    w_rec: Tensor | float | None = None,
+    biases: tuple[Tensor, Tensor, Tensor] | None = None,
+    weight_layout: str = "split",
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     """Fold the factors of reciprocal attention into one projection matrix.
 
     ``[w_std * Q_std | K_std | V | Q W_recip | w_rec * K W_recip]`` as columns over ``x``. The gates
-    sit on the query side alone, so any sign is allowed and gradients at 0 are finite. Biases fold
-    the same way: pass them as one-row matrices ``[1, H*D]`` and take row 0 of the result.
+    sit on the query side alone, so any sign is allowed and gradients at 0 are finite. Biases of
+    q, k and v fold the same way, as one more row: they add to ``x W_q`` before W_recip.
+
+    On a GPU it is one kernel, and two for all gradients. Its sums are in float32, and float32
+    products are not rounded to TF32, whatever PyTorch's own may be.
 
     Grouped heads (GQA), ``G = H / H_kv`` query heads to a key head: query head h carries
     ``K_low = K_(h // G) W_recip`` and each key head the mean of its group's ``Q W_recip``. That is
@@ -43,73 +88,64 @@ def compose_weights(
         W_q: ``[C, H*D]`` query projection, used as ``x @ W_q``.
         W_k: ``[C, H_kv*D]`` key projection.
         W_v: ``[C, H_kv*D]`` value projection.
-        W_recip: ``[D, R]`` shared by all heads, or ``[H, D, R]``, one for each query head.
+        W_recip: ``[D, R]`` shared by all heads, or ``[H, D, R]``, one for each query head; ``None``
+            means ``R = 0``.
         n_head: query heads ``H``.
         n_kv_head: key/value heads ``H_kv``, which divide ``H``; ``None`` means ``H``.
         w_std: gate on the standard term: a number, a scalar tensor or ``[H]``; ``None`` means 1.
         w_rec: gate on the reciprocal term, likewise.
+        biases: ``b_q [H*D]``, ``b_k [H_kv*D]`` and ``b_v [H_kv*D]``.
         weight_layout: column order of the result, ``"split"`` or ``"packed"``.
+        dtype: of the result, that which the projection multiplies in; ``None`` means the weights'.
+        backend: ``"triton"``, ``"sdpa"``, ``"flex"`` (both are plain torch) or ``"auto"``: Triton
+            for float16, bfloat16 and float32 on a supported GPU, plain torch elsewhere.
 
     Returns:
-        ``W_fused [C, (H + 2*H_kv)*D]`` in the weights' dtype, differentiable in every argument.
+        ``W_fused [C, (H + 2*H_kv)*D]``, differentiable in every argument; with ``biases``
+        ``(W_fused, bias)``, bias ``[(H + 2*H_kv)*D]`` in the order of the columns.
 
     Raises:
         TypeError: an argument that is not a float tensor, or mixed dtypes.
         ValueError: shapes that do not fit together, mixed devices, an unknown ``weight_layout``.
+        NotImplementedError: the backend cannot run the call; the message names one that can.
 
     Source: reciprocal attention, github.com/mcgrof/knlp; grouped heads: arXiv:2305.13245.
     """
+    w = _tensors_of(W_q, W_k, W_v, W_recip, w_std, w_rec, biases)
+    std, rec = (None if isinstance(gate, Tensor) else gate for gate in (w_std, w_rec))
+    numbers = (std, rec, n_head, n_kv_head, weight_layout, dtype, backend, biases is None)
+    key = recorded.key_of(w, numbers)
+    call = recorded.known(key)
+    if call is not None:
+        return call(w)
     check_choice("weight_layout", weight_layout, WEIGHT_LAYOUTS)
-    weights = {"W_q": W_q, "W_k": W_k, "W_v": W_v}
-    for name, w in (*weights.items(), ("W_recip", W_recip)):
-        check_float_tensor(name, w, dtypes=None)
-    check_same("W_q", W_q, **weights, W_recip=W_recip)
-    if type(n_head) is not int:
-        raise TypeError(f"n_head must be an int, got {n_head!r}")
-    if W_q.dim() != 2 or n_head < 1 or W_q.shape[1] == 0 or W_q.shape[1] % n_head:
-        raise ValueError(f"W_q must be [C, H*D] with H = n_head = {n_head}, got {tuple(W_q.shape)}")
-    C, D = W_q.shape[0], W_q.shape[1] // n_head
-    H_kv = kv_heads(n_head, n_kv_head)
-    for name in ("W_k", "W_v"):
-        w = weights[name]
-        if w.shape == (C, H_kv * D):
-            continue
-        if n_kv_head is None and w.dim() == 2 and w.shape[0] == C and w.shape[1] < W_q.shape[1]:
-            raise ValueError(f"{name} has fewer heads than W_q ({tuple(w.shape)}): pass n_kv_head")
-        like = "like W_q" if H_kv == n_head else f"with n_kv_head = {H_kv} heads of W_q's size"
-        raise ValueError(f"{name} must be {(C, H_kv * D)} {like}, got {tuple(w.shape)}")
-    if W_recip.dim() not in (2, 3) or W_recip.shape[-2] != D:
-        raise ValueError(
-            f"W_recip must be [D, R] or [H, D, R] with D = {D}, got {tuple(W_recip.shape)}"
-        )
-    if W_recip.dim() == 3 and W_recip.shape[0] != n_head:
-        raise ValueError(
-            f"W_recip must be [H, D, R] with H = {n_head} heads, got {tuple(W_recip.shape)}"
-        )
+    _check_factors(W_q, W_k, W_v, W_recip, n_head, n_kv_head)
     for name, gate in (("w_std", w_std), ("w_rec", w_rec)):
         _check_gate(name, gate, n_head, W_q.device)
-    layout = RALayout.from_columns((n_head + 2 * H_kv) * D, W_recip.shape[-1], n_head, H_kv)
+    if biases is not None:
+        _check_biases(biases, W_q, W_k)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point dtype or None, got {dtype!r}")
+    if backend == "auto" and not {W_q.dtype, dtype or W_q.dtype} <= {*DTYPES}:
+        backend = "sdpa"  # float64 has no kernel
+    module, _ = choose(backend, w, head_dim=W_q.shape[1] // n_head)
+    heads = n_head, kv_heads(n_head, n_kv_head)
+    rest = (std, rec, *heads, weight_layout == "packed", dtype or W_q.dtype)
+    W_fused, bias = module.compose(Factors._make((*_on_device(w), *rest)))
+    call = module.known_compose(rest, W_fused.requires_grad)
+    if call is not None:
+        recorded.keep(key, lambda w: _as_returned(*call(*_on_device(w))))
+    return _as_returned(W_fused, bias)
 
-    q, k, v = (w.unflatten(-1, (-1, D)) for w in (W_q, W_k, W_v))  # [C, H or H_kv, D]
-    recip = W_recip.expand(n_head, D, layout.R)
-    group = n_head // H_kv
-    every_k = k if group == 1 else k.repeat_interleave(group, dim=1)
-    on_autocast = autocast_dtype(W_q.device) is not None  # the low lanes stay as exact as the rest
-    with torch.autocast(W_q.device.type, enabled=False) if on_autocast else nullcontext():
-        q_low = torch.einsum("chd,hdr->chr", q, recip)
-        k_low = torch.einsum("chd,hdr->chr", every_k, recip)
-    if group > 1:
-        q_low = q_low.unflatten(1, (H_kv, group)).mean(2)
-    W_fused = layout.join_columns(
-        {
-            "q_std": _gated(w_std, q[..., : layout.d_std]),
-            "k_std": k[..., : layout.d_std],
-            "v": v,
-            "q_low": q_low,
-            "k_low": _gated(w_rec, k_low),
-        }
-    )
-    return layout.pack(W_fused) if weight_layout == "packed" else W_fused
+
+def _on_device(w: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """With scalar gates, which may be on a CPU, where the weights are."""
+    gates = (g if g is None or g.device == w[0].device else g.to(w[0].device) for g in w[4:6])  # type: ignore[union-attr]
+    return (*w[:4], *gates, *w[6:])
+
+
+def _as_returned(W_fused: Tensor, bias: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    return W_fused if bias is None else (W_fused, bias)
 
 
 def pack_weight(
@@ -218,6 +254,76 @@ def _layout_of(w: Tensor, R: int, n_head: int | None, n_kv_head: int | None) -> 
     return RALayout.from_columns(w.shape[-1], R, n_head, n_kv_head)
 
 
+def _tensors_of(
+    W_q: Tensor,
+    W_k: Tensor,
+    W_v: Tensor,
+    W_recip: Tensor | None,
+    w_std: Tensor | float | None,
+    w_rec: Tensor | float | None,
+    biases: Any,
+) -> tuple[Tensor | None, ...]:
+    """In the order of :class:`Factors`, None where there is none; nothing is checked."""
+    gates = (gate if isinstance(gate, Tensor) else None for gate in (w_std, w_rec))
+    given = biases if isinstance(biases, tuple) and len(biases) == 3 else (None, None, None)
+    return (W_q, W_k, W_v, W_recip, *gates, *given)
+
+
+def _check_factors(
+    W_q: Tensor,
+    W_k: Tensor,
+    W_v: Tensor,
+    W_recip: Tensor | None,
+    n_head: int,
+    n_kv_head: int | None,
+) -> None:
+    """``W_q [C, H*D]``, ``W_k, W_v [C, H_kv*D]`` and W_recip fit each other and the heads."""
+    weights = {"W_q": W_q, "W_k": W_k, "W_v": W_v}
+    weights |= {} if W_recip is None else {"W_recip": W_recip}
+    for name, w in weights.items():
+        check_float_tensor(name, w, dtypes=None)
+    check_same("W_q", W_q, **weights)
+    if type(n_head) is not int:
+        raise TypeError(f"n_head must be an int, got {n_head!r}")
+    if W_q.dim() != 2 or n_head < 1 or W_q.shape[1] == 0 or W_q.shape[1] % n_head:
+        raise ValueError(f"W_q must be [C, H*D] with H = n_head = {n_head}, got {tuple(W_q.shape)}")
+    C, D = W_q.shape[0], W_q.shape[1] // n_head
+    H_kv = kv_heads(n_head, n_kv_head)
+    for name in ("W_k", "W_v"):
+        w = weights[name]
+        if w.shape == (C, H_kv * D):
+            continue
+        if n_kv_head is None and w.dim() == 2 and w.shape[0] == C and w.shape[1] < W_q.shape[1]:
+            raise ValueError(f"{name} has fewer heads than W_q ({tuple(w.shape)}): pass n_kv_head")
+        like = "like W_q" if H_kv == n_head else f"with n_kv_head = {H_kv} heads of W_q's size"
+        raise ValueError(f"{name} must be {(C, H_kv * D)} {like}, got {tuple(w.shape)}")
+    if W_recip is not None:
+        _check_recip(W_recip, n_head, H_kv, D)
+
+
+def _check_recip(W_recip: Tensor, n_head: int, n_kv_head: int, D: int) -> None:
+    """``[D, R]`` or ``[H, D, R]``, ``R <= D``."""
+    if W_recip.dim() not in (2, 3) or W_recip.shape[-2] != D:
+        raise ValueError(
+            f"W_recip must be [D, R] or [H, D, R] with D = {D}, got {tuple(W_recip.shape)}"
+        )
+    if W_recip.dim() == 3 and W_recip.shape[0] != n_head:
+        raise ValueError(
+            f"W_recip must be [H, D, R] with H = {n_head} heads, got {tuple(W_recip.shape)}"
+        )
+    RALayout.from_columns((n_head + 2 * n_kv_head) * D, W_recip.shape[-1], n_head, n_kv_head)
+
+
+def _check_biases(biases: tuple[Tensor, Tensor, Tensor], W_q: Tensor, W_k: Tensor) -> None:
+    """``b_q, b_k, b_v``, one value per column of their weights."""
+    if not isinstance(biases, tuple) or len(biases) != 3:
+        raise TypeError(f"biases must be (b_q, b_k, b_v) or None, got {biases!r}")
+    for name, b, w in zip(("b_q", "b_k", "b_v"), biases, (W_q, W_k, W_k), strict=True):
+        check_float_tensor(name, b, dtypes=None)
+        check_same("W_q", W_q, **{name: b})
+        check_shape(name, b, (w.shape[1],), f"one value per column of W_{name[-1]}")
+
+
 def _check_gate(name: str, gate: Tensor | float | None, n_head: int, device: torch.device) -> None:
     """None, a number, a scalar tensor or ``[H]`` on ``device``."""
     if isinstance(gate, Tensor):
@@ -230,13 +336,3 @@ def _check_gate(name: str, gate: Tensor | float | None, n_head: int, device: tor
             )
     elif gate is not None and (isinstance(gate, bool) or not isinstance(gate, (int, float))):
         raise TypeError(f"{name} must be a tensor, a number or None, got {gate!r}")
-
-
-def _gated(gate: Tensor | float | None, lanes: Tensor) -> Tensor:
-    """``gate * lanes``: ``lanes [C, H, lanes]``, gate a number, a scalar tensor or ``[H]``."""
-    if gate is None:
-        return lanes
-    if not isinstance(gate, Tensor):
-        return lanes * gate
-    gate = gate.to(lanes.dtype)
-    return lanes * (gate[:, None] if gate.dim() else gate)

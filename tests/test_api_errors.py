@@ -29,7 +29,7 @@ def no_launch(monkeypatch):
         pytest.fail("a backend was called with bad arguments")
 
     for module in MODULES.values():
-        for name in ("project", "packed_attention", "layer", "pack_qk", "pack_qk_"):
+        for name in ("project", "packed_attention", "layer", "pack_qk", "pack_qk_", "compose"):
             monkeypatch.setattr(module, name, launched)
 
 
@@ -238,9 +238,10 @@ IN_PLACE_ERRORS = [
     (ValueError, "pack_qk_ is for inference", {"q": normal(2, 5, H, D).requires_grad_()}),
     (ValueError, "pack_qk_ is for inference", {"k_low": normal(2, 5, H, 4).requires_grad_()}),
 ]
+BIAS = normal(H * D)
 COMPOSE_ERRORS = [
     (TypeError, "W_q must be a tensor", {"W_q": 1}),
-    (TypeError, "W_recip must be a tensor", {"W_recip": None}),
+    (TypeError, "W_recip must be a tensor", {"W_recip": 4}),
     (TypeError, "W_q must be a floating-point tensor", {"W_q": normal(C, H * D).int()}),
     (TypeError, "W_v must be torch.float32 like W_q", {"W_v": normal(C, H * D).double()}),
     (TypeError, "W_recip must be torch.float32 like W_q", {"W_recip": normal(D, 4).half()}),
@@ -268,6 +269,16 @@ COMPOSE_ERRORS = [
     (ValueError, "w_rec must be on .* like W_q, got meta", {"w_rec": normal(2).to("meta")}),
     (ValueError, "w_rec must be a scalar or one value per head", {"w_rec": normal(1, H)}),
     (ValueError, "weight_layout must be one of", {"weight_layout": "other"}),
+    (TypeError, "biases must be .b_q, b_k, b_v. or None, got .1, 2, 3", {"biases": [1, 2, 3]}),
+    (TypeError, "biases must be .b_q, b_k, b_v. or None, got .tensor", {"biases": (BIAS, BIAS)}),
+    (TypeError, "b_k must be a tensor, got NoneType", {"biases": (BIAS, None, BIAS)}),
+    (TypeError, "b_v must be torch.float32 like W_q", {"biases": (BIAS, BIAS, BIAS.half())}),
+    (ValueError, "b_q must be on .* like W_q, got meta", {"biases": (BIAS.to("meta"), BIAS, BIAS)}),
+    (ValueError, "b_q must be .*column of W_q = .32", {"biases": (BIAS[1:], BIAS, BIAS)}),
+    (ValueError, "b_k must be .*column of W_k = .32", {"biases": (BIAS, BIAS[None], BIAS)}),
+    (ValueError, "b_v must be .*column of W_v = .32", {"biases": (BIAS, BIAS, BIAS[1:])}),
+    (TypeError, "dtype must be a floating-point dtype or None, got", {"dtype": torch.int8}),
+    (TypeError, "dtype must be a floating-point dtype or None, got", {"dtype": "float16"}),
 ]
 ERRORS = [
     (ra_triton.ra_attention, projection_arguments, [*PROJECTION_ERRORS, *OPTION_ERRORS]),
@@ -281,7 +292,7 @@ ERRORS = [
 ERRORS += [
     (function, arguments, BACKEND_ERRORS)
     for function, arguments, _ in ERRORS
-    if function not in (ra_triton.which_backend, ra_triton.compose_weights)
+    if function is not ra_triton.which_backend
 ]
 
 

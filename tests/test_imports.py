@@ -11,21 +11,22 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "ra_triton").rglob("*.py"))
 
-SHARED = {"checks", "internals", "layout", "norm_rope", "offsets", "options"}  # leaves
+SHARED = {"checks", "factors", "internals", "layout", "norm_rope", "offsets", "options"}  # leaves
 STAGE = {"kernels.tiles", "kernels.plans", "kernels.configs", "layout", "offsets"}
 HOPPER = {"kernels.gluon", *STAGE}
 # Module: what it may import of the package. A new module needs a line here.
 ARROWS = {
     "": {"api", "nn", "quantization", "sparsity", "varlen", "weights"},
-    "api": {"backend", "prepared", "quantization", "sparsity", "weights", "workspace", *SHARED},
-    "sparsity": {"weights", *SHARED},
+    "api": {"backend", "recorded", "quantization", "sparsity", "workspace", *SHARED},
+    "sparsity": SHARED,
     "varlen": {"api", "backend", *SHARED},
-    "weights": SHARED,
-    "quantization": {"weights", *SHARED},
+    "weights": {"backend", "recorded", *SHARED},
+    "quantization": SHARED,
     "internals": set(),
     "checks": {"internals"},
-    "prepared": {"checks", "internals"},
+    "recorded": {"checks", "internals", "kernels.plans"},
     "layout": set(),
+    "factors": {"layout"},
     "offsets": set(),
     "options": set(),
     "norm_rope": {"checks"},
@@ -33,31 +34,21 @@ ARROWS = {
     "backend.flex": {"backend.sdpa", "workspace", *SHARED},
     "backend.sdpa": {"quantization", "workspace", *SHARED},
     "backend.triton": {
-        "backend.sdpa",
-        "ops",
-        "quantization",
-        "workspace",
+        *("backend.sdpa", "backend.triton.operator", "backend.triton.operators"),
+        *("kernels.norm_rope", "kernels.packing", "quantization", "recorded", "workspace"),
         *SHARED,
     },
-    "ops": {"launches", "library", "quantization", "workspace", *SHARED},
-    "library": {"flops", "launches", "quantization", *SHARED},
+    "backend.triton.operator": {"flops", "recorded", *SHARED},
+    "backend.triton.operators": {
+        *("backend.triton.operator", "flops", "quantization", "workspace"),
+        *("kernels.append", "kernels.attention_backward", "kernels.attention_forward"),
+        *("kernels.compose", "kernels.compose_backward", "kernels.decode"),
+        *("kernels.norm_rope", "kernels.norm_rope_backward"),
+        *("kernels.projection", "kernels.projection_backward", "kernels.projection_int8"),
+        *SHARED,
+    },
     "flops": {"internals"},
     "cache": {"backend", *SHARED},
-    "launches": {
-        "kernels.norm_rope",
-        "kernels.norm_rope_backward",
-        "kernels.attention_backward",
-        "kernels.append",
-        "kernels.attention_forward",
-        "kernels.decode",
-        "kernels.packing",
-        "kernels.projection",
-        "kernels.projection_backward",
-        "kernels.projection_int8",
-        "quantization",
-        "workspace",
-        *SHARED,
-    },
     "nn": {
         *("cache", "nn.attention", "nn.composed", "nn.gpt2", "nn.llama", "nn.quantized"),
         "workspace",
@@ -80,6 +71,9 @@ ARROWS = {
     "workspace": SHARED,
     "kernels.append": STAGE,
     "kernels.attention_backward": STAGE,
+    "kernels.compose": {*STAGE, "factors", "kernels.compose_tiles"},
+    "kernels.compose_backward": {*STAGE, "factors", "kernels.compose_tiles"},
+    "kernels.compose_tiles": {*STAGE, "factors"},
     "kernels.decode": STAGE,
     "kernels.projection_backward": STAGE,
     "kernels": set(),

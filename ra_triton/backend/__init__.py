@@ -1,10 +1,11 @@
 """Backends: modules with one signature each, and the choice between them.
 
 A backend is a module with ``project``, ``packed_attention``, ``layer`` (both of them), ``pack_qk``,
-``pack_qk_``, ``norm_rope``, ``norm_rope_``, ``decode_attention``, ``append_``; ``known_project``,
-``known_attention``, ``known_layer`` and ``known_decode``, which return a shortcut for calls that
-come again, or None; and ``unsupported``, which returns the reason why it cannot run a call, or
-None. ``dtype`` is what autocast brings operands to, None: as they are.
+``pack_qk_``, ``compose``, ``norm_rope``, ``norm_rope_``, ``decode_attention``, ``append_``;
+``known_project``, ``known_attention``, ``known_layer``, ``known_decode`` and ``known_compose``,
+which return a shortcut for calls that come again, or None; and ``unsupported``, which returns the
+reason why it cannot run a call, or None. ``dtype`` is what autocast brings operands to, None: as
+they are.
 """
 
 import warnings

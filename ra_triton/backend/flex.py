@@ -36,13 +36,15 @@ KEPT = 64  # masks, and caps, that are kept
 
 # Projection and packing have nothing to do with FlexAttention: PyTorch's own, differentiable.
 project = sdpa.project
+compose = sdpa.compose
 pack_qk = sdpa.pack_qk
 pack_qk_ = sdpa.pack_qk_
 norm_rope = sdpa.norm_rope
 norm_rope_ = sdpa.norm_rope_
 append_ = sdpa.append_
 decode_attention = sdpa.decode_attention  # never called: `unsupported` refuses it
-known_project = known_attention = known_decode = known_layer = sdpa.nothing_known
+known_project = known_attention = known_layer = known_decode = sdpa.nothing_known
+known_compose = sdpa.nothing_known
 
 
 def unsupported(

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from ra_triton import internals, quantization
 from ra_triton.checks import autocast_dtype, in_dtype, needs_grad
+from ra_triton.factors import Factors
 from ra_triton.layout import RALayout
 from ra_triton.norm_rope import NormRope
 from ra_triton.offsets import Offsets
@@ -165,7 +166,56 @@ def nothing_known(*_: object) -> None:
     """A call that comes again takes the way of the first."""
 
 
-known_project = known_attention = known_decode = nothing_known
+known_project = known_attention = known_decode = known_compose = nothing_known
+
+
+def compose(factors: Factors) -> tuple[Tensor, Tensor | None]:
+    """``W_fused [C, N]`` and its bias ``[N]`` or None, in plain torch."""
+    W_q, W_k, W_v = (
+        # One more row: a bias folds like a weight over a constant 1.
+        w if b is None else torch.cat((w, b[None]))
+        for w, b in zip(factors[:3], factors[6:9], strict=True)
+    )
+    W_fused = _composed(factors, W_q, W_k, W_v)
+    return (W_fused, None) if factors.b_q is None else (W_fused[:-1], W_fused[-1])
+
+
+def _composed(factors: Factors, W_q: Tensor, W_k: Tensor, W_v: Tensor) -> Tensor:
+    """``[w_std Q_std | K_std | V | mean Q W_recip | w_rec K W_recip]``, packed if asked."""
+    layout, recip = factors.layout, factors.W_recip
+    H, H_kv, D = layout.n_head, layout.n_kv_head, layout.head_dim
+    q, k, v = (w.unflatten(-1, (-1, D)) for w in (W_q, W_k, W_v))  # [C, H or H_kv, D]
+    w_std, w_rec = (
+        number if gate is None else gate
+        for gate, number in ((factors.w_std, factors.std), (factors.w_rec, factors.rec))
+    )
+    recip = q.new_empty(D, 0) if recip is None else recip
+    recip = recip.expand(H, D, layout.R)
+    every_k = k if H_kv == H else k.repeat_interleave(H // H_kv, dim=1)
+    with _no_autocast(q.device):  # the low lanes stay as exact as the rest
+        q_low = torch.einsum("chd,hdr->chr", q, recip)
+        k_low = torch.einsum("chd,hdr->chr", every_k, recip)
+    if H_kv < H:
+        q_low = q_low.unflatten(1, (H_kv, H // H_kv)).mean(2)
+    sections = {
+        "q_std": _gated(w_std, q[..., : layout.d_std]),
+        "k_std": k[..., : layout.d_std],
+        "v": v,
+        "q_low": q_low,
+        "k_low": _gated(w_rec, k_low),
+    }
+    W_fused = layout.join_columns(sections)
+    return (layout.pack(W_fused) if factors.packed else W_fused).to(factors.dtype)
+
+
+def _gated(gate: Tensor | float | None, lanes: Tensor) -> Tensor:
+    """``gate * lanes``: ``lanes [C, H, lanes]``, gate a number, a scalar tensor or ``[H]``."""
+    if gate is None:
+        return lanes
+    if not isinstance(gate, Tensor):
+        return lanes * gate
+    gate = gate.to(lanes.dtype)
+    return lanes * (gate[:, None] if gate.dim() else gate)
 
 
 def pack_qk(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor, Tensor]:

@@ -106,6 +106,9 @@ def launch_config(
             "decode": LaunchConfig(32, 4, block_n=16, block_k=32),
             "decode_combine": LaunchConfig(2, 4),
             "append": LaunchConfig(16, 4),
+            "compose": LaunchConfig(16, 4, block_n=16, block_k=16),
+            "compose_backward": LaunchConfig(16, 4, block_n=16, block_k=16),
+            "compose_sums": LaunchConfig(16, 4, block_n=32),
         }[stage]
     aligned = aligned and not (varlen and target == "sm_90")
     full_precision = dtype == torch.float32
@@ -130,6 +133,8 @@ def _config(
         return _int8_projection(stage, full_precision, target, aligned)
     if stage in ("norm_rope", "norm_rope_backward"):  # static: no spill
         return LaunchConfig(32 if head_dim <= 128 else 8, 4)
+    if stage in ("compose", "compose_backward"):
+        return _composing(stage, head_dim, full_precision)
     if stage == "decode":
         return _decode(head_dim, full_precision, aligned)
     return {
@@ -140,7 +145,18 @@ def _config(
         "quantize_rows": LaunchConfig(4, 4, block_k=512),
         "decode_combine": LaunchConfig(32, 4),
         "append": LaunchConfig(32, 4),
+        "compose_sums": LaunchConfig(64, 4, block_n=16),
     }[stage]
+
+
+def _composing(stage: str, head_dim: int, full_precision: bool) -> LaunchConfig:
+    """Static: no spill."""
+    if stage == "compose":
+        return LaunchConfig(32, 4, 2, block_n=32, block_k=16 if full_precision else 32)
+    if not full_precision:
+        return LaunchConfig(32, 4, 2, block_n=32, block_k=16)
+    wide = head_dim > 64
+    return LaunchConfig(16, 8 if wide else 4, 1 if wide else 2, block_n=16, block_k=16)
 
 
 def _projection(stage: str, full_precision: bool, target: str, aligned: bool) -> LaunchConfig:

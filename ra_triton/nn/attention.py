@@ -251,7 +251,9 @@ class RACausalSelfAttention(nn.Module):
         if isinstance(c_attn, nn.Linear):
             weight = c_attn.weight
             return (weight.mT, c_attn.bias) if is_ordinary(weight) else None
-        return _fused(c_attn)
+        if isinstance(c_attn, ComposedLinear):  # rounded once, to what the projection multiplies
+            return c_attn.fused(autocast_dtype(c_attn.W_q.device), self.backend)
+        return _fused(c_attn, self.backend)
 
     def _has_plain_norms(self) -> bool:
         """Whether the kernel's norm, one eps and two weights, is what the two children do."""
@@ -341,7 +343,7 @@ class RACausalSelfAttention(nn.Module):
                 "may be more than x @ weight: first merge or remove what is around it (an adapter, "
                 "hooks, a parametrisation)"
             )
-        return _fused(self.c_attn)
+        return _fused(self.c_attn, self.backend)
 
     @torch.no_grad()
     def fuse_(self) -> "RACausalSelfAttention":
@@ -499,10 +501,10 @@ class RACausalSelfAttention(nn.Module):
         )
 
 
-def _fused(c_attn: nn.Module) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
+def _fused(c_attn: nn.Module, backend: str) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
     """``W_fused`` and its bias, of one of ``PROJECTIONS``."""
     if isinstance(c_attn, ComposedLinear):
-        return c_attn.fused()
+        return c_attn.fused(backend=backend)
     if isinstance(c_attn, QuantizedLinear):
         return c_attn.quantized(), c_attn.bias
     assert isinstance(c_attn, nn.Linear)

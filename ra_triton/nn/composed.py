@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ra_triton.checks import autocast_dtype
 from ra_triton.layout import RALayout
 from ra_triton.weights import compose_weights, kv_heads, last_lanes
 
@@ -111,32 +112,32 @@ class ComposedLinear(nn.Module):
         """``[N]`` in packed order, or None."""
         return self.fused()[1]
 
-    def fused(self) -> tuple[Tensor, Tensor | None]:
-        """``W_fused [C, N]`` and its bias ``[N]`` or None, in packed order."""
-        W_q, W_k, W_v = (
-            # One more row: the bias folds like a weight over a constant 1.
-            w if b is None else torch.cat((w, b[None]))
-            for w, b in ((self.W_q, self.b_q), (self.W_k, self.b_k), (self.W_v, self.b_v))
-        )
-        W_recip: Tensor | None = self.W_recip
-        if W_recip is None:
-            W_recip = W_q.new_empty(W_q.shape[1] // self.n_head, 0)
-        fused = compose_weights(
-            W_q,
-            W_k,
-            W_v,
-            W_recip,
-            n_head=self.n_head,
-            n_kv_head=self.n_kv_head,
-            w_std=self.w_std,
-            w_rec=self.w_rec,
-            weight_layout="packed",
-        )
-        return (fused, None) if self.b_q is None else (fused[:-1], fused[-1])
+    def fused(
+        self, dtype: torch.dtype | None = None, backend: str = "auto"
+    ) -> tuple[Tensor, Tensor | None]:
+        """``W_fused [C, N]`` and its bias ``[N]`` or None, in packed order.
+
+        Args:
+            dtype: of both, rounded once; ``None`` means that of the factors.
+            backend: see :func:`ra_triton.compose_weights`.
+        """
+        factors = (self.W_q, self.W_k, self.W_v, self.W_recip)
+        options: Any = {
+            "n_head": self.n_head,
+            "n_kv_head": self.n_kv_head,
+            "w_std": self.w_std,
+            "w_rec": self.w_rec,
+            "weight_layout": "packed",
+            "dtype": dtype,
+            "backend": backend,
+        }
+        if self.b_q is None or self.b_k is None or self.b_v is None:
+            return compose_weights(*factors, **options), None
+        return compose_weights(*factors, biases=(self.b_q, self.b_k, self.b_v), **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ W_fused + bias``: ``[..., C] -> [..., N]``; attention reads the weight."""
-        W_fused, bias = self.fused()
+        W_fused, bias = self.fused(autocast_dtype(self.W_q.device))
         return nn.functional.linear(x, W_fused.mT, bias)
 
     def extra_repr(self) -> str:

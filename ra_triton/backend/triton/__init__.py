@@ -17,7 +17,8 @@ from ra_triton import internals
 from ra_triton.backend import sdpa
 from ra_triton.backend.triton import operators
 from ra_triton.backend.triton.operator import Call, refuse_tangents
-from ra_triton.checks import distributed, in_dtype, needs_grad, observed
+from ra_triton.checks import DTYPES, distributed, in_dtype, needs_grad, observed
+from ra_triton.factors import TENSORS, Factors
 from ra_triton.layout import RALayout
 from ra_triton.norm_rope import NormRope
 from ra_triton.offsets import Offsets, flat
@@ -39,11 +40,15 @@ def unsupported(
     """Why the kernels cannot run the call, or None."""
     if distributed(*tensors):
         return "the kernels take local tensors, got a DTensor; call .to_local() on it"
-    reason = _device_unsupported(tensors[0].device)  # type: ignore[union-attr]
+    first = tensors[0]
+    assert first is not None
+    reason = _device_unsupported(first.device)
     if reason is not None:
         return reason
-    if options is None:
+    if options is None and head_dim is None:
         return None
+    if options is None and first.dtype not in DTYPES:
+        return f"the kernels take {', '.join(map(str, DTYPES))}, got {first.dtype}"
     if head_dim is None or not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         return f"head dim {head_dim} is outside {MIN_HEAD_DIM}..{MAX_HEAD_DIM}"
     if isinstance(options, DecodeOptions) and options.n_queries > MAX_QUERIES:
@@ -176,6 +181,11 @@ def known_decode(options: AttentionOptions, max_length: int) -> Known:
     return Call(operators.decode, constants, None, False, 1, repeats=True)
 
 
+def known_compose(numbers: tuple[Any, ...], recorded: bool) -> Known:
+    """:func:`compose` of the tensors of ``Factors``, whose numbers these are."""
+    return Call(operators.compose, numbers, None, recorded, 2, repeats=True)
+
+
 def pack_qk(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor, Tensor]:
     """``[q_std|k_low], [k_std|q_low]``, out of place."""
     tensors = q, k, q_low, k_low
@@ -200,6 +210,12 @@ def pack_qk_(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> None:
     with device_of(q):
         packing.pack_(*tensors)
     increment_version((q, k))
+
+
+def compose(factors: Factors) -> tuple[Tensor, Tensor | None]:
+    """``W_fused [C, N]`` and its bias ``[N]`` or None."""
+    W_fused, bias = operators.compose(factors[:TENSORS], factors[TENSORS:])
+    return W_fused, None if factors.b_q is None else bias
 
 
 def norm_rope(call: NormRope) -> tuple[Tensor, Tensor]:

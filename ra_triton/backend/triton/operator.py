@@ -122,10 +122,12 @@ class Operator:
 
     def _run(self, *args: Any) -> Any:
         n = len(self.tensors)
-        return self._as_returned(self._repeated(args[:n], args[n:]))
+        return self._as_returned(args[0], self._repeated(args[:n], args[n:]))
 
-    def _as_returned(self, outputs: Results) -> Any:
-        return outputs if len(self.outputs) > 1 else outputs[0]
+    def _as_returned(self, like: Tensor, outputs: Results) -> Any:
+        """As the registered operator returns them: what is absent has size 0."""
+        present = tuple(like.new_empty(0) if t is None else t for t in outputs)
+        return present if len(self.outputs) > 1 else present[0]
 
     # Gradients
 
@@ -236,7 +238,7 @@ class Operator:
         return f"({arguments}) -> ({', '.join(['Tensor'] * self.inputs)})"
 
     def _fake_of(self, fake: Callable[..., Results]) -> Callable[..., Any]:
-        return lambda *args: self._as_returned(fake(*args))
+        return lambda *args: self._as_returned(args[0], fake(*args))
 
     def _flops_backward(self, formula: Callable[..., int], *args: Any, **_: Any) -> int:
         n, m, k = self._saved_counts()
@@ -332,9 +334,14 @@ class _Eager(Function):
 def gradient_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for a gradient of ``t``: contiguous, or transposed where a matrix is."""
     dtype = t.dtype if dtype is None else dtype
-    if t.dim() == 2 and t.stride(1) != 1 and t.stride(0) == 1:
+    if is_transposed(t):
         return t.new_empty(t.shape[::-1], dtype=dtype).mT
     return t.new_empty(t.shape, dtype=dtype)
+
+
+def is_transposed(t: Tensor) -> bool:
+    """Whether a matrix lies in memory by columns, as ``nn.Linear``'s weight does for ``x @ W``."""
+    return t.dim() == 2 and t.stride(1) != 1 and t.stride(0) == 1
 
 
 def refuse_tangents(*tensors: Tensor | None) -> None:

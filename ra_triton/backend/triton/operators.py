@@ -18,8 +18,10 @@ from ra_triton.backend.triton.operator import (
     Operator,
     Results,
     gradient_like,
+    is_transposed,
 )
 from ra_triton.checks import refuse_context_parallel
+from ra_triton.factors import TENSORS, Factors
 from ra_triton.flops import gemm, scores
 from ra_triton.layout import Columns, RALayout
 from ra_triton.norm_rope import NormRope
@@ -396,6 +398,56 @@ norm_rope = Operator(
     fake=lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
     backward=_norm_rope_backward,
     inputs=6,
+    differentiable=2,
+)
+
+
+# Composing a weight: the tensors and numbers of Factors, field by field
+
+
+def _compose(*factors: Any) -> Results:
+    from ra_triton.kernels.compose import compose
+
+    return compose(Factors._make(factors))
+
+
+def _compose_fake(*args: Any) -> Results:
+    factors = Factors._make(args)
+    W_q, N = factors.W_q, factors.layout.columns
+    W_fused = W_q.new_empty((W_q.shape[0], N), dtype=factors.dtype)
+    return W_fused, None if factors.b_q is None else W_q.new_empty(N, dtype=factors.dtype)
+
+
+def _compose_backward(
+    tensors: Sequence[Any],
+    outputs: Sequence[Tensor],
+    incoming: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    dtypes: Dtypes,
+    *numbers: Any,
+) -> Results:
+    from ra_triton.kernels.compose_backward import compose_gradients
+
+    factors, (dW, dbias) = Factors._make((*tensors, *numbers)), incoming
+    if dW is None:  # only the bias was used
+        W_q = factors.W_q
+        dW = W_q.new_zeros((W_q.shape[0], factors.layout.columns), dtype=factors.dtype)
+    grads = compose_gradients(factors, dW, None if factors.b_q is None else dbias, needed)
+    return tuple(
+        g if g is None or not is_transposed(t) else gradient_like(t).copy_(g)
+        for g, t in zip(grads, tensors, strict=True)
+    )
+
+
+compose = Operator(
+    "compose",
+    "W_q, W_k, W_v, W_recip?, w_std?, w_rec?, b_q?, b_k?, b_v?",
+    "float? std, float? rec, SymInt n_head, SymInt n_kv_head, bool packed, ScalarType dtype",
+    "W_fused, bias",
+    forward=_compose,
+    fake=_compose_fake,
+    backward=_compose_backward,
+    inputs=TENSORS,
     differentiable=2,
 )
 
