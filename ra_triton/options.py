@@ -90,7 +90,6 @@ class AttentionOptions:
         left, right = (-1 if side >= NO_LIMIT else side for side in self.window_size)
         return (left, 0) if self.causal else (left, right)
 
-
     @property
     def scores(self) -> Scores:
         """As operators and kernels take them."""

@@ -305,7 +305,9 @@ def test_autocast_gives_the_gradients_of_explicit_casts_in_each_inputs_dtype(bac
         got, expected = gradients(automatic, inputs, grad), gradients(explicit, inputs, grad)
         assert [g.dtype for g in got] == [t.dtype for t in inputs]
         if backend == "triton":  # those of the weights are not rounded to half precision before
-            fine = [g.dtype is torch.float32 and not torch.equal(g.to(dtype).float(), g) for g in got]
+            fine = [
+                g.dtype is torch.float32 and not torch.equal(g.to(dtype).float(), g) for g in got
+            ]
             assert fine[1:] == [True, True]
             got, expected = ([g.to(dtype) for g in grads] for grads in (got, expected))
         assert_all_bitwise(got, expected)

@@ -434,6 +434,7 @@ def test_scratch_is_one_allocation_apart_from_the_outputs(taped, monkeypatch):
 
 # Real launches
 
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bias", [False, True])

@@ -138,9 +138,7 @@ def layer(
     """
     out = None
     if workspace is not None:
-        out = workspace.buffer(
-            "packed", (*x.shape[:2], layout.columns), dtype or x.dtype, x.device
-        )
+        out = workspace.buffer("packed", (*x.shape[:2], layout.columns), dtype or x.dtype, x.device)
     packed = layout.views(project(x, W_packed, bias, out, dtype))
     if offsets is not None:
         return packed_attention(*packed, options, offsets)[0].flatten(2)
@@ -157,9 +155,7 @@ def known_layer(
     """:func:`layer` of ``(x, W_packed, bias, None)`` for calls that come again, without checks."""
     if longest:
         return None
-    return lambda x, W_packed, bias, _: layer(
-        x, W_packed, bias, layout, options, None, None, dtype
-    )
+    return lambda x, W_packed, bias, _: layer(x, W_packed, bias, layout, options, None, None, dtype)
 
 
 def nothing_known(*_: object) -> None:

@@ -20,7 +20,6 @@ from ra_triton.kernels import gluon
 from ra_triton.kernels.launcher import Descriptors, Launch, launcher, make_context_current
 
 
-
 class _Recording(threading.local):
     log: "list[tuple[Plan, tuple[Any, ...]]] | None" = None  # the launches of this thread, if kept
 

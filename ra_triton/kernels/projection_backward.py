@@ -142,7 +142,9 @@ def weight_gradient(
         return result
     precision, target = dot_precision(x.dtype), target_of(x.device)
     dtypes, others = (x.dtype, dw.dtype), on_16_bytes(g, dw)
-    plan, splits = _weight_plan(x.device, dtypes, layout_of(x), N, others, precision, target, config)
+    plan, splits = _weight_plan(
+        x.device, dtypes, layout_of(x), N, others, precision, target, config
+    )
     if splits == 1:
         plan(x, g, dw)
         return result

@@ -489,9 +489,7 @@ def append_(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Ten
     launch_append(k_cache, v_cache, lengths, k, v)
 
 
-def launch_append(
-    k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Tensor
-) -> None:
+def launch_append(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Tensor) -> None:
     """Overwrites the caches after ``lengths``, and lengths."""
     from ra_triton.kernels import append
 
