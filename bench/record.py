@@ -223,14 +223,18 @@ def _parts(parts: Sequence[dict[str, Any]]) -> str:
 
 def _training(rows: Sequence[TrainRow]) -> str:
     titles = ["mode", "B", "T", "heads", "attention", "ms a step", "ratio", "tokens/s", "GB"]
-    titles += ["first s", "graph breaks", "loss error", ""]
+    titles += ["first s", "graph breaks", "loss error", "gradient", ""]
     lines = [
         [
             *(row.mode, str(row.B), str(row.T), f"{row.H} of {row.D}", row.attention),
             *(_spread(row.ms, row.ms_p20, row.ms_p80, ".4g"), number(row.ratio, ".3f")),
             *(number(row.tokens_per_s, ".0f"), number(row.peak_gb, ".2f")),
             *(number(row.first_s, ".1f"), number(row.graph_breaks, "d")),
-            *(number(loss_share(row), ".2f"), remark(row.status, row.note)),
+            *(
+                number(loss_share(row), ".2f"),
+                number(row.gradient_share, ".2f"),
+                remark(row.status, row.note),
+            ),
         ]
         for row in rows
     ]
@@ -241,8 +245,8 @@ def _training(rows: Sequence[TrainRow]) -> str:
     return (
         f"{text}\n\nA GPT of {layers}: bf16 autocast, gradients clipped to norm 1, fused AdamW. "
         "Ratios are over plain attention in the same mode, models taking turns; the first step "
-        "includes compilation without caches. Loss error: the distance of the loss curve from the "
-        "float32 one, where 1 is the most that passes the gate."
+        "includes compilation without caches. Loss error and gradient: how far from float32 the "
+        "loss curve and the worst gradient are, where 1 is the most that passes the gate."
     )
 
 

@@ -10,10 +10,10 @@ CausalSelfAttention, ``free`` and ``composed`` are RACausalSelfAttention with th
 Models of one shape and mode live in one process and take turns; all start from equal weights and
 see equal batches.
 
-The gate is the loss. The answer is the loss curve of the first steps in float32, from plain PyTorch
-that trains the same parameters. The scale is how far bf16 autocast takes plain PyTorch from it, by
-that kernel of SDPA which goes furthest. A model whose curve is more than twice as far away gets no
-time.
+The gate is the loss curve of the first steps and the gradient of the first. The answer is float32,
+from plain PyTorch that trains the same parameters. The scale is how far bf16 autocast takes plain
+PyTorch from it, by that kernel of SDPA which goes furthest. A model whose losses are more than
+twice as far away, or a gradient of its more than four times, gets no time.
 
 ``first s`` is the first step with empty compile caches, so with all that Inductor compiles; this
 package's own kernels compile once in a process, in the first row that launches them. ``GB`` is the
@@ -23,9 +23,10 @@ most that a model allocated, its parameters and optimizer included, without the 
 import argparse
 import gc
 import math
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -47,7 +48,7 @@ from bench.attentions import (
     start_from,
 )
 from bench.data import Text, batch_of, load_text
-from bench.gate import RMS_FACTOR, why_it_broke
+from bench.gate import RMS_FACTOR, ROW_FACTOR, why_it_broke
 from bench.gpt import GPT, GPTConfig
 from bench.options import check_outputs, count, parser_of, resolve_device, seconds
 from bench.report import (
@@ -132,7 +133,8 @@ class TrainRow:
 
     Times are milliseconds a step; ``ratio`` is over plain attention in the same mode and size. The
     losses are in nats; ``loss_error`` is the RMS distance of the loss curve from the float32 one,
-    and ``loss_allowed`` the most that passes. ``graphs`` and ``graph_breaks`` are Dynamo's.
+    and ``loss_allowed`` the most that passes; ``gradient_share`` is the worst gradient's error over
+    what passes. ``graphs`` and ``graph_breaks`` are Dynamo's.
     """
 
     shape: str
@@ -162,6 +164,7 @@ class TrainRow:
     last_loss: float | None = None
     loss_error: float | None = None
     loss_allowed: float | None = None
+    gradient_share: float | None = None
 
     @classmethod
     def of(cls, size: Size, R: int, mode: str, attention: str) -> "TrainRow":
@@ -177,28 +180,68 @@ class TrainRow:
 
 
 @dataclass
-class Curve:
-    """Loss of each of the first steps in eager PyTorch.
+class Answer:
+    """The first steps in eager PyTorch.
 
     Attributes:
-        exact: in float32.
-        rounded: under bf16 autocast, by each of SDPA's kernels that runs.
+        losses: of each step in float32.
+        rounded: the same under bf16 autocast, by each of SDPA's kernels that runs.
+        gradients: of the first step in float32, by parameter.
+        errors: the largest RMS error of a gradient among ``rounded``, by :func:`_pool`.
     """
 
-    exact: list[float]
-    rounded: list[list[float]]
+    losses: list[float]
+    gradients: dict[str, Tensor]
+    rounded: list[list[float]] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def add_rounded(self, losses: list[float], errors: dict[str, float]) -> None:
+        """One more run under autocast; no error counts as smaller than bf16's own rounding."""
+        self.rounded.append(losses)
+        for pool, size in _pooled_rms(self.gradients.items()).items():
+            rounding = torch.finfo(torch.bfloat16).eps / 4 * size
+            self.errors[pool] = max(self.errors.get(pool, 0.0), errors[pool], rounding)
 
     @property
     def allowed(self) -> float:
-        """How far in RMS a curve may be from the exact one: a factor of what rounding costs."""
-        return RMS_FACTOR * max(_distance(losses, self.exact) for losses in self.rounded)
+        """How far in RMS a loss curve may be from the exact one."""
+        return RMS_FACTOR * max(_distance(losses, self.losses) for losses in self.rounded)
 
-    def failure(self, losses: Sequence[float]) -> str | None:
-        """What is wrong with a model's curve, or None."""
-        error = _distance(losses, self.exact)
+    def gradient_share(self, errors: Mapping[str, float]) -> tuple[float, str]:
+        """The worst gradient's error over what passes, and its pool; few elements need a margin."""
+        shares = {pool: errors[pool] / (ROW_FACTOR * scale) for pool, scale in self.errors.items()}
+        worst = max(shares, key=lambda pool: math.inf if math.isnan(shares[pool]) else shares[pool])
+        return shares[worst], worst
+
+    def failure(self, losses: Sequence[float], errors: Mapping[str, float]) -> str | None:
+        """What is wrong with a model's losses or its first gradient, or None."""
+        error = _distance(losses, self.losses)
         if not error <= self.allowed:  # a NaN fails
             return f"loss curve: RMS error {error:.1e}, at most {self.allowed:.1e} passes"
+        share, pool = self.gradient_share(errors)
+        if not share <= 1:
+            return f"gradient of {pool}: RMS error is {share:.1f} times what passes"
         return None
+
+
+def gradient_errors(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
+    """RMS error of gradients, those of one parameter in all layers taken together."""
+    return _pooled_rms((name, found[name] - t) for name, t in exact.items())
+
+
+def _pooled_rms(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
+    squares: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for name, t in tensors:
+        pool = _pool(name)
+        squares[pool] = squares.get(pool, 0.0) + t.square().sum().item()
+        counts[pool] = counts.get(pool, 0) + t.numel()
+    return {pool: math.sqrt(squares[pool] / counts[pool]) for pool in squares}
+
+
+def _pool(name: str) -> str:
+    """``transformer.h.3.attn.c_attn.weight`` → ``attn.c_attn.weight``."""
+    return re.sub(r"^transformer\.(h\.\d+\.)?", "", name)
 
 
 class Loss(nn.Module):
@@ -216,6 +259,7 @@ class Loss(nn.Module):
 
 
 Batch = tuple[Tensor, Tensor]  # tokens and targets, [B, T]
+Look = Callable[[dict[str, Tensor]], None]  # takes gradients by parameter
 
 
 class Trainee:
@@ -223,14 +267,16 @@ class Trainee:
 
     def __init__(self, gpt: GPT, mode: str = "eager", autocast: bool = True) -> None:
         """``mode`` is one of :data:`MODES`."""
-        self.mode, self.autocast = mode, autocast
-        self.parameters = list(gpt.parameters())
-        self.device_type = self.parameters[0].device.type
+        self.gpt, self.mode, self.autocast = gpt, mode, autocast
+        self.device_type = gpt.lm_head.weight.device.type
         self.optimizer = gpt.adamw(LEARNING_RATE, fused=True)
         self.model = MODES[mode](Loss(gpt))
 
-    def step(self, *pieces: Batch) -> list[Tensor]:
-        """One step; the losses of the batch's pieces, which the next step may overwrite."""
+    def step(self, *pieces: Batch, look: Look | None = None) -> list[Tensor]:
+        """One step; the losses of the batch's pieces, which the next step may overwrite.
+
+        ``look`` is called with the gradients before they are clipped.
+        """
         whole = sum(len(tokens) for tokens, _ in pieces)
         losses = []
         for tokens, targets in pieces:
@@ -242,17 +288,24 @@ class Trainee:
                 loss = loss * (len(tokens) / whole)
             loss.backward()
             losses.append(loss.detach())
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        if look is not None:
+            look({n: p.grad for n, p in self.gpt.named_parameters() if p.grad is not None})
+        nn.utils.clip_grad_norm_(self.gpt.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return losses
 
-    def curve(self, batches: Sequence[Batch], tokens: int | None = None) -> Iterator[float]:
-        """The loss of each step, the batch in pieces of at most so many tokens if that is given."""
-        for batch in batches:
+    def losses(
+        self, batches: Sequence[Batch], look: Look, tokens: int | None = None
+    ) -> Iterator[float]:
+        """The loss of each step; ``look`` gets the first gradient.
+
+        With ``tokens`` a batch goes in pieces of at most so many, whose gradients add up.
+        """
+        for i, batch in enumerate(batches):
             rows = len(batch[0]) if tokens is None else max(1, tokens // batch[0].shape[1])
             pieces = list(zip(*(t.split(rows) for t in batch), strict=True))
-            yield sum(loss.item() for loss in self.step(*pieces))
+            yield sum(loss.item() for loss in self.step(*pieces, look=None if i else look))
 
 
 @dataclass
@@ -265,7 +318,7 @@ class Bench:
         device: of the models.
         batches: of which the first :data:`GATE_STEPS` make the loss curves.
         state: the plain model's weights, from which all start.
-        curves: by the maker of the reference.
+        answers: by the maker of the reference.
     """
 
     size: Size
@@ -273,7 +326,7 @@ class Bench:
     device: torch.device
     batches: list[Batch]
     state: dict[str, Tensor]
-    curves: dict[Maker, Curve] = field(default_factory=dict)
+    answers: dict[Maker, Answer] = field(default_factory=dict)
 
     @classmethod
     def of(cls, size: Size, R: int, device: torch.device, text: Text) -> "Bench":
@@ -296,28 +349,41 @@ class Bench:
             gpt = GPT(self.size.config, partial(_make, make, self.R))
         return start_from(gpt, self.state)
 
-    def curve(self, attention: str) -> Curve:
-        """The loss curve that an attention is held against; computed once."""
+    def answer(self, attention: str) -> Answer:
+        """What an attention is held against; computed once."""
         make = REFERENCES[attention]
-        if make not in self.curves:
-            rounded = [self._rounded(make, kernel) for kernel in KERNELS[self.device.type]]
-            known = [losses for losses in rounded if losses is not None]
-            self.curves[make] = Curve(self._losses(make, autocast=False), known)
-        return self.curves[make]
+        if make not in self.answers:
+            gradients: dict[str, Tensor] = {}
+            losses = self._losses(
+                make,
+                lambda found: gradients.update((n, t.clone()) for n, t in found.items()),
+                False,
+            )
+            answer = Answer(losses, gradients)
+            for kernel in KERNELS[self.device.type]:
+                self._add_rounded(answer, make, kernel)
+            self.answers[make] = answer
+        return self.answers[make]
 
-    def _rounded(self, make: Maker, kernel: Any) -> list[float] | None:
-        """Losses under autocast by one kernel; None where it does not run."""
+    def _add_rounded(self, answer: Answer, make: Maker, kernel: Any) -> None:
+        """The steps under autocast by one kernel of SDPA, where it runs."""
+        errors: dict[str, float] = {}
         try:
             with sdpa_kernel(kernel):
-                return self._losses(make, autocast=True)
+                losses = self._losses(make, _into(errors, answer), autocast=True)
         except RuntimeError as error:
             if why_it_broke(error)[0] == ERROR:
                 raise
-            return None
+        else:
+            answer.add_rounded(losses, errors)
 
-    def _losses(self, make: Maker, autocast: bool) -> list[float]:
+    def _losses(self, make: Maker, look: Look, autocast: bool) -> list[float]:
         trainee = Trainee(self.model(make), autocast=autocast)
-        return list(trainee.curve(self.batches[:GATE_STEPS], REFERENCE_TOKENS))
+        return list(trainee.losses(self.batches[:GATE_STEPS], look, REFERENCE_TOKENS))
+
+
+def _into(errors: dict[str, float], answer: Answer) -> Look:
+    return lambda found: errors.update(gradient_errors(found, answer.gradients))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -396,7 +462,7 @@ def measure_case(rows: Sequence[TrainRow], bench: Bench, seconds: float) -> None
 
 def _prepare(row: TrainRow, bench: Bench) -> Trainee | None:
     """Build a model, train its first steps; None if its loss curve fails the gate."""
-    curve, on_gpu = bench.curve(row.attention), bench.device.type == "cuda"
+    answer, on_gpu = bench.answer(row.attention), bench.device.type == "cuda"
     _free_memory(bench.device)
     before = torch.cuda.memory_allocated() if on_gpu else 0
     trainee = Trainee(bench.model(ATTENTIONS[row.attention]), row.mode)
@@ -404,21 +470,23 @@ def _prepare(row: TrainRow, bench: Bench) -> Trainee | None:
     with _empty_caches() if on_gpu or row.mode != "eager" else nullcontext():
         start = time.perf_counter()
         losses: list[float] = []
-        for loss in trainee.curve(bench.batches[:GATE_STEPS]):
-            if not losses:  # .item() has waited for the GPU
+        errors: dict[str, float] = {}
+        for loss in trainee.losses(bench.batches[:GATE_STEPS], _into(errors, answer)):
+            if not losses:
                 row.first_s = time.perf_counter() - start
             losses.append(loss)
     if on_gpu:
         row.peak_gb = (torch.cuda.max_memory_allocated() - before) / 1e9
     row.first_loss, row.last_loss = losses[0], losses[-1]
-    row.loss_error, row.loss_allowed = _distance(losses, curve.exact), curve.allowed
+    row.loss_error, row.loss_allowed = _distance(losses, answer.losses), answer.allowed
+    row.gradient_share, _ = answer.gradient_share(errors)
     if row.mode != "eager":
         row.graphs, row.graph_breaks, skipped = (
             now - was for now, was in zip(_graphs(), counted, strict=True)
         )
         if skipped:
             row.note = f"CUDA graphs were skipped {skipped} times"
-    failure = curve.failure(losses)
+    failure = answer.failure(losses, errors)
     if failure is not None:
         row.status, row.note = FAILED_GATE, failure
         return None
@@ -525,14 +593,14 @@ def _distance(a: Sequence[float], b: Sequence[float]) -> float:
 def table(rows: Sequence[TrainRow]) -> str:
     """Aligned columns, a blank line between modes and sizes."""
     titles = ["shape", "mode", "attention", "B", "T", "H", "D", "ms", "", "vs plain"]
-    titles += ["tokens/s", "GB", "first s", "graphs", "breaks", "loss error"]
+    titles += ["tokens/s", "GB", "first s", "graphs", "breaks", "loss error", "gradient"]
     cells = [
         [
             *(row.shape, row.mode, row.attention, *map(str, (row.B, row.T, row.H, row.D))),
             *times(row.ms, row.ms_p20, row.ms_p80, row.ratio, ".2f"),
             *(number(row.tokens_per_s, ".0f"), number(row.peak_gb, ".2f")),
             *(number(row.first_s, ".1f"), number(row.graphs, "d"), number(row.graph_breaks, "d")),
-            number(loss_share(row), ".2f"),
+            *(number(loss_share(row), ".2f"), number(row.gradient_share, ".2f")),
         ]
         for row in rows
     ]
@@ -542,7 +610,7 @@ def table(rows: Sequence[TrainRow]) -> str:
         if i and (row.shape, row.mode) != (rows[i - 1].shape, rows[i - 1].mode):
             lines.append("")
         lines.append(f"{body[i]}  {remark(row.status, row.note)}".rstrip())
-    return "\n".join([*lines, "", "loss error: 1 is the most that passes the gate"])
+    return "\n".join([*lines, "", "loss error, gradient: 1 is the most that passes the gate"])
 
 
 def loss_share(row: TrainRow) -> float | None:

@@ -16,7 +16,7 @@ from bench import attentions, record, train_speed
 from bench.attentions import ATTENTIONS, PLAIN, REFERENCES
 from bench.data import load_text
 from bench.report import environment, write_json
-from bench.train_speed import Bench, Curve, Size, Trainee, TrainRow
+from bench.train_speed import Answer, Bench, Size, Trainee, TrainRow
 
 ROOT = Path(__file__).parents[1]
 SMALL = Size("small", B=2, T=48, layers=2, H=2, C=32, vocab=256)
@@ -72,24 +72,23 @@ def test_all_attentions_start_as_the_same_function(bench):
         assert (gpt(tokens) - exact).norm() <= 4 * error  # the same numbers in another order
 
 
-def test_the_loss_depends_on_attention(bench, monkeypatch):
-    """Else no gate on losses could notice anything."""
-    make, first = ATTENTIONS[PLAIN], bench.batches[:1]
-    (right,) = Trainee(bench.model(make)).curve(first)
-    plain = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: plain(q, k, v))
-    (wrong,) = Trainee(bench.model(make)).curve(first)
-    monkeypatch.undo()
-    assert abs(wrong - right) > bench.curve(PLAIN).allowed
+def first_steps(bench, make, tokens=None, autocast=True):
+    """Losses, and errors of the first gradient against those of plain PyTorch."""
+    errors = {}
+    look = train_speed._into(errors, bench.answer(name_of(make)))
+    trainee = Trainee(bench.model(make), autocast=autocast)
+    return list(trainee.losses(bench.batches[: train_speed.GATE_STEPS], look, tokens)), errors
+
+
+def name_of(make):
+    return "composed" if make in (ATTENTIONS["composed"], REFERENCES["composed"]) else PLAIN
 
 
 def test_pieces_of_a_batch_take_the_same_step_as_the_whole(bench):
-    curves = [
-        list(Trainee(bench.model(ATTENTIONS[PLAIN]), autocast=False).curve(bench.batches[:4], n))
-        for n in (None, SMALL.T)
-    ]
-    distance = train_speed._distance(*curves)
-    assert 0 < distance < bench.curve(PLAIN).allowed / 10  # float32's rounding, not bf16's
+    answer = bench.answer(PLAIN)
+    losses, errors = first_steps(bench, ATTENTIONS[PLAIN], SMALL.T, autocast=False)
+    assert 0 < train_speed._distance(losses, answer.losses) < answer.allowed / 10
+    assert 0 < answer.gradient_share(errors)[0] < 1 / 10  # float32's rounding, not bf16's
 
 
 # The gate
@@ -144,40 +143,66 @@ FAULTS = (no_mask, scaled, lost_low_lanes, a_head_is_another, no_dk, negated_dq,
 def test_the_gate_fails_on_wrong_attention_and_on_wrong_gradients(
     attention, fault, bench, monkeypatch
 ):
-    curve, make = bench.curve(attention), REFERENCES[attention]
-    batches = bench.batches[: train_speed.GATE_STEPS]
-    assert curve.failure(list(Trainee(bench.model(make)).curve(batches))) is None
+    answer, make = bench.answer(attention), REFERENCES[attention]
+    assert answer.failure(*first_steps(bench, make)) is None
     plain = F.scaled_dot_product_attention
     wrong = lambda q, k, v, is_causal: fault(plain, q, k, v)  # noqa: E731
     monkeypatch.setattr(F, "scaled_dot_product_attention", wrong)
-    failure = curve.failure(list(Trainee(bench.model(make)).curve(batches)))
-    assert failure is not None
-    assert "loss curve: RMS error" in failure
+    losses, errors = first_steps(bench, make)
+    assert train_speed._distance(losses, answer.losses) > answer.allowed  # by the losses alone
+    assert answer.gradient_share(errors)[0] > 1  # and by the gradients alone
+    assert "loss curve: RMS error" in answer.failure(losses, errors)
 
 
-@pytest.mark.parametrize("factor", ["W_q", "W_k", "W_v"])
-def test_the_gate_fails_where_a_factor_is_not_trained(factor, bench):
-    gpt = bench.model(ATTENTIONS["composed"])
-    for block in gpt.transformer["h"]:
-        getattr(block.attn.c_attn, factor).register_hook(torch.zeros_like)
-    losses = list(Trainee(gpt).curve(bench.batches[: train_speed.GATE_STEPS]))
-    assert bench.curve("composed").failure(losses) is not None
+@pytest.mark.parametrize("factor", ["W_q", "W_k", "W_v", "W_recip", "w_std", "w_rec"])
+@pytest.mark.parametrize("share", [0.0, 0.9])
+def test_the_gate_fails_on_a_wrong_gradient_of_a_factor(factor, share, bench):
+    make = ATTENTIONS["composed"]
+
+    def planted(config, R):
+        attention = make(config, R)
+        getattr(attention.c_attn, factor).register_hook(lambda grad: share * grad)
+        return attention
+
+    answer = bench.answer("composed")
+    errors = {}
+    list(Trainee(bench.model(planted)).losses(bench.batches[:1], train_speed._into(errors, answer)))
+    failure = answer.failure(answer.losses, errors)  # though no loss shows it
+    assert f"gradient of attn.c_attn.{factor}: RMS error" in failure
 
 
 def test_the_scale_is_what_rounding_does_to_plain_attention(bench):
-    curve = bench.curve(PLAIN)
-    assert len(curve.rounded) == 2  # the kernels of a CPU
-    errors = [train_speed._distance(losses, curve.exact) for losses in curve.rounded]
-    assert curve.allowed == 2 * max(errors)
-    assert max(errors) > 0
-    assert curve is bench.curve("free")  # the same parameters, so the same answer
-    assert curve is not bench.curve("composed")
+    answer = bench.answer(PLAIN)
+    assert len(answer.rounded) == 2  # the kernels of a CPU
+    distances = [train_speed._distance(losses, answer.losses) for losses in answer.rounded]
+    assert answer.allowed == 2 * max(distances) > 0
+    assert answer is bench.answer("free")  # the same parameters, so the same answer
+    assert answer is not bench.answer("composed")
+    pools = {train_speed._pool(name) for name in answer.gradients}
+    assert set(answer.errors) == pools
+    assert {"attn.c_attn.weight", "wte.weight", "ln_f.weight"} <= pools
 
 
-def test_a_loss_that_is_no_number_fails():
-    curve = Curve([3.0, 2.0], [[3.0, 2.1]])
-    assert curve.failure([3.0, 2.1]) is None
-    assert "nan" in curve.failure([3.0, float("nan")])
+def test_the_largest_error_of_all_kernels_is_the_scale_of_a_gradient():
+    gradients = {"transformer.h.0.a": torch.zeros(4), "transformer.h.1.a": torch.ones(4)}
+    answer = Answer([2.0], gradients)
+    answer.add_rounded([2.1], {"a": 0.5})
+    answer.add_rounded([2.1], {"a": 0.25})
+    assert answer.errors == {"a": 0.5}
+    assert answer.gradient_share({"a": 1.0}) == (0.5, "a")
+    tiny = Answer([2.0], gradients)
+    tiny.add_rounded([2.1], {"a": 0.0})
+    assert tiny.errors["a"] > 0  # bf16's own rounding
+
+
+def test_what_is_no_number_fails():
+    answer = Answer([3.0, 2.0], {"a": torch.ones(2), "b": torch.ones(2)})
+    answer.add_rounded([3.0, 2.1], {"a": 0.1, "b": 0.1})
+    right = {"a": 0.1, "b": 0.4}
+    assert answer.failure([3.0, 2.1], right) is None
+    assert "nan" in answer.failure([3.0, float("nan")], right)
+    assert "gradient of a" in answer.failure([3.0, 2.1], {"a": float("nan"), "b": 0.9})
+    assert "gradient of b" in answer.failure([3.0, 2.1], {"a": 0.1, "b": 0.9})
 
 
 # Rows
@@ -198,6 +223,7 @@ def test_every_attention_has_a_row_in_each_mode(tmp_path, capsys):
         assert row["tokens_per_s"] == row["B"] * row["T"] / row["ms"] * 1e3
         assert row["first_s"] > 0
         assert row["loss_error"] <= row["loss_allowed"]
+        assert row["gradient_share"] <= 1
         assert row["last_loss"] < row["first_loss"]
         assert row["graphs"] == (1 if row["mode"] == "compile" else None)
         assert row["graph_breaks"] == (0 if row["mode"] == "compile" else None)
@@ -208,7 +234,16 @@ def test_every_attention_has_a_row_in_each_mode(tmp_path, capsys):
     output = capsys.readouterr().out
     title = next(line for line in output.splitlines() if line.startswith("shape"))
     assert title.split("  ")[0] == "shape"
-    for column in ("vs plain", "tokens/s", "GB", "first s", "graphs", "breaks", "loss error"):
+    for column in (
+        "vs plain",
+        "tokens/s",
+        "GB",
+        "first s",
+        "graphs",
+        "breaks",
+        "loss error",
+        "gradient",
+    ):
         assert column in title
 
 
