@@ -117,18 +117,23 @@ def admit(
             for t in layer.inputs:
                 torch.full_like(t, float("nan"), requires_grad=False)
             failure = gate.failure(layer.packed_order(layer.run(dout)))
-    except torch.OutOfMemoryError:
-        return None, SKIPPED, "out of memory"
     except Exception as error:
-        message = str(error).strip().partition("\n")[0]
-        if any(text in message for text in NO_SDPA_KERNEL):
-            return None, SKIPPED, "no such SDPA kernel for this dtype, shape and GPU"
-        return None, ERROR, f"{type(error).__name__}: {message}"
+        return None, *why_it_broke(error)
     if failure is not None:
         return None, FAILED_GATE, failure
     call = layer.forward if dout is None else lambda: layer.run(dout)
     tolerances = gate.tolerances
     return Entrant(name, call, context, tolerances), OK, ""
+
+
+def why_it_broke(error: Exception) -> tuple[str, str]:
+    """``(status, note)`` of what a provider raised."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return SKIPPED, "out of memory"
+    message = str(error).strip().partition("\n")[0]
+    if any(text in message for text in NO_SDPA_KERNEL):
+        return SKIPPED, "no such SDPA kernel for this dtype, shape and GPU"
+    return ERROR, f"{type(error).__name__}: {message}"
 
 
 def reference(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""All that a GPU has to show, in one command: sweeps, ladder, host cost, decoding, tests, a page.
+"""All that a GPU has to show, in one command: training, sweeps, ladder, host cost, tests, a page.
 
     python bench/gpu.py
     python bench/gpu.py --out results --commit 0123abc        # in a copy without git
@@ -28,7 +28,7 @@ from bench.options import count, parser_of, resolve_device
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
-TOTAL_SECONDS = 520  # under nine minutes, the page included
+TOTAL_SECONDS = 1080  # 18 minutes, the page included
 GRACE_SECONDS = 15  # for a part to write down what it has, once it is interrupted
 WORKERS = max(1, min(15, (os.cpu_count() or 2) - 1))
 
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parts(device: str, workers: int) -> list[Part]:
     """What runs on a device; on a CPU as little as shows that the driver works."""
     options = _ON_CPU if device == "cpu" else _ON_GPU
-    tests, sweep, lengths, long, ladder, host, decode = options
+    tests, sweep, lengths, long, ladder, host, decode, training, layers = options
     forward, train = "--pass forward", "--pass train"
     flex = "ra-flex-compiled" if device == "cuda" else ""  # compiles for seconds at each length
     return [
@@ -110,11 +110,14 @@ def parts(device: str, workers: int) -> list[Part]:
         Part("long-forward", _script("sweep", forward, long), 60),
         Part("decode", _script("decode", decode), 60),
         Part("lengths-train", _script("sweep", train, lengths), 60),
+        Part("train-speed", _script("train_speed", training), 450),
+        Part("host-layers", _script("host", layers), 180),
         Part("tests", _words(f"-m pytest -q -n {workers} {tests}"), 300, "xml"),
     ]
 
 
-# Options of tests, sweep, sweeps over lengths and over long ones, ladder, host and decode.
+# Options of tests, sweep, sweeps over lengths and over long ones, ladder, host, decode, training
+# and stacked layers, in whose place a CPU repeats the short calls.
 _ON_GPU = (
     "-m gpu",
     "--device cuda --shape gpt2 --seconds 2",
@@ -126,6 +129,8 @@ _ON_GPU = (
     "--device cuda --seconds 5",
     "--device cuda --seconds 2",
     "--device cuda --length 4096 65536 --seconds 0.5",
+    "--device cuda --limit 400",
+    "--device cuda --shape layers --seconds 2",
 )
 _ON_CPU = (
     "tests/test_layout.py",
@@ -135,6 +140,8 @@ _ON_CPU = (
     "--device cpu --shape call --seconds 0",
     "--device cpu --seconds 0",
     "--device cpu --seconds 0 --length 32 --batch 1",
+    "--device cpu --seconds 0",
+    "--device cpu --seconds 0",
 )
 
 

@@ -1,4 +1,4 @@
-"""One page and one JSON file per GPU, from the files of sweep, ladder, host and decode.
+"""One page and one JSON file per GPU, from the files of train_speed, sweep, ladder, host, decode.
 
     python bench/record.py sweep.json train.json ladder.json host.json
     python bench/record.py *.json --out bench/results --plots
@@ -23,8 +23,10 @@ from bench.host import HostRow
 from bench.options import check_outputs, parser_of
 from bench.report import Row, header, number, remark, subject, summary
 from bench.shapes import PHASES
+from bench.train_speed import TrainRow, loss_share
 
 RESULTS = Path(__file__).parent / "results"
+BENCHMARKS = ("sweep", "ladder", "host", "decode", "train-speed")
 MACHINE = ("device", "driver", "torch", "triton", "ptxas", "commit")
 DIGITS = 4  # significant ones, of every number in the JSON file
 Line = list[str]
@@ -40,6 +42,7 @@ class Record:
         ladder: rows of the ladder.
         seed: the seed's figures by rung, and their GPU.
         host: rows of the host cost.
+        training: rows of a GPT's training step.
         decode: rows of decoding.
         copy_gbps: what a copy reached beside them.
         parts: what ran, with its outcome, if ``gpu.py`` ran it.
@@ -50,6 +53,7 @@ class Record:
     ladder: list[Row] = field(default_factory=list)
     seed: dict[str, Any] = field(default_factory=dict)
     host: list[HostRow] = field(default_factory=list)
+    training: list[TrainRow] = field(default_factory=list)
     decode: list[DecodeRow] = field(default_factory=list)
     copy_gbps: float | None = None
     parts: list[dict[str, Any]] = field(default_factory=list)
@@ -72,15 +76,15 @@ class Record:
         try:
             self._add_document(path, json.loads(path.read_text()))
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a file of sweep, ladder or host") from error
+            raise ValueError(f"{path}: not a file of {', '.join(BENCHMARKS)}") from error
 
     def _add_document(self, path: Path, document: dict[str, Any]) -> None:
         benchmark = document.get("benchmark", "sweep")
         if benchmark == "run":
             self.parts += document["parts"]
             return
-        if benchmark not in ("sweep", "ladder", "host", "decode") or "rows" not in document:
-            raise ValueError(f"{path}: not a file of sweep, ladder or host")
+        if benchmark not in BENCHMARKS or "rows" not in document:
+            raise ValueError(f"{path}: not a file of {', '.join(BENCHMARKS)}")
         self._same_machine(path, document["environment"])
         rows = document["rows"]
         if benchmark == "sweep":
@@ -91,6 +95,8 @@ class Record:
         elif benchmark == "decode":
             self.decode += [DecodeRow(**row) for row in rows]
             self.copy_gbps = document["copy_gbps"]
+        elif benchmark == "train-speed":
+            self.training += [TrainRow(**row) for row in rows]
         else:
             self.host += [HostRow(**row) for row in rows]
 
@@ -180,6 +186,7 @@ def markdown(record: Record, pictures: Sequence[str] = ()) -> str:
     blocks = [f"# {env['device']}", _machine(env)]
     blocks += [f"![{name}]({name})" for name in pictures]
     blocks += _section("What ran", _parts(record.parts))
+    blocks += _section("A training step of a GPT", _training(record.training))
     blocks += _section("Where plain attention is faster", _losses(record.sweep))
     for (stage, phase, dtype), rows in _grouped(record.sweep, "stage", "phase", "dtype"):
         lines = summary(rows).splitlines()
@@ -214,6 +221,35 @@ def _parts(parts: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _training(rows: Sequence[TrainRow]) -> str:
+    titles = ["mode", "B", "T", "heads", "attention", "ms a step", "ratio", "tokens/s", "GB"]
+    titles += ["first s", "graph breaks", "loss error", "gradient", ""]
+    lines = [
+        [
+            *(row.mode, str(row.B), str(row.T), f"{row.H} of {row.D}", row.attention),
+            *(_spread(row.ms, row.ms_p20, row.ms_p80, ".4g"), number(row.ratio, ".3f")),
+            *(number(row.tokens_per_s, ".0f"), number(row.peak_gb, ".2f")),
+            *(number(row.first_s, ".1f"), number(row.graph_breaks, "d")),
+            *(
+                number(loss_share(row), ".2f"),
+                number(row.gradient_share, ".2f"),
+                remark(row.status, row.note),
+            ),
+        ]
+        for row in rows
+    ]
+    text = _table(titles, lines)
+    if not text:
+        return ""
+    layers = " and ".join(sorted({f"{row.layers} layers of width {row.C}" for row in rows}))
+    return (
+        f"{text}\n\nA GPT of {layers}: bf16 autocast, gradients clipped to norm 1, fused AdamW. "
+        "Ratios are over plain attention in the same mode, models taking turns; the first step "
+        "includes compilation without caches. Loss error and gradient: how far from float32 the "
+        "loss curve and the worst gradient are, where 1 is the most that passes the gate."
+    )
+
+
 def _losses(rows: Sequence[Row]) -> str:
     """Every reciprocal row that is slower than the fastest plain attention, in either mode."""
     lines = []
@@ -244,10 +280,11 @@ def _ladder(rows: Sequence[Row], seed: dict[str, Any]) -> str:
 
 
 def _host(rows: Sequence[HostRow]) -> str:
-    titles = ["shape", "kind", "provider", "CPU us", "more than plain", ""]
+    titles = ["shape", "dtype", "kind", "provider", "CPU us", "more than plain", ""]
     lines = [
         [
             row.shape,
+            row.dtype,
             row.kind,
             row.provider,
             _spread(row.us, row.us_p20, row.us_p80, ".1f"),

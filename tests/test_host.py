@@ -1,12 +1,16 @@
 import json
+from functools import partial
 
 import pytest
 import torch
+from budget import assert_bitwise
 
 from bench import host
+from bench.attentions import PlainAttention, Stack
+from bench.gpt import GPTConfig
 from bench.providers import PROVIDERS, Layer, Provider
 from bench.shapes import SHAPES, Shape
-from bench.timing import Entrant
+from bench.timing import Entrant, Quantiles
 
 FAST = ["--device", "cpu", "--seconds", "0", "--shape", "tiny"]
 
@@ -99,3 +103,74 @@ def test_a_provider_without_a_gpu_is_an_error_at_once(monkeypatch, capsys):
         host.main([*FAST, "--providers", "plain-sdpa", "ra-triton"])
     assert stop.value.code == 2
     assert "--providers ra-triton: the Triton kernels are verified" in capsys.readouterr().err
+
+
+@pytest.fixture
+def short_stack(monkeypatch):
+    monkeypatch.setattr(host, "STACK", Shape("layers", B=1, T=16, H=2, D=16))
+    monkeypatch.setattr(host, "DEPTH", 2)
+    quick = partial(torch.compile, backend="aot_eager")  # Inductor takes seconds
+    monkeypatch.setitem(host.COMPILERS, ", compiled", quick)
+
+
+LAYERS = ["--device", "cpu", "--seconds", "0", "--shape", "layers"]
+
+
+def test_layers_are_timed_compiled_or_not_in_both_precisions(short_stack, tmp_path):
+    file = tmp_path / "host.json"
+    assert host.main([*LAYERS, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    expected = [
+        (kind + suffix, precision, name)
+        for suffix in ("", ", compiled")
+        for precision in ("bf16", "bf16 autocast")
+        for kind in ("forward", "train")
+        for name in ("plain", "free", "composed")
+    ]
+    assert [(row["kind"], row["dtype"], row["provider"]) for row in rows] == expected
+    for row in rows:
+        assert (row["shape"], row["status"]) == ("layers", "ok"), row
+        assert 0 < row["us_p20"] <= row["us"] <= row["us_p80"]
+        assert (row["extra_us"] == 0) == (row["provider"] == "plain")
+
+
+def test_times_of_layers_are_of_one_layer():
+    row = host.HostRow("layers", 1, 16, 32, 2, 16, 4, "bf16", "plain", True, "train", "ok", "")
+    host._fill([row], {"plain": Quantiles(24.0, 12.0, 36.0, 20)}, layers=12)
+    assert (row.us, row.us_p20, row.us_p80, row.bursts) == (2.0, 1.0, 3.0, 20)
+
+
+def test_a_wrong_layer_gets_no_number(short_stack, monkeypatch, capsys):
+    class Wrong(PlainAttention):
+        def forward(self, x):
+            return 1.1 * super().forward(x)
+
+    monkeypatch.setitem(host.ATTENTIONS, "free", lambda config, R: Wrong(config))
+    monkeypatch.delitem(host.COMPILERS, ", compiled")
+    assert host.main(LAYERS) == 1
+    assert capsys.readouterr().err.count("failed the gate: out: ") == 4
+
+
+@pytest.mark.parametrize("option", [["--providers", "plain-sdpa"], ["--dtype", "fp32"]])
+def test_options_that_layers_does_not_read_are_errors(option, capsys):
+    with pytest.raises(SystemExit):
+        host.main([*LAYERS, *option])
+    assert f"{option[0]}: the shape layers has its own" in capsys.readouterr().err
+
+
+def test_a_training_step_of_layers_leaves_fresh_gradients(short_stack):
+    """As in a training loop: nothing is added to the gradients of the step before."""
+    stack = Stack(host.ATTENTIONS["plain"], GPTConfig(16, 1, 2, 2, 32, bias=False), 4)
+    x, dout = torch.randn(2, 1, 16, 32).unbind(0)
+    x.requires_grad_()
+    seen = []
+    for _ in range(2):
+        host._training_step(stack, stack, x, dout)
+        seen.append([x.grad.clone(), *(p.grad.clone() for p in stack.parameters())])
+    for first, second in zip(*seen, strict=True):
+        assert_bitwise(second, first)
+
+
+@pytest.mark.gpu
+def test_layers_are_timed_on_a_gpu():
+    assert host.main(["--device", "cuda", "--seconds", "0", "--shape", "layers"]) == 0

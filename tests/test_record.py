@@ -113,7 +113,10 @@ def test_files_of_different_runs_are_refused(name, files, tmp_path, capsys):
     ("text", "expected"),
     [
         ("{", "Expecting property name"),
-        ('{"benchmark": "tune", "rows": []}', "not a file of sweep, ladder or host"),
+        (
+            '{"benchmark": "tune", "rows": []}',
+            f"not a file of {', '.join(record.BENCHMARKS)}",
+        ),
         ('{"benchmark": "run", "parts": []}', "no file with figures"),
     ],
 )
@@ -224,10 +227,10 @@ def test_what_does_not_fit_in_the_time_is_told(tmp_path):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_part_is_a_command_that_its_script_understands(device, tmp_path):
-    from bench import decode, host, ladder, sweep
+    from bench import decode, host, ladder, sweep, train_speed
 
     parsers = {"sweep": sweep._parser(), "ladder": ladder._parser(), "host": host._parser()}
-    parsers["decode"] = decode._parser()
+    parsers |= {"decode": decode._parser(), "train_speed": train_speed._parser()}
     for p in gpu.parts(device, 8):
         _, script, *options = p.full_command(tmp_path)
         if p.suffix == "json":
