@@ -59,7 +59,7 @@ def check_unit_stride(name: str, t: Tensor) -> None:
 
 
 def check_same(
-    first_name: str, first: Tensor, *, dtype: torch.dtype | None = None, **others: Tensor
+    first_name: str, first: Tensor, dtype: torch.dtype | None = None, /, **others: Tensor
 ) -> None:
     """All tensors share the first one's dtype (TypeError) and device (ValueError).
 
@@ -150,7 +150,7 @@ def check_project_inputs(
         check_float_tensor(name, t, dtypes=dtypes)
     check_dims("x", x, "[B, T, C]")
     check_rows("x", x.shape[:2])
-    check_same("x", x, dtype=dtype, W_fused=W_fused)
+    check_same("x", x, dtype, W_fused=W_fused)
     if W_fused.dim() != 2 or W_fused.shape[0] != x.shape[-1]:
         raise ValueError(
             f"W_fused must be [C, {columns_name}] with C = {x.shape[-1]} like x, "
@@ -158,7 +158,7 @@ def check_project_inputs(
         )
     if bias is not None:
         check_float_tensor("bias", bias, dtypes=dtypes)
-        check_same("x", x, dtype=dtype, bias=bias)
+        check_same("x", x, dtype, bias=bias)
         check_shape("bias", bias, (W_fused.shape[1],), "one value per column of W_fused")
 
 
@@ -175,7 +175,7 @@ def check_attention_inputs(
     for name, t in tensors.items():
         check_dims(name, t, "[B, T, H, D]")
         check_rows(name, t.shape[:3])
-    check_same("q_pack", q_pack, dtype=dtype, k_pack=k_pack, v=v)
+    check_same("q_pack", q_pack, dtype, k_pack=k_pack, v=v)
     B, _, H, D = q_pack.shape
     if H < 1 or D < 1:
         raise ValueError(f"q_pack must have at least one head and lane, got {tuple(q_pack.shape)}")
@@ -242,7 +242,7 @@ def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)  # not on "meta"
 
 
-def in_dtype(dtype: torch.dtype | None, *tensors: Tensor | None) -> tuple[Any, ...]:
+def in_dtype(dtype: torch.dtype | None, *tensors: Any) -> tuple[Any, ...]:
     """The tensors in ``dtype``; None: as they are."""
     if dtype is None:
         return tensors

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ra_triton import internals
 
-
 _formulas: dict[str, Callable[..., int]] = {}
 
 

@@ -13,8 +13,8 @@ from strategies import DEVICE, backends, normal, quick
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import ra_triton
-from ra_triton.options import AttentionOptions
 from ra_triton.nn import Workspace
+from ra_triton.options import AttentionOptions
 
 LENGTHS = (9, 16, 17, 33, 40, 50)
 
@@ -50,8 +50,11 @@ def leaf(t):
     return t.detach().requires_grad_()
 
 
+OPTIONS = AttentionOptions()
+
+
 def check_operator(
-    name, *tensors, heads=(), options=AttentionOptions(), cu_seqlens=(None, None), longest=(0, 0)
+    name, *tensors, heads=(), options=OPTIONS, cu_seqlens=(None, None), longest=(0, 0)
 ):
     """opcheck of attention or a layer, on its three operands and a seed."""
     tensors = (*tensors, *[None] * (4 - len(tensors)), *cu_seqlens)

@@ -27,7 +27,7 @@ def nothing_known():
 
 @pytest.fixture
 def spied(monkeypatch):
-    """Keeps calls on this device too, and counts those that are checked and those that are known."""
+    """Keeps calls on this device too; counts those that are checked and those that are known."""
     monkeypatch.setattr(recorded, "DEVICE", DEVICE.type)
     seen = SimpleNamespace(checked=0, known=0)
     check, known_layer = api._projection_layout, triton.known_layer

@@ -25,8 +25,8 @@ from test_compile import assert_compiles, check_operator, leaf
 from test_dropout import read_mask
 
 import ra_triton
-from ra_triton.backend.triton import operators
 from ra_triton.backend import BACKENDS as MODULES
+from ra_triton.backend.triton import operators
 from ra_triton.nn import Workspace
 
 LENGTHS = (0, 1, 2, 15, 16, 17, 31, 33, 40)

@@ -30,8 +30,8 @@ from test_compile import assert_compiles, check_operator, leaf
 from test_dropout import check_case as check_dropout
 
 import ra_triton
-from ra_triton.options import AttentionOptions
 from ra_triton.kernels.configs import LaunchConfig
+from ra_triton.options import AttentionOptions
 
 ROOT = Path(__file__).parent.parent
 FAR = 64 if DEVICE.type == "cpu" else 256  # farther than any tile reaches past a window

@@ -69,19 +69,15 @@ def project(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``x @ W_packed + bias``: ``[B, T, C] @ [C, N] -> [B, T, N]``; ``out`` needs no gradient."""
-    quantized = isinstance(W_packed, QuantizedWeight)
-    weights = W_packed.tensors if quantized else (W_packed,)  # type: ignore[union-attr]
-    if out is not None and not observed(x, *weights, bias, out):
-        tensors = in_dtype(dtype, x, W_packed, bias) if not quantized else (x, W_packed, bias)
-        launch = operators.launch_projection
-        if quantized:
-            launch = operators.launch_quantized_projection  # type: ignore[assignment]
+    if out is not None and not observed(x, *_tensors(W_packed), bias, out):
+        refuse_tangents(x, *_tensors(W_packed), bias)
+        operands: Any = in_dtype(dtype, x, W_packed, bias)
         with device_of(x):
-            launch(*tensors, out)  # type: ignore[arg-type]
+            operators.launch_projection(*operands, out)
         increment_version(out)  # autograd has not seen the launch
         return out
-    if quantized:
-        tensors, constants = operators.of_quantized(W_packed)  # type: ignore[arg-type]
+    if isinstance(W_packed, QuantizedWeight):
+        tensors, constants = operators.of_quantized(W_packed)
         y = operators.project_quantized((x, *tensors, bias), constants)
     else:
         y = operators.project((x, W_packed, bias), (), dtype)
@@ -113,17 +109,15 @@ def layer(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Projection and attention: ``[B, T, C] -> [B, T, H * D]``; a workspace needs no gradient."""
-    quantized = isinstance(W_packed, QuantizedWeight)
-    weights = W_packed.tensors if quantized else (W_packed,)  # type: ignore[union-attr]
     begins, constants = _flat(options, offsets)
+    quantized, weights = isinstance(W_packed, QuantizedWeight), _tensors(W_packed)
     if (quantized or workspace is not None) and not observed(x, *weights, bias, *begins):
         refuse_tangents(x, *weights, bias)
-        seed = _new_seed(x, options)
-        tensors = (x, W_packed, bias) if quantized else in_dtype(dtype, x, W_packed, bias)
-        args = (layout, options.scores, seed, offsets, workspace)
+        operands: Any = in_dtype(dtype, x, W_packed, bias)
+        args = (layout, options.scores, _new_seed(x, options), offsets, workspace)
         with device_of(x):
-            return operators.launch_layer(*tensors, *args)[0]  # type: ignore[arg-type]
-    if quantized:
+            return operators.launch_layer(*operands, *args)[0]
+    if isinstance(W_packed, QuantizedWeight):
         packed = project(x, W_packed, bias, None)
         return packed_attention(*layout.views(packed), options, offsets)[0].flatten(2)
     tensors = (x, W_packed, bias, _new_seed(x, options), *begins)
@@ -214,7 +208,7 @@ def pack_qk_(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> None:
 
 def compose(factors: Factors) -> tuple[Tensor, Tensor | None]:
     """``W_fused [C, N]`` and its bias ``[N]`` or None."""
-    W_fused, bias = operators.compose(factors[:TENSORS], factors[TENSORS:])
+    W_fused, bias = operators.compose(factors.tensors, factors[TENSORS:])
     return W_fused, None if factors.b_q is None else bias
 
 
@@ -263,6 +257,11 @@ def append_(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Ten
         with device_of(k):
             operators.launch_append(*tensors)
         increment_version((k_cache, v_cache, lengths))
+
+
+def _tensors(W_packed: Tensor | QuantizedWeight) -> tuple[Tensor, ...]:
+    """What a weight is made of."""
+    return W_packed.tensors if isinstance(W_packed, QuantizedWeight) else (W_packed,)
 
 
 def _new_seed(t: Tensor, options: AttentionOptions) -> Tensor | None:

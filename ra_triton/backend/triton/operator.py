@@ -49,7 +49,7 @@ class Operator:
         backward: ``backward(tensors, outputs, incoming, needed, dtypes, *constants)`` launches and
             returns the gradients of the first tensors, each only if needed; ``incoming`` has None
             for a gradient of zero, ``dtypes`` says in which dtypes the gradients are wanted.
-        inputs: how many of the first tensors are differentiable, or would be if there were a backward.
+        inputs: how many of the first tensors may have a gradient, or are refused one.
         differentiable: how many of the first outputs have one.
         saves_outputs: whether the backward reads the outputs; otherwise it gets none.
         flops: ``flops(*tensors, *constants, out_val=outputs)``, of the forward.
@@ -202,7 +202,7 @@ class Operator:
         )
         return (*grads, *[None] * (len(ctx.needs_input_grad) - len(grads)))
 
-    def _transformable(self) -> type[Function]:
+    def _transformable(self) -> Any:
         """The Function that ``torch.func`` differentiates."""
 
         def backward(ctx: Any, *incoming: Any) -> Any:
@@ -218,10 +218,11 @@ class Operator:
         def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
             return each_slice(function.apply, info, in_dims, *args)
 
+        methods: dict[str, Callable[..., Any]]
         methods = {"forward": lambda *args: self.op(*args), "setup_context": self._save}
         methods |= {"backward": backward, "vmap": vmap}
         static = {name: staticmethod(method) for name, method in methods.items()}
-        function: type[Function] = type(self.name, (Function,), static)
+        function: Any = type(self.name, (Function,), static)
         return function
 
     # Registration

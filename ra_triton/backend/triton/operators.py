@@ -36,9 +36,15 @@ OFFSETS = "cu_seqlens_q?, cu_seqlens_k?"
 
 
 def launch_projection(
-    x: Tensor, W_packed: Tensor, bias: Tensor | None, out: Tensor | None = None
+    x: Tensor,
+    W_packed: Tensor | QuantizedWeight,
+    bias: Tensor | None,
+    out: Tensor | None = None,
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """``x [B, T, C] @ W_packed [C, N] + bias``, into ``out`` if given."""
+    if isinstance(W_packed, QuantizedWeight):
+        return _launch_quantized(x, W_packed, bias, out, workspace)
     from ra_triton.kernels.projection import projection
 
     return projection(x, W_packed, bias, out)
@@ -169,8 +175,8 @@ def _attention_backward(
     dtypes: Dtypes,
     *constants: Any,
 ) -> Results:
-    q_pack, k_pack, v, seed, *cu_seqlens = tensors
-    offsets = _offsets(q_pack, k_pack, *cu_seqlens, constants[6:])
+    q_pack, k_pack, v, seed, cu_seqlens_q, cu_seqlens_k = tensors
+    offsets = _offsets(q_pack, k_pack, cu_seqlens_q, cu_seqlens_k, constants[6:])
     grads = tuple(
         _new_gradient(t, offsets) if need else None
         for t, need in zip((q_pack, k_pack, v), needed, strict=True)
@@ -192,10 +198,10 @@ def _attention_gradients(
     """Write the gradients into those of dq, dk and dv that are not None."""
     from ra_triton.kernels.attention_backward import attention_backward
 
-    (out, lse), (do, dlse) = outputs, incoming
+    (q, k, v), (out, lse), (do, dlse), (dq, dk, dv) = operands, outputs, incoming, grads
     do = torch.zeros_like(out) if do is None else do
     keywords = _keywords(options, seed, offsets)
-    attention_backward(*operands, out, lse, do, *grads, dlse=dlse, **keywords)
+    attention_backward(q, k, v, out, lse, do, dq, dk, dv, dlse=dlse, **keywords)
 
 
 def _new_gradient(t: Tensor, offsets: Offsets | None) -> Tensor:
@@ -227,7 +233,8 @@ def _attention_backward_flops(
 ) -> int:
     dq, dk, dv = needed
     products = 1 + (dq or dk) + dq + dk + dv  # scores, dP, and the gradients
-    return products * scores(tensors[0], tensors[1].shape[1], (*tensors[4:], *constants[6:8]))
+    T_k = tensors[1].shape[1]
+    return products * scores(tensors[0], T_k, (*tensors[4:], *constants[6:8]))
 
 
 attention = Operator(
@@ -271,10 +278,7 @@ def launch_layer(
             ("lse", (B, layout.n_head, T), torch.float32),
         )
     )
-    if isinstance(W_packed, QuantizedWeight):
-        launch_quantized_projection(x, W_packed, bias, packed, workspace)
-    else:
-        launch_projection(x, W_packed, bias, packed)
+    launch_projection(x, W_packed, bias, packed, workspace)
     launch_attention(*layout.views(packed), options, seed, offsets, out, lse)
     return out.view(B, T, layout.n_head * layout.head_dim), lse, packed
 
@@ -315,10 +319,10 @@ def _layer_backward(
     dtypes: Dtypes,
     *constants: Any,
 ) -> Results:
-    x, W_packed, bias, seed, *cu_seqlens = tensors
+    x, W_packed, bias, seed, cu_seqlens_q, cu_seqlens_k = tensors
     out, lse, packed = outputs
     (do,) = incoming
-    offsets = _offsets(x, x, *cu_seqlens, constants[8:])
+    offsets = _offsets(x, x, cu_seqlens_q, cu_seqlens_k, constants[8:])
     layout, options = _layout(W_packed, *constants[:2]), Scores(*constants[2:8])
     heads = (*x.shape[:2], layout.n_head, layout.head_dim)
     out, do = out.view(heads), None if do is None else do.reshape(heads)
@@ -511,12 +515,12 @@ append_.register_vmap(_append_to_slices)
 # Projection from an int8 weight: inference, so there is no gradient
 
 
-def launch_quantized_projection(
+def _launch_quantized(
     x: Tensor,
     W: QuantizedWeight,
     bias: Tensor | None,
-    out: Tensor | None = None,
-    workspace: Workspace | None = None,
+    out: Tensor | None,
+    workspace: Workspace | None,
 ) -> Tensor:
     """The int8 columns, then the others, into one buffer; int8 activations are rounded first."""
     from ra_triton.kernels.projection_int8 import int8_projection, quantize_rows
@@ -552,7 +556,7 @@ def _project_quantized(
 ) -> Results:
     layout = RALayout(n_head, n_kv_head, head_dim, R)
     W = QuantizedWeight(data, scale, others, layout, activations)
-    return (launch_quantized_projection(x, W, bias),)
+    return (launch_projection(x, W, bias),)
 
 
 def _project_quantized_fake(x: Tensor, *args: Any) -> Results:
