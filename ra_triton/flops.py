@@ -37,7 +37,8 @@ def register() -> None:
 def _formulas() -> dict[Any, Callable[..., int]]:
     """By operator, whose name a formula has."""
     forward = (_project, _project_quantized, _attention, _layer, _decode)
-    formulas = (*forward, _project_backward, _attention_backward, _layer_backward)
+    backward = (_project_backward, _attention_backward, _layer_backward, _compose_backward)
+    formulas = (*forward, _compose, *backward)
     return {getattr(torch.ops.ra_triton, f.__name__[1:]): f for f in formulas}
 
 
@@ -97,6 +98,25 @@ def _layer_backward(
     *offsets, needed = args[11:]
     attention = 5 * _scores(out, x.shape[1], offsets)
     return attention + sum(needed[:2]) * _gemm(x, W_packed.shape[1])
+
+
+def _low_lanes(W_q: Tensor, W_recip: Tensor | None) -> int:
+    """``W W_recip``, of the queries' heads, whose keys' are as many."""
+    return 0 if W_recip is None else 2 * prod(W_q.shape) * W_recip.shape[-1]
+
+
+def _compose(
+    W_q: Tensor, W_k: Tensor, W_v: Tensor, W_recip: Tensor | None, *_: Any, **__: Any
+) -> int:
+    return 2 * _low_lanes(W_q, W_recip)
+
+
+def _compose_backward(
+    W_q: Tensor, W_k: Tensor, W_v: Tensor, W_recip: Tensor | None, *args: Any, **_: Any
+) -> int:
+    dW_q, dW_k, _, dW_recip, _, dw_rec, *_ = args[-1]
+    products = dW_q + dW_k + dW_recip + (dW_recip or dw_rec)
+    return products * _low_lanes(W_q, W_recip)
 
 
 def _decode(q_pack: Tensor, *args: Any, **_: Any) -> int:
