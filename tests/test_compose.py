@@ -20,6 +20,7 @@ from strategies import (
     ranks,
     small_head_dims,
 )
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import ra_triton
 from ra_triton import composition, prepared
@@ -425,21 +426,27 @@ def test_opcheck(case):
     torch.library.opcheck(composition.composed, flat(case))
 
 
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_it_compiles_to_one_graph_and_the_bits_of_eager(with_bias):
-    case = Case(C=21, H_kv=1, group=2, with_bias=with_bias, into=torch.float16)
-    factors, incoming = case.factors(), case.incoming()
-    expected = gradients(case, factors, incoming)
+def test_it_compiles_to_one_graph_and_the_bits_of_eager(with_bias, backend):
+    """Also where the sizes are symbols."""
+    case = Case(H_kv=1, group=2, with_bias=with_bias, into=torch.float16)
     torch._dynamo.reset()
-    compiled = torch.compile(compose, fullgraph=True, backend="aot_eager")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(globals(), "compose", compiled)
-        got = gradients(case, factors, incoming)
-    for a, e in zip(got[0], expected[0], strict=True):
-        if e is not None:
-            assert_bitwise(a, e)
-    for name, grad in got[1].items():
-        assert_bitwise(grad, expected[1][name], name)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(compose, fullgraph=True, dynamic=True, backend=counter)
+    for C in (21, 16, 40):
+        made = replace(case, C=C)
+        factors, incoming = made.factors(), made.incoming()
+        expected = gradients(case, factors, incoming, backend=backend)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(globals(), "compose", compiled)
+            got = gradients(case, factors, incoming, backend=backend)
+        for a, e in zip(got[0], expected[0], strict=True):
+            if e is not None:
+                assert_bitwise(a, e)
+        for name, grad in got[1].items():
+            assert_bitwise(grad, expected[1][name], name)
+    assert counter.frame_count == 1
 
 
 def test_a_second_derivative_and_a_forward_mode_one_are_refused():

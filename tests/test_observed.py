@@ -286,9 +286,7 @@ def test_function_modes_see_operators_and_a_default_device_is_none():
 
 
 # A symbolic trace takes no real tensor besides its inputs, as offsets and tables are here.
-TRACES = [(f, "real") for f in FUNCTIONS] + [
-    (f, "symbolic") for f in (layer, project, attention, compose)
-]
+TRACES = [(f, "real") for f in FUNCTIONS] + [(f, "symbolic") for f in (layer, project, attention)]
 
 
 @pytest.mark.parametrize(("function", "mode"), TRACES)
@@ -325,7 +323,7 @@ FLOPS = {
     project: (GEMM, 2 * GEMM),
     attention: (2 * scores(B * T * T), 5 * scores(B * T * T)),
     norm_rope: (0, 0),
-    compose: (2 * LOW, 4 * LOW),  # two products of lanes; of each, two gradients
+    compose: (2 * LOW, 3 * LOW),  # both low parts; W_q's gradient and W_recip's, of both
 }
 
 
