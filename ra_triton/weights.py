@@ -298,10 +298,10 @@ def _check_factors(
         like = "like W_q" if H_kv == n_head else f"with n_kv_head = {H_kv} heads of W_q's size"
         raise ValueError(f"{name} must be {(C, H_kv * D)} {like}, got {tuple(w.shape)}")
     if W_recip is not None:
-        _check_recip(W_recip, n_head, H_kv, D)
+        _check_recip(W_recip, n_head, D)
 
 
-def _check_recip(W_recip: Tensor, n_head: int, n_kv_head: int, D: int) -> None:
+def _check_recip(W_recip: Tensor, n_head: int, D: int) -> None:
     """``[D, R]`` or ``[H, D, R]``, ``R <= D``."""
     if W_recip.dim() not in (2, 3) or W_recip.shape[-2] != D:
         raise ValueError(
@@ -311,7 +311,8 @@ def _check_recip(W_recip: Tensor, n_head: int, n_kv_head: int, D: int) -> None:
         raise ValueError(
             f"W_recip must be [H, D, R] with H = {n_head} heads, got {tuple(W_recip.shape)}"
         )
-    RALayout.from_columns((n_head + 2 * n_kv_head) * D, W_recip.shape[-1], n_head, n_kv_head)
+    if W_recip.shape[-1] > D:
+        raise ValueError(f"R must be between 0 and the head dim {D}, got {W_recip.shape[-1]}")
 
 
 def _check_biases(biases: tuple[Tensor, Tensor, Tensor], W_q: Tensor, W_k: Tensor) -> None:

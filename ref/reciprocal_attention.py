@@ -136,6 +136,29 @@ def split_lanes(
     return q_pack, k_pack, V.reshape(B, T, H_kv, D)
 
 
+def compose(
+    W_q: Tensor,  # [C, H*D]
+    W_k: Tensor,  # [C, H_kv*D]
+    W_v: Tensor,  # [C, H_kv*D]
+    W_recip: Tensor,  # [D, R] or [H, D, R]
+    *,
+    n_head: int,
+    n_kv_head: int | None = None,
+    w_std: Tensor | float = 1.0,  # number, [] or [H]
+    w_rec: Tensor | float = 1.0,
+) -> Tensor:
+    """The factors as one ``W_fused``, ``[C, N]`` in split order: both terms from one product."""
+    H, H_kv = n_head, n_kv_head or n_head
+    D, R = W_q.shape[1] // H, W_recip.shape[-1]
+    Q, K = W_q.unflatten(1, (H, D)), W_k.unflatten(1, (H_kv, D))
+    recip = W_recip.expand(H, D, R)
+    Q_low = torch.einsum("chd,hdr->chr", Q, recip).unflatten(1, (H_kv, H // H_kv)).mean(2)
+    K_low = torch.einsum("chd,hdr->chr", K.repeat_interleave(H // H_kv, dim=1), recip)
+    gate_std, gate_rec = (torch.as_tensor(g, dtype=Q.dtype).reshape(-1, 1) for g in (w_std, w_rec))
+    sections = (gate_std * Q[..., : D - R], K[..., : D - R], W_v, Q_low, gate_rec * K_low)
+    return torch.cat([section.flatten(1) for section in sections], dim=1)
+
+
 def round_to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric int8: ``rows [..., C] ≈ scale [..., 1] * q [..., C]``, as ``(q, scale)``.
 

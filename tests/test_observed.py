@@ -25,6 +25,7 @@ B, T, H, D, C, R = 2, 5, 2, 16, 24, 4
 CU = torch.tensor([0, 2, 5], dtype=torch.int32, device=DEVICE)
 TABLES = tuple(normal(T, D // 2, seed=seed) for seed in (7, 8))
 K_WEIGHT = normal(D, seed=9)
+W_K, W_V = (normal(C, D, seed=seed) for seed in (10, 11))
 
 
 def layer(x, W, bias, **options):
@@ -50,8 +51,15 @@ def norm_rope(q, k, weight, **options):
     return torch.cat(ra_triton.pack_qk(q, k, rope=TABLES, qk_norm=weights, **options), 2)
 
 
+def compose(W_q, W_recip, w_rec, **options):
+    heads = {"n_head": H, "n_kv_head": 1, "weight_layout": "packed"}
+    return ra_triton.compose_weights(W_q, W_K, W_V, W_recip, w_rec=w_rec, **heads, **options)
+
+
 def inputs_of(function, seed=0):
     shapes = [(B, T, C), (C, 3 * H * D), (3 * H * D,)]
+    if function is compose:
+        shapes = [(C, H * D), (H, D, R), (H,)]
     if function is attention:
         shapes = [(B, T, H, D)] * 3
     if function is norm_rope:
@@ -59,7 +67,7 @@ def inputs_of(function, seed=0):
     return [normal(*s, seed=3 * seed + i, scale=0.5) for i, s in enumerate(shapes)]
 
 
-FUNCTIONS = (layer, varlen, project, attention, norm_rope)
+FUNCTIONS = (layer, varlen, project, attention, norm_rope, compose)
 functions = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 # What vmap maps over: all inputs, the first one (a sample), the second (a weight).
 mapped = pytest.mark.parametrize("dims", [(0, 0, 0), (0, None, None), (None, 1, None)], ids=str)
@@ -215,7 +223,7 @@ class Operators(TorchDispatchMode):
 
 
 NAMES = {layer: "layer", varlen: "layer", project: "project", attention: "attention"}
-NAMES |= {norm_rope: "norm_rope"}
+NAMES |= {norm_rope: "norm_rope", compose: "compose"}
 
 
 @functions
@@ -309,6 +317,7 @@ def scores(pairs):
     return 2 * pairs * H * D
 
 
+LOW = 2 * C * H * D * R
 GEMM = 2 * B * T * C * 3 * H * D
 FLOPS = {
     layer: (GEMM + 2 * scores(B * T * T), 2 * GEMM + 5 * scores(B * T * T)),
@@ -316,6 +325,7 @@ FLOPS = {
     project: (GEMM, 2 * GEMM),
     attention: (2 * scores(B * T * T), 5 * scores(B * T * T)),
     norm_rope: (0, 0),
+    compose: (2 * LOW, 3 * LOW),  # both low parts; W_q's gradient and W_recip's, of both
 }
 
 

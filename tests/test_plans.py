@@ -124,6 +124,24 @@ def _norm_rope(tensors, rope_dims=8, eps=1e-6, in_place=False):
     norm_rope_backward.norm_rope_backward(call, dq_out, dk_out, [True] * 6)
 
 
+def _composing(tensors, needed=(True,) * 9, dbias=True, **changed):
+    from ra_triton.factors import Factors
+    from ra_triton.kernels import compose, compose_backward
+
+    *read, dw, dbias_ = tensors.values()
+    options = {"std": None, "rec": None, "n_head": 2, "n_kv_head": 2, "packed": True}
+    options = {**options, "into": torch.float32, **changed}
+    factors = Factors._make((*read, *options.values()))
+    if factors.n_kv_head == 1:
+        factors = factors._replace(W_k=read[1][:, :16], W_v=read[2][:, :16], b_k=read[7][:16])
+    if factors.std is not None:
+        factors = factors._replace(w_std=None)
+    if factors.rec is not None:
+        factors = factors._replace(w_rec=None)
+    compose.compose(factors)
+    compose_backward.compose_gradients(factors, dw, dbias_ if dbias else None, needed)
+
+
 def _decode(tensors, max_length=300, **options):
     from ra_triton.kernels.decode import decode
 
@@ -163,6 +181,12 @@ SHAPES = {
         **{"cos": (6, 4), "sin": (6, 4), "positions": (2,)},
         **dict.fromkeys(("q_out", "k_out", "dq_out", "dk_out"), ROWS),
     },
+    _composing: {
+        **dict.fromkeys(("W_q", "W_k", "W_v"), (24, 32)),
+        **{"W_recip": (16, 4), "w_std": (2,), "w_rec": (2,)},
+        **dict.fromkeys(("b_q", "b_k", "b_v"), (32,)),
+        **{"dw": (24, 96), "dbias": (96,)},
+    },
     _decode: {
         "q": ROWS,
         **dict.fromkeys(("k", "v"), (2, 300, 2, 16)),
@@ -185,6 +209,12 @@ ATTENTION_OPTIONS = [
 ]
 GEMM_OPTIONS = [{"config": LaunchConfig(rows, 4, block_n=16, block_k=16)} for rows in (16, 32)]
 NORM_ROPE_OPTIONS = [{"rope_dims": 4}, {"eps": 1e-5}, {"eps": None}]
+COMPOSE_OPTIONS = [
+    *({"std": 0.5}, {"std": 2.0}, {"rec": 0.5}, {"rec": 2.0}),
+    *({"n_head": 1, "n_kv_head": 1}, {"n_kv_head": 1}, {"packed": False}),
+]
+COMPOSE_READS = "W_q W_k W_v W_recip", "w_std w_rec b_q b_k b_v"
+GRADIENT_OPTIONS = [{"dbias": False}, {"needed": (True,) * 5 + (False,) * 4}]
 NORM_ROPE_READS = "q k q_low k_low cos sin", "q_weight k_weight positions"
 DECODE_OPTIONS = [
     *({"max_length": 200}, {"left": 3}, {"softmax_scale": 0.5}, {"softcap": 2.0}),
@@ -212,6 +242,18 @@ DEPENDS = {  # kernel: its caller, tensors that may have any strides, tensors th
         *(_norm_rope, NORM_ROPE_READS[0] + " dq_out dk_out", NORM_ROPE_READS[1]),
         NORM_ROPE_OPTIONS,
     ),
+    "_compose_kernel": (
+        *(_composing, *COMPOSE_READS),
+        [*COMPOSE_OPTIONS, {"into": torch.float16}],
+    ),
+    "_compose_backward_kernel": (
+        *(_composing, COMPOSE_READS[0] + " dw", COMPOSE_READS[1] + " dbias"),
+        [*COMPOSE_OPTIONS, *GRADIENT_OPTIONS],
+    ),
+    "_compose_sums_kernel": (
+        *(_composing, COMPOSE_READS[0] + " dw", COMPOSE_READS[1] + " dbias"),
+        [*COMPOSE_OPTIONS, *GRADIENT_OPTIONS],
+    ),
     "_decode_kernel": (_decode, "q k v", "lengths", DECODE_OPTIONS),
     "_decode_combine_kernel": (_decode, "q k v", "lengths", DECODE_OPTIONS),
     "_append_kernel": (_append, "k v", "k_cache v_cache lengths", [{"max_len": 8}]),
@@ -221,6 +263,7 @@ DEPENDS = {  # kernel: its caller, tensors that may have any strides, tensors th
 NO_PRODUCTS = (
     *("_delta_kernel", "_column_sum_kernel", "_pack_kernel", "_quantize_rows_kernel"),
     *("_norm_rope_kernel", "_norm_rope_backward_kernel", "_append_kernel"),
+    *("_compose_kernel", "_compose_backward_kernel", "_compose_sums_kernel"),  # IEEE always
 )
 
 
@@ -362,7 +405,9 @@ def test_later_calls_pass_their_own_tensors_and_the_rest_in_the_kernels_order(mo
 DEPENDENT = """
 import re, torch
 from bench.aot import compile_for
+from ra_triton.factors import Factors
 from ra_triton.kernels import append, attention_backward, attention_forward, decode
+from ra_triton.kernels import compose, compose_backward
 from ra_triton.kernels import norm_rope, norm_rope_backward, packing
 from ra_triton.kernels import projection, projection_backward, projection_int8
 from ra_triton.layout import Columns
@@ -370,6 +415,7 @@ from ra_triton.norm_rope import NormRope
 
 attention, gemms = (attention_backward, attention_forward), (projection, projection_backward)
 others = (norm_rope, norm_rope_backward, packing, projection_int8, append, decode)
+others += (compose, compose_backward)
 for stage in (*attention, *gemms, *others):
     stage.target_of = lambda device: "sm_90"
 rows = torch.zeros(1, 2048, 16, dtype=torch.float16)
@@ -382,6 +428,10 @@ with compile_for("sm_90") as compiled:
     call = NormRope(q, k, *[None] * 4, *[torch.zeros(64, 8)] * 2, None, 16, 1e-6)
     norm_rope.norm_rope(call)
     norm_rope_backward.norm_rope_backward(call, dq, dk, [True] * 6)
+    w, b, gate = rows[0, :32], rows[0, 0], rows[0, 0, :1]
+    numbers = (None, None, 1, 1, True, torch.float16)
+    factors = Factors(w, w, w, w[:16, :4], gate, gate, b, b, b, *numbers)
+    compose_backward.compose_gradients(factors, *compose.compose(factors), [True] * 9)
     lengths = torch.zeros(1, dtype=torch.int32)
     decode.decode(q[:, :1], k, v, lengths, max_length=64)
     append.append_(k.clone(), v.clone(), lengths, k[:, :1], v[:, :1])

@@ -433,14 +433,37 @@ def _compose_backward(
     from ra_triton.kernels.compose_backward import compose_gradients
 
     factors, (dW, dbias) = Factors._make((*tensors, *numbers)), incoming
+    W_q, N, dtype = factors.W_q, factors.layout.columns, factors.dtype
     if dW is None:  # only the bias was used
-        W_q = factors.W_q
-        dW = W_q.new_zeros((W_q.shape[0], factors.layout.columns), dtype=factors.dtype)
-    grads = compose_gradients(factors, dW, None if factors.b_q is None else dbias, needed)
+        dW = W_q.new_zeros((W_q.shape[0], N), dtype=dtype)
+    if factors.b_q is None:
+        dbias = None
+    elif dbias is None and any(needed[6:]):
+        dbias = W_q.new_zeros(N, dtype=dtype)
+    grads = compose_gradients(factors, dW, dbias, needed)
     return tuple(
         g if g is None or not is_transposed(t) else gradient_like(t).copy_(g)
         for g, t in zip(grads, tensors, strict=True)
     )
+
+
+def _compose_flops(
+    W_q: Tensor, W_k: Tensor, W_v: Tensor, W_recip: Tensor | None, *_: Any, **__: Any
+) -> int:
+    return 2 * _low_lanes(W_q, W_recip)
+
+
+def _low_lanes(W_q: Tensor, W_recip: Tensor | None) -> int:
+    """``W W_recip``, of the queries' heads, whose keys' are as many."""
+    return 0 if W_recip is None else 2 * W_q.numel() * W_recip.shape[-1]
+
+
+def _compose_backward_flops(
+    tensors: Sequence[Any], outputs: Sequence[Tensor], needed: Sequence[bool], *numbers: Any
+) -> int:
+    dW_q, dW_k, _, dW_recip, _, dw_rec, *_ = needed
+    products = dW_q + dW_k + dW_recip + (dW_recip or dw_rec)
+    return products * _low_lanes(tensors[0], tensors[3])
 
 
 compose = Operator(
@@ -453,6 +476,8 @@ compose = Operator(
     backward=_compose_backward,
     inputs=TENSORS,
     differentiable=2,
+    flops=_compose_flops,
+    flops_backward=_compose_backward_flops,
 )
 
 
