@@ -9,7 +9,7 @@ what it returns and what it needs meanwhile, and one call of Triton's C launcher
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,19 +95,11 @@ def device_of(t: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device_of(t) if _several_gpus() else nullcontext()
 
 
-class _Place(NamedTuple):
-    """Where a launch finds a tensor: so many bytes into an input, an output or the scratch."""
-
-    base: int
-    offset: int
-
-
 class Tape:
     """Launches on tensors of one layout, and the memory that they need.
 
     Args:
-        launches: of compiled kernels.
-        places: for each launch, where its tensors are; bases are inputs, outputs, scratch.
+        launches: of compiled kernels, on the addresses of inputs, outputs and scratch.
         outputs: shape, strides and dtype of each result, None for an absent one.
         scratch: bytes that are needed meanwhile.
         device: of all tensors.
@@ -115,33 +107,30 @@ class Tape:
 
     def __init__(
         self,
-        launches: Sequence[Callable[..., None]],
-        places: Sequence[Sequence[_Place | None]],
+        launches: Sequence[Callable[[Sequence[int]], None]],
         outputs: Sequence[tuple[Any, ...] | None],
         scratch: int,
         device: torch.device,
     ) -> None:
         """Nothing is launched yet."""
-        self.launches = list(zip(launches, map(tuple, places), strict=True))
-        self.outputs, self.scratch, self.device = tuple(outputs), scratch, device
+        self.launches, self.outputs = tuple(launches), tuple(outputs)
+        self.scratch, self.device = scratch, device
 
     def __call__(self, tensors: Tensors) -> tuple[Any, ...]:
         """Launch on tensors with the layouts of those that were recorded; returns new outputs."""
         device = self.device
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
-        outputs = tuple(
-            None
-            if spec is None
-            else torch.empty_strided(spec[0], spec[1], dtype=spec[2], device=device)
-            for spec in self.outputs
-        )
+        outputs = [
+            None if like is None else torch.empty_strided(*like[:2], dtype=like[2], device=device)
+            for like in self.outputs
+        ]
         addresses += [0 if t is None else t.data_ptr() for t in outputs]
         if self.scratch:
             scratch = torch.empty(self.scratch, dtype=torch.uint8, device=device)
             addresses.append(scratch.data_ptr())
-        for launch, places in self.launches:
-            launch(*[None if p is None else addresses[p[0]] + p[1] for p in places])
-        return outputs
+        for launch in self.launches:
+            launch(addresses)
+        return tuple(outputs)
 
 
 def record(
@@ -171,30 +160,28 @@ def record(
         recording.log = outer
     if not operators.only_allocated:
         return outputs, None
-    launches = [plan.at_addresses() for plan, _ in log]
-    if any(launch is None for launch in launches):
-        return outputs, None
     results = outputs[:wanted]
     finder = _Finder(tensors, results)
     try:
-        places = [[finder.place_of(t) for t in launched] for _, launched in log]
+        launches = [plan.on([finder.place_of(t) for t in launched]) for plan, launched in log]
     except LookupError:
         return outputs, None
-    specs = [None if t is None else (t.shape, t.stride(), t.dtype) for t in results]
+    if None in launches:
+        return outputs, None
+    likes = [None if t is None else (t.shape, t.stride(), t.dtype) for t in results]
     device = next(t.device for t in tensors if t is not None)
-    return outputs, Tape(launches, places, specs, finder.scratch, device)  # type: ignore[arg-type]
+    return outputs, Tape(launches, likes, finder.scratch, device)  # type: ignore[arg-type]
 
 
 class _Finder:
-    """Finds where the tensors of a launch come from: inputs, outputs, or else scratch."""
+    """Finds where tensors lie: so many bytes into an input, an output, or else the scratch."""
 
     def __init__(self, inputs: Tensors, outputs: Tensors) -> None:
         self.bases = [*inputs, *outputs]
-        self.first_output = len(inputs)
         self.scratch = 0
         self._temporary: dict[int, tuple[Tensor, int]] = {}  # storage: a tensor of it, its place
 
-    def place_of(self, t: Tensor | None) -> _Place | None:
+    def place_of(self, t: Tensor | None) -> tuple[int, int] | None:
         """LookupError where a view could be of several inputs, which elsewhere lie elsewhere."""
         if t is None:
             return None
@@ -214,13 +201,13 @@ class _Finder:
         if len(chosen) != 1:
             raise LookupError("a view of one of several inputs in the same memory")
         ((index, base),) = chosen
-        return _Place(index, address - base.data_ptr())
+        return (index, address - base.data_ptr())
 
-    def _in_scratch(self, t: Tensor, storage: int, address: int) -> _Place:
+    def _in_scratch(self, t: Tensor, storage: int, address: int) -> tuple[int, int]:
         if storage not in self._temporary:  # kept alive, so that no later one gets its memory
             self._temporary[storage] = t, self.scratch
             self.scratch += -(-t.untyped_storage().nbytes() // UNIT) * UNIT
-        return _Place(len(self.bases), self._temporary[storage][1] + address - storage)
+        return (len(self.bases), self._temporary[storage][1] + address - storage)
 
 
 _tapes: list[dict[Any, Tape | None]] = []

@@ -72,18 +72,20 @@ def taped(monkeypatch):
         with _disable_current_modes():  # the interpreter computes with torch
             call(plan, *tensors)
 
-    def at_addresses(plan):
+    def on(plan, places):
         like = layouts[plan]
 
-        def launch(*addresses):
+        def launch(addresses):
             counts.by_addresses += 1
-            pairs = zip(addresses, like, strict=True)
-            plan._compile(*(None if a is None else _at(a, *layout) for a, layout in pairs))
+            pairs = zip(places, like, strict=True)
+            plan._compile(
+                *(None if p is None else _at(addresses[p[0]] + p[1], *t) for p, t in pairs)
+            )
 
         return launch
 
     monkeypatch.setattr(Plan, "__call__", run)
-    monkeypatch.setattr(Plan, "at_addresses", at_addresses)
+    monkeypatch.setattr(Plan, "on", on)
     return counts
 
 

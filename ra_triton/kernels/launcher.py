@@ -22,7 +22,6 @@ from ra_triton.internals import warn_once
 
 ADDRESSES = 256  # whose encoded descriptors a launch keeps: 128 bytes each
 
-Launch = Callable[..., None]  # of the tensors alone
 _STREAM = object()  # stands for the stream in a recorded call
 
 
@@ -52,13 +51,18 @@ class Descriptors:
 
     def encoded(self, t: Any) -> Any:
         """The hardware's form of it, which holds the address and no reference; None if unknown."""
-        return self._encoded.get(t if type(t) is int else t.data_ptr())
+        return self._encoded.get(_address(t))
 
     def keep(self, t: Any, encoded: Any) -> None:
         """Remember the hardware's form of it."""
         if len(self._encoded) >= ADDRESSES:
             self._encoded.clear()
-        self._encoded[t if type(t) is int else t.data_ptr()] = encoded
+        self._encoded[_address(t)] = encoded
+
+
+def _address(t: Any) -> int:
+    """Of a tensor, or of what is one itself; 0 of None."""
+    return t if type(t) is int else 0 if t is None else t.data_ptr()
 
 
 class Address(int):
@@ -69,6 +73,46 @@ class Address(int):
         return self
 
 
+Place = tuple[int, int]  # of an address: an index among a tape's, and bytes further on
+
+
+class Launch:
+    """Launches a compiled kernel.
+
+    Args:
+        usual: launches through Triton's own path; a profiler's hooks see it.
+        direct: launches by Triton's C launcher; None where that cannot be.
+    """
+
+    def __init__(self, usual: Callable[..., None], direct: "_Direct | None") -> None:
+        """Nothing is launched yet."""
+        self.usual, self.direct = usual, direct
+
+    def __call__(self, *tensors: Any) -> None:
+        """Launch on the kernel's tensors, its first arguments, or on their addresses."""
+        if self.direct is None or hooked():
+            self.usual(*tensors)
+        else:
+            self.direct(*tensors)
+
+    def on(self, places: Sequence[Place | None]) -> Callable[[Sequence[int]], None]:
+        """A launch on addresses of a list: for each of the kernel's tensors its place or None."""
+
+        def launch(addresses: Sequence[int]) -> None:
+            self.usual(*[None if p is None else addresses[p[0]] + p[1] for p in places])
+
+        if self.direct is None:
+            return launch
+        direct = self.direct.on(places)
+        return lambda addresses: launch(addresses) if hooked() else direct(addresses)
+
+
+def hooked() -> bool:
+    """Whether a profiler's hooks want to see launches."""
+    knobs = triton.knobs.runtime
+    return _present(knobs.launch_enter_hook) or _present(knobs.launch_exit_hook)
+
+
 def launcher(
     compiled: CompiledKernel,
     grid: tuple[int, ...],
@@ -76,7 +120,7 @@ def launcher(
     descriptors: Mapping[int, Descriptors],
     rest: Sequence[Any],
 ) -> Launch:
-    """A function of a kernel's tensors, its first arguments, or their addresses, that launches it.
+    """The launch of a kernel.
 
     Args:
         compiled: the kernel.
@@ -87,16 +131,7 @@ def launcher(
     """
     usual = _usual(compiled, grid, descriptors, rest)
     direct = None if torch.version.hip else _direct(compiled, grid, example, descriptors, rest)
-    direct = direct or usual
-    knobs = triton.knobs.runtime
-
-    def launch(*tensors: Any) -> None:
-        if _present(knobs.launch_enter_hook) or _present(knobs.launch_exit_hook):
-            usual(*tensors)
-        else:
-            direct(*tensors)
-
-    return launch
+    return Launch(usual, direct)
 
 
 def make_context_current() -> None:
@@ -112,7 +147,7 @@ def _usual(
     grid: tuple[int, ...],
     descriptors: Mapping[int, Descriptors],
     rest: Sequence[Any],
-) -> Launch:
+) -> Callable[..., None]:
     """``compiled[grid]``, as the JIT calls it; a profiler's hooks see it."""
     run = compiled[grid]
 
@@ -133,7 +168,7 @@ def _direct(
     example: Sequence[Any],
     descriptors: Mapping[int, Descriptors],
     rest: Sequence[Any],
-) -> Launch | None:
+) -> "_Direct | None":
     """Triton's C launcher; None where Triton has to be asked anew for each launch."""
     run: Any = compiled.run
     anew = ("global_scratch_size", "profile_scratch_size", "gsan_enabled")
@@ -152,34 +187,78 @@ def _direct(
         )
         return None
 
-    before, fixed, values, nested = call
-    template: list[Any] = list(values)
+    template = list(call[2])
     for index, _ in places:
         template[index] = None
     for index, position in encoded:
         descriptors[position].keep(example[position], template[index])
         template[index] = None
     described = [(index, position, descriptors[position]) for index, position in encoded]
-    device = torch.cuda.current_device()
+    stream = partial(stream_of, torch.cuda.current_device())
+    recorded = (*call[:2], template, call[3])
+    present = [t is not None for t in example]
+    return _Direct(c_launch, stream, recorded, places, described, passed_by, present)
 
-    def launch(*tensors: Any) -> None:
-        values = template.copy()
-        for index, position in places:
-            values[index] = tensors[position]
-        passed = None
-        for index, position, known in described:
-            found = known.encoded(tensors[position])
-            if found is None:
-                passed = passed or passed_by(tensors)[2]  # all of them are encoded there
-                found = passed[index]
-                known.keep(tensors[position], found)
-            values[index] = found
-        if nested:
-            c_launch(*before, stream_of(device), *fixed, values)
-        else:
-            c_launch(*before, stream_of(device), *values)
 
-    return launch
+class _Direct:
+    """Triton's C launcher, and what it is passed.
+
+    Args:
+        c_launch: the C launcher.
+        stream: returns the current stream.
+        call: what it is passed, but for the stream and the addresses.
+        places: where it takes addresses.
+        described: where it takes encoded descriptors, which tensor's, and those that are known.
+        passed_by: what Triton would pass it for tensors.
+        present: which of the kernel's tensors there are.
+    """
+
+    def __init__(
+        self,
+        c_launch: Callable[..., None],
+        stream: Callable[[], Any],
+        call: "_Call",
+        places: "_Places",
+        described: Sequence[tuple[int, int, Descriptors]],
+        passed_by: "Callable[[Sequence[Any]], _Call]",
+        present: Sequence[bool],
+    ) -> None:
+        self._c_launch, self._stream, self._call = c_launch, stream, call
+        self._places, self._described, self._passed_by = places, described, passed_by
+        self._in_order = self.on([(i, 0) if there else None for i, there in enumerate(present)])
+
+    def __call__(self, *tensors: Any) -> None:
+        """Launch on tensors or their addresses."""
+        self._in_order([_address(t) for t in tensors])
+
+    def on(self, places: Sequence[Place | None]) -> Callable[[Sequence[int]], None]:
+        """See :meth:`Launch.on`."""
+        before, fixed, template, nested = self._call
+        c_launch, stream = self._c_launch, self._stream
+        slots = [(i, *places[position]) for i, position in self._places]  # type: ignore[misc]
+        described = [(i, *places[position], known) for i, position, known in self._described]  # type: ignore[misc]
+
+        def launch(addresses: Sequence[int]) -> None:
+            values: list[Any] = template.copy()  # type: ignore[attr-defined]
+            for index, base, offset in slots:
+                values[index] = addresses[base] + offset
+            passed = None
+            for index, base, offset, known in described:
+                address = addresses[base] + offset
+                found = known.encoded(address)
+                if found is None:
+                    passed = passed or self._passed_by(
+                        [None if p is None else addresses[p[0]] + p[1] for p in places]
+                    )
+                    found = passed[2][index]  # all of them are encoded there
+                    known.keep(address, found)
+                values[index] = found
+            if nested:
+                c_launch(*before, stream(), *fixed, values)
+            else:
+                c_launch(*before, stream(), *values)
+
+        return launch
 
 
 class _Passed(Exception):
@@ -223,7 +302,7 @@ def _recording(compiled: CompiledKernel, described: bool) -> tuple[Callable[...,
 _Call = tuple[tuple[Any, ...], tuple[Any, ...], Sequence[Any], bool]
 
 
-def _passed(launch: Launch, tensors: Sequence[Any]) -> _Call:
+def _passed(launch: Callable[..., None], tensors: Sequence[Any]) -> _Call:
     """What Triton passes its C launcher: before the stream, after it, then the varying values.
 
     Newer launchers take the kernel's arguments as one tuple or list, which the last value says; a

@@ -7,7 +7,7 @@ the compiled kernel. What the compiler specialised on (sizes, strides, alignment
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +17,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ra_triton.kernels import gluon
-from ra_triton.kernels.launcher import Descriptors, Launch, launcher, make_context_current
+from ra_triton.kernels.launcher import Descriptors, Launch, Place, launcher, make_context_current
 
 
 class _Recording(threading.local):
@@ -112,9 +112,9 @@ class Plan:
             log.append((self, tensors))
         (self._launch or self._compile)(*tensors)
 
-    def at_addresses(self) -> Launch | None:
-        """The launch, for addresses in place of tensors; None before the kernel is compiled."""
-        return self._launch
+    def on(self, places: Sequence[Place | None]) -> Callable[[Sequence[int]], None] | None:
+        """:meth:`Launch.on` of the kernel; None before it is compiled."""
+        return None if self._launch is None else self._launch.on(places)
 
     def _compile(self, *tensors: Tensor | None) -> None:
         """Launch through the JIT, and remember what it compiled."""

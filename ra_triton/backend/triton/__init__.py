@@ -71,9 +71,9 @@ def project(
     """``x @ W_packed + bias``: ``[B, T, C] @ [C, N] -> [B, T, N]``; ``out`` needs no gradient."""
     if out is not None and not observed(x, *_tensors(W_packed), bias, out):
         refuse_tangents(x, *_tensors(W_packed), bias)
-        operands: Any = in_dtype(dtype, x, W_packed, bias)
+        x, W_packed, bias = in_dtype(dtype, x, W_packed, bias)
         with device_of(x):
-            operators.launch_projection(*operands, out)
+            operators.launch_projection(x, W_packed, bias, out)
         increment_version(out)  # autograd has not seen the launch
         return out
     if isinstance(W_packed, QuantizedWeight):
@@ -113,10 +113,12 @@ def layer(
     quantized, weights = isinstance(W_packed, QuantizedWeight), _tensors(W_packed)
     if (quantized or workspace is not None) and not observed(x, *weights, bias, *begins):
         refuse_tangents(x, *weights, bias)
-        operands: Any = in_dtype(dtype, x, W_packed, bias)
-        args = (layout, options.scores, _new_seed(x, options), offsets, workspace)
+        x, W_packed, bias = in_dtype(dtype, x, W_packed, bias)
+        scores, seed = options.scores, _new_seed(x, options)
         with device_of(x):
-            return operators.launch_layer(*operands, *args)[0]
+            return operators.launch_layer(
+                x, W_packed, bias, layout, scores, seed, offsets, workspace
+            )[0]
     if isinstance(W_packed, QuantizedWeight):
         packed = project(x, W_packed, bias, None)
         return packed_attention(*layout.views(packed), options, offsets)[0].flatten(2)

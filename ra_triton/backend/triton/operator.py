@@ -216,14 +216,13 @@ class Operator:
                 return self._formula(ctx, *incoming)
 
         def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-            return each_slice(function.apply, info, in_dims, *args)
+            return each_slice(self._function.apply, info, in_dims, *args)
 
         methods: dict[str, Callable[..., Any]]
         methods = {"forward": lambda *args: self.op(*args), "setup_context": self._save}
         methods |= {"backward": backward, "vmap": vmap}
         static = {name: staticmethod(method) for name, method in methods.items()}
-        function: Any = type(self.name, (Function,), static)
-        return function
+        return type(self.name, (Function,), static)
 
     # Registration
 

@@ -162,7 +162,7 @@ def _attention(
     return launch_attention(q_pack, k_pack, v, Scores(*constants[:6]), seed, offsets)
 
 
-def _attention_fake(q_pack: Tensor, *_: Any) -> Results:
+def _attention_fake(q_pack: Tensor, *others: Any) -> Results:
     B, T, H, _ = q_pack.shape
     return q_pack.new_empty(q_pack.shape), q_pack.new_empty((B, H, T), dtype=torch.float32)
 
