@@ -79,7 +79,7 @@ def sample(
     model.generate(tokens, min(4, args.sample), **chance, **options)  # type: ignore[arg-type]
     began = time.perf_counter()
     drawn = model.generate(tokens, args.sample, **chance, **options)  # type: ignore[arg-type]
-    drawn = drawn.cpu()  # waits for the device
+    drawn = drawn.cpu()  # synchronizes
     return drawn, (time.perf_counter() - began) / args.sample * 1e3
 
 

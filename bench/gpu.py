@@ -5,8 +5,8 @@
     python bench/gpu.py --parts tests ladder --seconds 300
 
 Parts run one after the other, each as a process with a time limit of its own; all of them together
-stay within ``--seconds``. A part that fails or runs out of time is told, on the page and in the
-exit status, and does not take the others with it: the page is made from what there is.
+stay within ``--seconds``. A part that fails or times out is reported on the page and in the exit
+status, and the others still run: the page is made from what there is.
 """
 
 import argparse

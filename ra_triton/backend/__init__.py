@@ -2,7 +2,7 @@
 
 A backend is a module with ``project``, ``packed_attention``, ``layer`` (both of them), ``pack_qk``,
 ``pack_qk_``, ``norm_rope``, ``norm_rope_``, ``decode_attention``, ``append_``, ``prepare_layer``,
-which makes a shortcut for calls alike where there is one, and ``unsupported``, which returns the
+which makes a fast path for repeated calls or returns None, and ``unsupported``, which returns the
 reason why it cannot run a call, or None.
 """
 
