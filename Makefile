@@ -25,7 +25,7 @@ matrix:                              ## every supported pair of torch and Triton
 gpu: $(VENV)/.installed              ## what a GPU has to show: tests, times, and a page of them
 	$(BIN)/python bench/gpu.py $(ARGS)
 
-ladder: $(VENV)/.installed           ## from the seed's baseline to one fused layer, rung by rung
+ladder: $(VENV)/.installed           ## from the original baseline to one fused layer, rung by rung
 	$(BIN)/python bench/ladder.py $(ARGS)
 
 study: $(VENV)/.installed            ## train small GPTs that differ in their attention

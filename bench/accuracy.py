@@ -183,7 +183,7 @@ def layers_of(model: GPT) -> Iterator[RACausalSelfAttention]:
 
 
 def fused(layer: RACausalSelfAttention) -> tuple[Tensor, Tensor | None]:
-    """``W_fused [C, N]`` and its bias, of a layer that nobody has changed."""
+    """``W_fused [C, N]`` and its bias, of an unmodified layer."""
     W_fused, bias = layer.fused_weight()
     assert isinstance(W_fused, Tensor)
     return W_fused, bias

@@ -1,4 +1,4 @@
-"""Text to train on: Python's own standard library as bytes, or files of one's own.
+"""Text to train on: Python's own standard library as bytes, or given files.
 
 The standard library is on every machine that runs this. A file of it is in the validation text if
 its name's hash says so, so the split does not depend on order or chance, and no file is in both

@@ -6,7 +6,7 @@
 A decoding step reads the cache once, so its time should be the cache's bytes over the bandwidth of
 the memory: each row shows the bytes, the GB/s that they make of its time, and the share of what
 copying a large tensor reaches in the same run (its bytes count twice, read and written). Copies of
-the cache take turns, so that no call finds its own in L2. ``sdpa`` is told nothing, as all
+the cache take turns, so that no call finds its own in L2. ``sdpa`` gets no lengths, as all
 sequences are full; ``sdpa-masked`` and ``flex`` get each sequence's length, as ``ra-triton`` does,
 which reads it on the device. Every provider passes the gate before it is timed.
 """

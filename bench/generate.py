@@ -2,7 +2,7 @@
 
     python bench/generate.py                                    # Python's standard library, bytes
     python bench/generate.py --prompt "import " --temperature 0.5 --top-k 40 --seed 3
-    python bench/generate.py --text my_project --steps 1000     # .py files of one's own
+    python bench/generate.py --text my_project --steps 1000     # .py files of your own
 
 Says also what a token costs with a key/value cache and without. Where there is a GPU the model
 trains on the CPU all the same, and writes on the GPU, also with a decoding step as one CUDA graph.
@@ -79,7 +79,7 @@ def sample(
     model.generate(tokens, min(4, args.sample), **chance, **options)  # type: ignore[arg-type]
     began = time.perf_counter()
     drawn = model.generate(tokens, args.sample, **chance, **options)  # type: ignore[arg-type]
-    drawn = drawn.cpu()  # waits for the device
+    drawn = drawn.cpu()  # synchronizes
     return drawn, (time.perf_counter() - began) / args.sample * 1e3
 
 

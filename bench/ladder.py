@@ -1,4 +1,4 @@
-"""The seed's ladder: from plain attention through its v2 and v3 to packed emission, in one run.
+"""The ladder: from plain attention through a prototype's v2 and v3 to packed emission, in one run.
 
     python bench/ladder.py                                 # forward, then forward + backward
     python bench/ladder.py --pass forward --json ladder.json --plot ladder.png
@@ -6,8 +6,8 @@
 
 Every rung is a real implementation of one whole layer with its output projection (``rungs.py``),
 held against the FP64 reference before it is timed. Ratios are time over the baseline of this run.
-The last column is what the seed reports or hoped for, on another GPU: it is quoted, not measured
-here.
+The prototype is what this project began with. The last column is what it reported or hoped for, on
+another GPU: it is quoted, not measured here.
 """
 
 import argparse
@@ -171,9 +171,8 @@ def table(rows: Sequence[Row]) -> str:
     titles = ["rung", "what it is", "dtype", "ms", "", "x baseline"]
     if on_gpu:
         titles += ["graph ms", "", "x baseline", "host us", "MB"]
-    title, *lines = aligned(
-        [[*titles, f"seed, {SEED_GPU}"], *(_cells(row, on_gpu) for row in rows)], text_columns=3
-    )
+    titles.append(f"prototype, {SEED_GPU}")
+    title, *lines = aligned([titles, *(_cells(row, on_gpu) for row in rows)], text_columns=3)
     notes = [remark(row.status, row.note) for row in rows]
     return "\n".join(
         [title, *(f"{line}  {note}".rstrip() for line, note in zip(lines, notes, strict=True))]
@@ -187,7 +186,7 @@ def _cells(row: Row, on_gpu: bool) -> list[str]:
     if on_gpu:
         cells += times(row.graph_ms, row.graph_ms_p20, row.graph_ms_p80, row.graph_ratio)
         cells += [number(row.host_us, ".0f"), number(row.peak_mb, ".0f")]
-    # The seed timed the forward only.
+    # The prototype timed the forward only.
     return [*cells, (rung.theirs if row.phase == "forward" else "") or "-"]
 
 

@@ -44,7 +44,7 @@ def resolve_device(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 def check_outputs(
     parser: argparse.ArgumentParser, files: dict[str, Path | None], *packages: str
 ) -> None:
-    """What could not be written is an error before minutes of timing, not after.
+    """Fail early on missing packages and on files that cannot be written.
 
     Args:
         parser: what reports the error.
@@ -80,7 +80,7 @@ def _check_picture(parser: argparse.ArgumentParser, path: Path) -> None:
 def check_runnable(
     parser: argparse.ArgumentParser, option: str, reasons: Mapping[str, str | None]
 ) -> None:
-    """Whatever the user named and this machine cannot run is an error at once.
+    """Fail early on anything named by the user that this machine cannot run.
 
     Args:
         parser: what reports the error.

@@ -22,7 +22,7 @@ Rates per SM and clock:
   in which pipe: Nsight Compute's "Pipelines", and NVIDIA's forum, thread 302018.
 - shared: 128 bytes, shared memory and L1 together (tuning guides: 32 banks of 4 bytes); shuffles
   take the same path at 32 lanes. HGMMA reads B, and A unless it is in registers, from there, each
-  instruction anew, and bulk copies write to it. **Assumed, as NVIDIA does not say: these share the
+  instruction anew, and TMA loads write to it. **Assumed, as NVIDIA does not say: these share the
   128 bytes with everything else.** Lanes that read the same address are counted apart, so for the
   FMA products of IEEE float32, whose lanes share addresses, this number is too high.
 """
@@ -109,7 +109,7 @@ class Architecture:
         Args:
             body: instructions, all executed by every warp.
             warps: of the CTA.
-            bulk_bytes: what bulk copies write to shared memory meanwhile, in the whole CTA.
+            bulk_bytes: what TMA loads write to shared memory meanwhile, in the whole CTA.
         """
         clocks = dict.fromkeys(PIPES, 0.0)
         clocks["shared"] = bulk_bytes / _SHARED_BYTES_PER_CLOCK

@@ -157,7 +157,7 @@ def causal_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def seed_layer(x: Tensor, weight: Tensor, n_head: int) -> Tensor:
-    """Plain attention as the seed's baseline runs it: q, k and v each made contiguous."""
+    """Plain attention as the original prototype ran it: q, k and v each made contiguous."""
     B, T, C = x.shape
     q, k, v = F.linear(x, weight).split(C, dim=2)
     q, k, v = (t.view(B, T, n_head, C // n_head).transpose(1, 2).contiguous() for t in (q, k, v))
@@ -197,7 +197,7 @@ def _plain_compiled(problem: Problem) -> Layer:
 
 
 def _seed(problem: Problem) -> Layer:
-    """The seed's baseline, up to its output projection."""
+    """The original baseline, up to its output projection."""
     return _linear(problem, seed_layer, problem.shape.H)
 
 

@@ -40,7 +40,7 @@ class Record:
         environment: device, driver, versions, commit.
         sweep: rows of all sweeps.
         ladder: rows of the ladder.
-        seed: the seed's figures by rung, and their GPU.
+        seed: the original prototype's figures by rung, and their GPU.
         host: rows of the host cost.
         training: rows of a GPT's training step.
         decode: rows of decoding.
@@ -272,10 +272,10 @@ def _ladder(rows: Sequence[Row], seed: dict[str, Any]) -> str:
     for row in rows:
         figure = theirs.get(row.provider, "-") if row.phase == "forward" else "-"
         lines.append([row.provider, str(row.R), row.dtype, *_numbers(row), figure])
-    text = _table([*titles, f"the seed's, on an {seed['gpu']}"], lines)
+    text = _table([*titles, f"the prototype's, on an {seed['gpu']}"], lines)
     return (
-        f"{text}\n\nRatios are over this run's baseline. The last column is quoted from the seed, "
-        f"on another GPU ({seed['gpu']}); targets and best cases are what it hoped for."
+        f"{text}\n\nRatios are over this run's baseline. The last column is quoted from the "
+        f"prototype, on another GPU ({seed['gpu']}); targets and best cases are what it hoped for."
     )
 
 

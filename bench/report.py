@@ -186,7 +186,7 @@ def write_json(
     """``{"benchmark": ..., "environment": {...}, "rows": [{...}, ...]}``; rows are dataclasses."""
     rows = [asdict(row) for row in rows]
     document = {"benchmark": benchmark, "environment": env, **more, "rows": rows}
-    unfinished = path.with_name(f"{path.name}.part")  # whoever is stopped leaves no half a file
+    unfinished = path.with_name(f"{path.name}.part")  # an interrupted run leaves no truncated file
     unfinished.write_text(json.dumps(document, indent=1) + "\n")
     unfinished.replace(path)
 

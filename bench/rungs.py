@@ -1,9 +1,9 @@
-"""The rungs of the seed's ladder: plain attention, and reciprocal attention as it became cheaper.
+"""The rungs of the ladder: plain attention, and reciprocal attention as it became cheaper.
 
 Every rung is one whole layer with its output projection, ``x [B, T, C] -> [B, T, C]``, on weights
-made of the same factors. ``v2`` and ``v3`` are the seed's constructions, written out as the seed
-describes them; the packed rungs are this package. Weights are held as ``nn.Linear`` holds them,
-``[out, in]``, but for fused reciprocal ones, which are ``[C, 3 * C]``.
+made of the same factors. ``v2`` and ``v3`` are what the project's original prototype did, as its
+record describes it; the packed rungs are this package. Weights are held as ``nn.Linear``
+holds them, ``[out, in]``, except fused reciprocal ones, which are ``[C, 3 * C]``.
 """
 
 from collections.abc import Callable
@@ -101,7 +101,7 @@ class Rung:
         source: its weights and the answer.
         make: builds its function, of ``(x, *weights, W_out)``, for a shape, dtype and device.
         dtype: its own dtype; None is the run's.
-        theirs: what the seed says of it, on another GPU.
+        theirs: what the prototype's record says of it, on another GPU.
         forward_only: why it cannot train.
         unavailable: why it cannot run on a device type, or None.
         context: entered around each run of calls.
@@ -257,7 +257,7 @@ def _baseline(shape: Shape, *_: Any) -> Function:
 
 
 def _reciprocal_heads(Q: Tensor, K: Tensor, V: Tensor, W_recip: Tensor) -> Tensor:
-    """The seed's v2 over ``[B, T, n, D]`` activations: GEMMs, cat, contiguous; ``[B, n, T, D]``."""
+    """The prototype's v2, ``[B, T, n, D]`` to ``[B, n, T, D]``: GEMMs, cat, contiguous."""
     D_std = Q.shape[-1] - W_recip.shape[-1]
     Q_low, K_low = Q @ W_recip, K @ W_recip
     q = torch.cat((Q[..., :D_std], K_low), dim=-1)

@@ -215,7 +215,7 @@ def _repeat(entrant: Entrant, calls: int) -> None:
 
 
 def turns(entrants: Sequence[T]) -> Iterator[list[T]]:
-    """Rotations without end: nobody always runs first, or always after the same neighbour's."""
+    """Rotations without end: no entrant always runs first or always after the same other one."""
     order = list(entrants)
     while True:
         yield order
@@ -224,7 +224,7 @@ def turns(entrants: Sequence[T]) -> Iterator[list[T]]:
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """No collection falls into somebody's time; reference counts still free what they can."""
+    """No collection runs while something is timed; reference counts still free memory."""
     was_on = gc.isenabled()
     gc.collect()
     gc.disable()

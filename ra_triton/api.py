@@ -69,8 +69,8 @@ def ra_attention(
             :func:`quantize_weight` or :func:`sparsify_weight` returns, for inference; R and heads
             that are given must be its. The product of a sparse one is PyTorch's on every backend.
         R: reciprocal rank, ``0 <= R <= D``.
-        n_head: query heads; ``None`` means heads of 64, GPT-2's. Columns cannot tell: a model
-            with heads of another size has to pass it.
+        n_head: query heads; ``None`` means heads of 64, GPT-2's. Pass it for heads of another size:
+            the number of columns does not determine it.
         n_kv_head: key/value heads (GQA); ``None`` means ``n_head``.
         bias: ``[N]`` in the order of ``W_fused``'s columns.
         weight_layout: ``"split"`` for ``[Q_std|K_std|V|Q_low|K_low]``, ``"packed"`` for
@@ -83,7 +83,7 @@ def ra_attention(
         cu_seqlens: ``[B + 1]`` int32: sequence b is tokens ``cu_seqlens[b] ... cu_seqlens[b + 1]``
             and sees no other; see :func:`packed_attention_varlen`.
         max_seqlen: tokens of the longest sequence; ``None`` reads it from ``cu_seqlens``, which
-            waits for the device.
+            synchronizes.
         check: see :func:`packed_attention_varlen`; without it ``max_seqlen`` has to be given.
         workspace: buffers for a call without gradients, so that a steady state allocates nothing on
             the Triton backend; the result is then valid until the next call with the workspace.
@@ -309,10 +309,10 @@ def decode_attention(
             share one load of a key. What lies beyond a length is never read.
         v: ``[B, max_len, H_kv, D]``.
         lengths: ``[B]`` int32, valid keys of each sequence, the new ones included. Their values are
-            not checked, which would wait for the device: one below 0 counts as 0, one beyond the
-            cache as ``max_len``.
-        max_length: what no length exceeds, where the host knows it: less to launch, the same bits.
-            A length above it is cut off, or not: the numbers are wrong, but from within the cache.
+            not checked, which would synchronize: one below 0 counts as 0, one beyond the cache as
+            ``max_len``.
+        max_length: an upper bound of the lengths, if the host knows one: fewer programs to launch,
+            the same bits. Of a sequence beyond it the result is wrong, but read within the cache.
         softmax_scale: see :func:`ra_attention`.
         window_size: see :func:`ra_attention`; the right side is 0 at most, as without a window.
         softcap: see :func:`ra_attention`.
@@ -392,8 +392,8 @@ def pack_qk(
 ) -> tuple[Tensor, Tensor]:
     """Exchange lanes, then norm, then rotate: ``[q_std|k_low]`` and ``[k_std|q_low]`` and on.
 
-    For operands that do not come out of one GEMM, and for what stands between a GEMM and attention;
-    each step is optional. The norm is an RMS norm over all D lanes of the packed head; the rotation
+    For operands that do not come out of one GEMM, and for steps between the GEMM and attention;
+    each is optional. The norm is an RMS norm over all D lanes of the packed head; the rotation
     turns lane i with lane ``i + rope_dims / 2``, as Llama does. So packed weights are those of a
     Llama with ``rope`` over all lanes, and of a Qwen3 with ``qk_norm`` too. A rotation of all lanes
     mixes low lanes with standard ones; ``rope_dims <= D - R`` leaves the low ones without position.
@@ -405,9 +405,9 @@ def pack_qk(
         q_low: ``[B, T, H_kv, R]``, ``R <= D``: what the keys carry; None where q and k come packed.
         k_low: ``[B, T, H, R]``: what the queries carry; None together with ``q_low``.
         rope: ``(cos, sin)``, ``[T_max, rope_dims / 2]`` each, or ``[T_max, rope_dims]`` with both
-            halves alike, as Hugging Face has them; float32 or q's dtype, no gradients. Tables of
-            neighbouring lanes (GPT-J's) are not, which only raises on a CPU.
-        position: where the tokens stand in the tables. An int: the first token's. An int32 or int64
+            halves alike, as Hugging Face has them; float32 or q's dtype, no gradients. Tables for
+            interleaved lanes (GPT-J's) are wrong here, which only a CPU detects.
+        position: rows of the tables. An int: the first token's. An int32 or int64
             tensor on q's device: ``[B]`` (or a scalar), each sequence's first, or ``[B, T]``; it is
             read on the device alone, and rotated lanes of a position below 0 or beyond the tables
             are NaN.
@@ -468,7 +468,7 @@ def pack_qk_(
     if needs_grad(*call[:6]):
         raise ValueError("pack_qk_ is for inference; use pack_qk, or torch.no_grad()")
     module, _ = choose(backend, call[:6])
-    # All that is read is read before q and k are written.
+    # Sources that overlap q or k are copied before those are written.
     sources = (None if t is None else _apart_from(t, (q, k)) for t in call[2:9])
     call = NormRope._make((q, k, *sources, call.rope_dims, call.eps))
     if call.eps is not None or call.cos is not None:
@@ -538,7 +538,7 @@ def _packed(
 
 
 def _tensors(W_fused: Tensor | QuantizedWeight) -> tuple[Tensor, ...]:
-    """What a weight is made of."""
+    """The tensors of a weight."""
     return W_fused.tensors if isinstance(W_fused, QuantizedWeight) else (W_fused,)
 
 
@@ -574,7 +574,7 @@ def _autocast(*tensors: Any) -> tuple[Any, ...]:
 def _apart_from(source: Tensor, written: tuple[Tensor, ...]) -> Tensor:
     """``source``, copied if it lives in the same storage as a tensor that will be written.
 
-    A compiler sees no addresses, and drops the copies that it finds needless.
+    A compiler has no data pointers, and drops the copies that it finds unnecessary.
     """
     known = have_addresses(source, *written)
     shared = not known or any(_shared(t, source) for t in written)

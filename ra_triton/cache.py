@@ -17,7 +17,7 @@ from ra_triton.checks import (
     needs_grad,
 )
 
-FEW_TOKENS = 16  # that attention over a cache takes at a time
+FEW_TOKENS = 16  # new tokens a sequence that decode_attention takes in one call
 
 
 class KVCache:
@@ -28,20 +28,20 @@ class KVCache:
     place. For calls without gradients.
 
     The lengths live on the device, where the kernels read them, so a captured decoding step can be
-    replayed. The host keeps a copy to check against, and no call waits for the device, with two
-    exceptions: a reordering of sequences of different lengths by indices on the GPU, and whatever
-    needs the lengths after a CUDA graph has captured an append, because replays go unseen. A replay
-    cannot raise: the caller counts, and what does not fit is lost.
+    replayed. The host keeps a copy to check against, and no call synchronizes, with two exceptions:
+    a reordering of sequences of different lengths by indices on the GPU, and a call that needs the
+    lengths after a CUDA graph has captured an append, because the host does not see replays. A
+    replay cannot raise: the caller counts, and tokens that do not fit are lost.
 
     A compiled step is like a captured one: lengths on the host would be constants of its code, one
-    compilation a token. So it does not look at them, and cannot raise where there is no room; the
-    next eager call that needs them waits for the device once. More than 16 tokens at a time are
-    compiled for the lengths that the host knows.
+    compilation a token. So it does not read them, and cannot raise where there is no room; the next
+    eager call that needs them synchronizes once. More than 16 tokens at a time are compiled for the
+    lengths that the host knows.
 
     A cache belongs to the layer that appends to it; :meth:`reset` lets another one have it.
 
     Attributes:
-        k_pack: ``[batch, max_len, n_kv_head, head_dim]``; places beyond a length hold anything.
+        k_pack: ``[batch, max_len, n_kv_head, head_dim]``; undefined beyond a length.
         v: likewise.
         lengths: ``[batch]`` int32, tokens of each sequence; to be read only.
     """
@@ -111,7 +111,7 @@ class KVCache:
 
     @property
     def longest(self) -> int:
-        """What no length exceeds, as far as the host knows; reads nothing from the device."""
+        """An upper bound of the lengths that the host knows, without reading from the device."""
         if self._known is None or self._captured or self._capturing():
             return self.max_len
         return max(self._known)
@@ -122,7 +122,7 @@ class KVCache:
         Returns:
             One int a sequence; None while a CUDA graph is captured, and under a compiler for up to
             16 tokens, or where the host does not know. After such a capture, and once after a
-            compiled append, this waits for the device.
+            compiled append, this synchronizes.
         """
         if torch.compiler.is_compiling():
             return None if tokens <= FEW_TOKENS else self._known
@@ -244,7 +244,7 @@ class KVCache:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Forget all tokens, and the layer whose they were; waits for nothing."""
+        """Forget all tokens and the layer that appended them; does not synchronize."""
         if not torch.compiler.is_compiling() and self._capturing():
             self._captured = True
         self.lengths.zero_()
@@ -295,7 +295,7 @@ class KVCache:
             raise ValueError(f"indices must be within 0..{self.batch - 1}, got {indices}")
 
     def _moved(self, t: Tensor) -> Tensor:
-        """``t`` on the device, without waiting for it."""
+        """``t`` on the cache's device, without synchronizing."""
         if self.lengths.is_cuda and not t.is_cuda:
             t = t.pin_memory()
         return t.to(self.lengths.device, non_blocking=True)

@@ -231,7 +231,7 @@ def check_pack_inputs(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> Non
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast asks for on ``device``; None where it is off, or is none at all."""
+    """The autocast dtype on ``device``; None where autocast is off or does not exist."""
     if not _has_autocast(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
@@ -255,11 +255,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def observed(*tensors: Tensor | None) -> bool:
-    """Whether something besides autograd has to see the operators of a call on these tensors.
+    """Whether something besides autograd has to trace the operators of a call on these tensors.
 
-    Compilers and exporters, ``torch.jit.trace``, ``torch.func``, modes, subclasses, batches of
-    gradients: a launch is invisible to them. Nor does it see what they hide: a lazily negated
-    tensor does not hold its values.
+    Compilers and exporters, ``torch.jit.trace``, ``torch.func``, dispatch modes, tensor subclasses,
+    batched gradients: they see operators, but no launch. And a launch reads memory alone: a lazily
+    negated tensor does not hold its values.
     """
     if torch.compiler.is_compiling() or internals.modes_active():
         return True
@@ -274,34 +274,34 @@ def observed(*tensors: Tensor | None) -> bool:
 
 
 def have_addresses(*tensors: Tensor) -> bool:
-    """Whether these tensors can tell where their memory is: none is traced or wrapped."""
+    """Whether these tensors have data pointers: none is traced or wrapped."""
     if torch.compiler.is_compiling() or internals.transforms_active():
         return False
     return all(type(t) is Tensor or type(t) is Parameter for t in tensors)
 
 
 def transformed() -> bool:
-    """Whether a transform of ``torch.func`` is active, and no compiler deals with it."""
+    """Whether a ``torch.func`` transform is active outside of a compiler."""
     return not torch.compiler.is_compiling() and internals.transforms_active()
 
 
 def distributed(*tensors: Tensor | None) -> bool:
-    """Whether one of them is a DTensor: a piece here, the others in other processes."""
+    """Whether one of them is a DTensor, which holds one shard here."""
     return any(type(t).__name__ == "DTensor" for t in tensors)
 
 
 def context_parallel() -> bool:
-    """Whether ``torch.distributed``'s ``context_parallel`` has cut the sequences into pieces.
+    """Whether ``torch.distributed``'s ``context_parallel`` has sharded the sequences.
 
-    The tensors do not show it: each process has its piece as a plain one, and PyTorch's attention
-    is replaced.
+    The tensors do not show it: each process holds its shard as a plain tensor, and PyTorch's
+    attention is replaced.
     """
     module = getattr(F.scaled_dot_product_attention, "__module__", None) or ""
     return module.startswith("torch.distributed.tensor")
 
 
 def refuse_context_parallel() -> None:
-    """NotImplementedError where attention would see the local piece of a sequence alone."""
+    """NotImplementedError where attention would see only the local shard of a sequence."""
     if context_parallel():
         raise NotImplementedError(
             "context_parallel: ra_triton would attend to the local piece of each sequence alone; "
@@ -319,10 +319,10 @@ def allows_tf32() -> bool:
 
 
 def may_keep(device: torch.device) -> bool:
-    """Whether a tensor that is made on ``device`` now will serve any later call.
+    """Whether a tensor that is made on ``device`` now may be cached for later calls.
 
-    Not while a compiler, an exporter or a CUDA graph records what runs, nor inside a transform of
-    ``torch.func`` or a dispatch mode (fake tensors, tracing): what is made there ends with it.
+    Not while a compiler, an exporter or a CUDA graph records, nor inside a ``torch.func`` transform
+    or a dispatch mode (fake tensors, tracing): a tensor made there is not valid outside.
     """
     return not (
         torch.compiler.is_compiling()

@@ -24,9 +24,9 @@ GPT2_HEAD_DIM = 64  # n_head=None means heads of this size
 
 
 class Columns(NamedTuple):
-    """Which packed columns a product writes that computes a part of them, next to each other.
+    """Where the columns of a partial product belong among the packed columns.
 
-    Its column j belongs at ``start + j + min(j // lanes, heads) * gap``.
+    Column j goes to ``start + j + min(j // lanes, heads) * gap``.
     """
 
     start: int = 0

@@ -1,4 +1,4 @@
-"""Where sequences of different lengths begin among tokens that lie one after the other."""
+"""Offsets of sequences of different lengths that are concatenated without padding."""
 
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ class Offsets(NamedTuple):
         cu_seqlens_k: likewise.
         max_seqlen_q: the most queries of a sequence.
         max_seqlen_k: the most keys.
-        complete: whether the sequences are known to hold every token.
+        complete: whether the sequences are known to cover all tokens.
     """
 
     cu_seqlens_q: Tensor
@@ -25,9 +25,9 @@ class Offsets(NamedTuple):
     complete: bool = False
 
     def within(self, queries: int, keys: int) -> "Offsets":
-        """The same for so many tokens, which no sequence exceeds.
+        """The same for these numbers of tokens: both maxima are checked, then clamped.
 
-        A traced call comes here with numbers that only its run has.
+        A traced call gets here when it runs; while it was traced the sizes had no values.
         """
         check_longest("max_seqlen_q", self.max_seqlen_q, queries)
         check_longest("max_seqlen_k", self.max_seqlen_k, keys)
@@ -43,7 +43,7 @@ class Offsets(NamedTuple):
 
 
 def lengths(offsets: Offsets) -> tuple[int, int, int]:
-    """How many sequences there are, and the most queries and keys of one: what a launch needs."""
+    """Number of sequences, and the most queries and keys of one: what a launch needs."""
     return len(offsets.cu_seqlens_q) - 1, offsets.max_seqlen_q, offsets.max_seqlen_k
 
 
@@ -62,7 +62,7 @@ def unflat(
 
 
 def check_offsets(name: str, cu_seqlens: Tensor, device: torch.device) -> None:
-    """``cu_seqlens`` is ``[B + 1]`` int32 on ``device``: what can be said without its values."""
+    """``cu_seqlens`` is ``[B + 1]`` int32 on ``device``: all checks that need no values."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.layout != torch.strided:
@@ -86,7 +86,7 @@ def check_longest(name: str, longest: object, total: int) -> None:
 
 
 def check_values(name: str, cu_seqlens: Tensor, total: int) -> int:
-    """The length of the longest sequence; waits for the device.
+    """The length of the longest sequence; synchronizes.
 
     Raises:
         ValueError: offsets that do not begin with 0, decrease, or do not end with ``total``.
@@ -108,7 +108,7 @@ def check_values(name: str, cu_seqlens: Tensor, total: int) -> int:
 def longest_of(
     cu_seqlens: Tensor, total: int, device: torch.device, *, check: bool, name: str = ""
 ) -> int:
-    """The length of the longest sequence, where nobody says it; waits for the device."""
+    """The longest sequence: ``max_seqlen`` if the caller omits it; synchronizes."""
     check_offsets(f"cu_seqlens{name}", cu_seqlens, device)
     if not check or torch.compiler.is_compiling():
         where = "with check=False" if not check else "where the call is compiled"
@@ -125,7 +125,7 @@ def checked(
     check: bool,
     names: tuple[str, str] = ("_q", "_k"),
 ) -> Offsets:
-    """Offsets after all checks; without ``check``, and where a compiler looks on, not of values."""
+    """Validated offsets; values are checked only with ``check`` and outside of tracing."""
     if type(check) is not bool:
         raise TypeError(f"check must be a bool, got {check!r}")
     rows = list(zip(names, cu_seqlens, longest, totals, strict=True))

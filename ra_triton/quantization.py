@@ -165,7 +165,7 @@ class QuantizedWeight:
         return cls(data, scale, others, layout, state["activations"])
 
     def __repr__(self) -> str:
-        """Sizes, not numbers."""
+        """Sizes, not values."""
         return (
             f"QuantizedWeight({self.which!r}, activations={self.activations!r}, "
             f"shape={self.shape}, {self.layout}, device={self.device})"
@@ -243,7 +243,7 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     rows = rows.float()
     absmax = rows.abs().amax(-1)
     finite = absmax.isfinite()
-    # Not by a number: on a GPU PyTorch would multiply by its rounded reciprocal.
+    # By a tensor: for a Python scalar, PyTorch on a GPU multiplies by its rounded reciprocal.
     scale = (absmax / torch.full_like(absmax, LARGEST)).clamp_min(SMALLEST_SCALE)
     rounded = torch.where(finite[..., None], rows / scale[..., None], 0.0).round()
     return rounded.to(torch.int8), scale.masked_fill(~finite, torch.nan)

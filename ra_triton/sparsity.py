@@ -62,7 +62,7 @@ class SparseWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all its numbers; x has to have it."""
+        """Of all its elements; x must have the same."""
         return self.data.dtype
 
     @property
@@ -71,7 +71,7 @@ class SparseWeight:
         return self.data.device
 
     def dense(self) -> Tensor:
-        """``W_fused [C, N]`` in packed order with its zeros; what one saves.
+        """``W_fused [C, N]`` in packed order with its zeros, to be saved.
 
         :func:`sparsify_weight` of it, in the same dtype and with ``weight_layout="packed"``, is
         this weight again.
@@ -80,7 +80,7 @@ class SparseWeight:
         return columns if self.others is None else self.layout.put_low(columns, self.others.mT)
 
     def __repr__(self) -> str:
-        """Sizes, not numbers."""
+        """Sizes, not values."""
         return (
             f"SparseWeight({self.which!r}, shape={self.shape}, {self.layout}, "
             f"dtype={self.dtype}, device={self.device})"
@@ -99,8 +99,8 @@ def sparsify_weight(
 ) -> SparseWeight:
     """Prune the columns of a fused projection to 2 of 4 by magnitude; for inference.
 
-    Of equal magnitudes the first ones stay. Nothing is trained after it: what that costs is for you
-    to measure, and ``bench/sparsity.py`` shows how.
+    Of equal magnitudes the first ones stay. Nothing is trained after it; ``bench/sparsity.py``
+    measures what that costs.
 
     Args:
         W_fused: ``[C, N]``, ``N = (n_head + 2 * n_kv_head) * D``, C a multiple of 4. On a GPU

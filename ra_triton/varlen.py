@@ -1,4 +1,4 @@
-"""Attention over sequences of different lengths that lie one after the other, without padding."""
+"""Attention over sequences of different lengths, concatenated without padding."""
 
 from typing import TYPE_CHECKING, Literal, overload
 
@@ -83,8 +83,8 @@ def packed_attention_varlen(
 
     Queries ``cu_seqlens_q[b] ... cu_seqlens_q[b + 1]`` see keys ``cu_seqlens_k[b] ...
     cu_seqlens_k[b + 1]`` and no others: not even a NaN passes from one sequence to the next. A
-    sequence may be empty, and have other numbers of queries and keys than the others. The kernels
-    load through pointers, on Hopper too: a descriptor would read on into the next sequence.
+    sequence may be empty, and its numbers of queries and keys may differ. The kernels load through
+    pointers, on Hopper too: a TMA load would read on into the next sequence.
 
     Args:
         q_pack: ``[total_q, H, D]``, the queries of all sequences, last stride 1.
@@ -100,10 +100,10 @@ def packed_attention_varlen(
         softcap: see :func:`ra_attention`.
         dropout_p: see :func:`ra_attention`.
         return_lse: also return the logsumexp of the scaled scores.
-        check: look at the values of the offsets, which waits for the device. Without it (and where
-            a compiler traces the call) nothing waits on the Triton backend; wrong offsets then give
-            wrong numbers, but lead to no address outside of the operands. Tokens behind the last
-            sequence then give 0, a logsumexp of ``-inf``, and no gradient.
+        check: validate the values of the offsets, which synchronizes. Without it (and where a
+            compiler traces the call) the Triton backend never synchronizes; wrong offsets then give
+            wrong results, but no access outside of the operands. Tokens behind the last sequence
+            then give 0, a logsumexp of ``-inf``, and no gradient.
         backend: ``"triton"``, ``"sdpa"`` (a loop over the sequences) or ``"auto"``.
 
     Returns:
@@ -113,7 +113,8 @@ def packed_attention_varlen(
     Raises:
         TypeError: wrong types or dtypes.
         ValueError: shapes that do not fit, values out of range; offsets that do not begin with 0,
-            decrease, or do not end with the number of tokens; a sequence longer than said.
+            decrease, or do not end with the number of tokens; a sequence longer than its
+            ``max_seqlen``.
         NotImplementedError: the backend lacks an option; the message names one that has it.
 
     Source: ``flash_attn_varlen_func`` of github.com/Dao-AILab/flash-attention.

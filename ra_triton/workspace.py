@@ -1,4 +1,4 @@
-"""Buffers that outlive a call, for inference: the same memory on every call of the same size."""
+"""Buffers for inference that outlive a call: equal sizes reuse the same memory."""
 
 import math
 import threading
@@ -15,8 +15,8 @@ class Workspace:
     """Memory for calls without gradients; grows on demand and never shrinks by itself.
 
     Each name has one flat storage per device, dtype and stream; threads do not share. A call that
-    fits allocates nothing. What lies in a buffer is valid until the next call with the workspace,
-    so backward must never read one: :meth:`refuse_gradients`. Copies and pickles start empty.
+    fits allocates nothing. A buffer's contents are valid until the next call with the workspace, so
+    backward must never read one: :meth:`refuse_gradients`. Copies and pickles start empty.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Workspace:
         """A contiguous tensor whose contents are left over from earlier calls.
 
         While a CUDA graph is captured the memory is the graph's own: storage that later grew would
-        leave the graph with a dangling address. What is traced or transformed gets new memory too.
+        leave the graph with a dangling address. A traced or transformed call gets new memory too.
 
         Args:
             name: what the buffer is for; equal names share memory.
@@ -76,7 +76,7 @@ class Workspace:
         return sum(storage.nbytes for storage in self._storages().values())
 
     def clear(self) -> None:
-        """Let go of this thread's buffers."""
+        """Release this thread's buffers."""
         self._storages().clear()
 
     def _storages(self) -> dict[Key, Tensor]:

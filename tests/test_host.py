@@ -134,6 +134,21 @@ def test_layers_are_timed_compiled_or_not_in_both_precisions(short_stack, tmp_pa
         assert (row["extra_us"] == 0) == (row["provider"] == "plain")
 
 
+def test_layers_see_the_precision_that_their_row_names(short_stack, monkeypatch):
+    seen = {}
+
+    class Spy(PlainAttention):
+        def forward(self, x):
+            on_autocast = torch.is_autocast_enabled("cpu")
+            seen.setdefault(on_autocast, set()).update((x.dtype, self.c_attn.weight.dtype))
+            return super().forward(x)
+
+    monkeypatch.setitem(host.ATTENTIONS, "free", lambda config, R: Spy(config))
+    monkeypatch.delitem(host.COMPILERS, ", compiled")
+    assert host.main(LAYERS) == 0
+    assert seen == {False: {torch.bfloat16}, True: {torch.float32}}
+
+
 def test_times_of_layers_are_of_one_layer():
     row = host.HostRow("layers", 1, 16, 32, 2, 16, 4, "bf16", "plain", True, "train", "ok", "")
     host._fill([row], {"plain": Quantiles(24.0, 12.0, 36.0, 20)}, layers=12)

@@ -66,9 +66,9 @@ def test_a_run_writes_every_rung_in_both_phases(tmp_path, capsys):
     assert baseline == [1.0, 1.0]
     out = capsys.readouterr().out
     forward, train = out.split("causal forward + backward")
-    assert "seed, A10G" in forward
+    assert "prototype, A10G" in forward
     assert "2.00 ms, 1.66x" in forward
-    assert "1.66x" not in train  # the seed timed the forward only
+    assert "1.66x" not in train  # the prototype timed the forward only
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

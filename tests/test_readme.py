@@ -1,4 +1,4 @@
-"""README.md: its code runs from top to bottom as one script, and its commands exist."""
+"""README.md and the guide: their code runs as one script, their commands and links exist."""
 
 import re
 import textwrap
@@ -9,17 +9,21 @@ import torch
 from budget import assert_bitwise
 
 import ra_triton
+from ra_triton.nn import RACausalSelfAttention
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "README.md").read_text()
-# What a reader has at hand where a section starts, and the page does not spell out.
+SCRIPT = ("README.md", "docs/guide.md")  # the guide goes on from the README
+PAGES = (*SCRIPT, "docs/results.md", "docs/status.md", "docs/flex.md", "CONTRIBUTING.md")
+# What a reader has at hand where a section starts, and the pages do not spell out.
 SURROUNDINGS = {
-    "In a GPT": """
+    "In nanoGPT": """
         from types import SimpleNamespace
-        from bench.gpt import GPT, GPTConfig
-        from ra_triton.nn import RACausalSelfAttention, to_gpt2
+        from bench.gpt import GPTConfig
         config = GPTConfig(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=32)
         self = SimpleNamespace()
+        """,
+    "In a GPT": """
+        from bench.gpt import GPT
         model = GPT(config, RACausalSelfAttention.from_config)
         hf_model = stock_gpt2(config)
         """,
@@ -46,9 +50,10 @@ NEEDS = {"from bench.huggingface": "safetensors"}  # by how a block begins
 
 
 def blocks() -> list[tuple[str, str]]:
-    """``(section, code)`` of the page's Python, in order."""
+    """``(section, code)`` of the pages' Python, in order; no two sections have one name."""
     found = []
-    for part in re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]:
+    script = "".join((ROOT / page).read_text() for page in SCRIPT)
+    for part in re.split(r"^## ", script, flags=re.MULTILINE)[1:]:
         section = part.partition("\n")[0]
         code = re.findall(r"^```python\n(.*?)^```$", part, re.DOTALL | re.MULTILINE)
         found += [(section, block) for block in code]
@@ -102,7 +107,7 @@ def names(tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp("readme"))
         torch.manual_seed(0)
         for section, code in blocks():
-            compiled = compile(code, f"README.md, {section}", "exec")
+            compiled = compile(code, section, "exec")
             packages = [package for start, package in NEEDS.items() if code.startswith(start)]
             if section in NEEDS_A_GPU and not torch.cuda.is_available():
                 continue
@@ -122,7 +127,7 @@ def names(tmp_path_factory):
     return variables
 
 
-def test_the_page_runs_as_one_script(names):
+def test_the_pages_run_as_one_script(names):
     made = [section for section, _ in names["kept"]]
     expected = ["Five lines of use"] * 2 + ["Generation", "Variable lengths"]
     expected += ["Int8 weights", "2:4 sparse weights"]
@@ -130,6 +135,7 @@ def test_the_page_runs_as_one_script(names):
     for section, y in names["kept"]:
         assert y.isfinite().all(), section
     assert len(blocks()) >= 11  # none is overlooked
+    assert isinstance(names["self"].attn, RACausalSelfAttention)
 
 
 @pytest.mark.parametrize("section", ["Int8 weights", "2:4 sparse weights"])
@@ -153,9 +159,27 @@ def test_the_packed_weight_is_the_split_one_reordered(names):
 def test_commands_of_the_pages_exist():
     """Make's targets, and the scripts, of the pages that newcomers read."""
     targets = re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for page in ("README.md", "CONTRIBUTING.md", "docs/flex.md", "bench/PROTOCOL.md"):
+    for page in (*PAGES, "bench/PROTOCOL.md"):
         text = (ROOT / page).read_text()
         named = re.findall(r"(?:^|`)make ((?:[a-z][a-z-]* ?)+)", text, re.MULTILINE)
         assert {word for words in named for word in words.split()} <= set(targets), page
         scripts = re.findall(r"python ((?:bench|tests)/[\w/]+\.py)", text)
         assert [script for script in scripts if not (ROOT / script).is_file()] == [], page
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_the_pages_lead_somewhere(page):
+    """Files exist, and so do the sections that a link names."""
+    text = (ROOT / page).read_text()
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        path, _, section = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if section:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert section in map(anchor, titles), link
+
+
+def anchor(title: str) -> str:
+    """A title as GitHub writes it into links."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")

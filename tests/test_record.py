@@ -70,7 +70,7 @@ def test_a_page_and_a_file_are_written(files, tmp_path, capsys):
     forward, train = page.split("## Ladder: tiny, forward + backward")
     assert "2.00 ms" in forward
     assert "2.00 ms" not in train
-    assert "the seed's, on an A10G" in forward
+    assert "the prototype's, on an A10G" in forward
     assert "40.0 (39.0..44.0) | +12.5" in train
 
 

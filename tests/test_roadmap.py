@@ -1,4 +1,4 @@
-"""The seed's table: every figure is the record's, every rung and public name exists."""
+"""The prototype's list: every figure is the record's, every rung and public name exists."""
 
 import json
 import re

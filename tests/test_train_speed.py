@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from budget import assert_bitwise
 
-from bench import attentions, record, train_speed
+from bench import attentions, record, train_speed, trainees
 from bench.attentions import ATTENTIONS, PLAIN, REFERENCES
 from bench.data import load_text
 from bench.report import environment, write_json
-from bench.train_speed import Answer, Bench, Size, Trainee, TrainRow
+from bench.train_speed import TrainRow
+from bench.trainees import Answer, Setting, Size, Trainee
 
 ROOT = Path(__file__).parents[1]
 SMALL = Size("small", B=2, T=48, layers=2, H=2, C=32, vocab=256)
@@ -35,7 +36,7 @@ def one_thread():
 def quick_compiler(monkeypatch):
     """Dynamo and AOTAutograd as ever, but their graphs run as they are: Inductor takes seconds."""
     quick = partial(torch.compile, backend="aot_eager")
-    monkeypatch.setitem(train_speed.MODES, "compile", quick)
+    monkeypatch.setitem(trainees.MODES, "compile", quick)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,8 @@ def text():
 
 
 @pytest.fixture
-def bench(text):
-    return Bench.of(SMALL, 4, torch.device("cpu"), text)
+def setting(text):
+    return Setting.of(SMALL, 4, torch.device("cpu"), text)
 
 
 def run(*options):
@@ -60,34 +61,34 @@ def run(*options):
 # Equal starts
 
 
-def test_all_attentions_start_as_the_same_function(bench):
-    tokens, _ = bench.batches[0]
-    plain = bench.model(ATTENTIONS[PLAIN])
-    exact = bench.model(ATTENTIONS[PLAIN]).double()(tokens)
+def test_all_attentions_start_as_the_same_function(setting):
+    tokens, _ = setting.batches[0]
+    plain = setting.model(ATTENTIONS[PLAIN])
+    exact = setting.model(ATTENTIONS[PLAIN]).double()(tokens)
     error = (plain(tokens) - exact).norm()
     for make in (*ATTENTIONS.values(), *REFERENCES.values()):
-        gpt = bench.model(make)
+        gpt = setting.model(make)
         for block, expected in zip(gpt.transformer["h"], plain.transformer["h"], strict=True):
             assert_bitwise(block.attn.c_attn.weight, expected.attn.c_attn.weight)
         assert (gpt(tokens) - exact).norm() <= 4 * error  # the same numbers in another order
 
 
-def first_steps(bench, make, tokens=None, autocast=True):
+def first_steps(setting, make, tokens=None, autocast=True):
     """Losses, and errors of the first gradient against those of plain PyTorch."""
     errors = {}
-    look = train_speed._into(errors, bench.answer(name_of(make)))
-    trainee = Trainee(bench.model(make), autocast=autocast)
-    return list(trainee.losses(bench.batches[: train_speed.GATE_STEPS], look, tokens)), errors
+    look = setting.answer(name_of(make)).look(errors)
+    trainee = Trainee(setting.model(make), autocast=autocast)
+    return list(trainee.losses(setting.batches[: trainees.GATE_STEPS], look, tokens)), errors
 
 
 def name_of(make):
     return "composed" if make in (ATTENTIONS["composed"], REFERENCES["composed"]) else PLAIN
 
 
-def test_pieces_of_a_batch_take_the_same_step_as_the_whole(bench):
-    answer = bench.answer(PLAIN)
-    losses, errors = first_steps(bench, ATTENTIONS[PLAIN], SMALL.T, autocast=False)
-    assert 0 < train_speed._distance(losses, answer.losses) < answer.allowed / 10
+def test_pieces_of_a_batch_take_the_same_step_as_the_whole(setting):
+    answer = setting.answer(PLAIN)
+    losses, errors = first_steps(setting, ATTENTIONS[PLAIN], SMALL.T, autocast=False)
+    assert 0 < trainees.distance(losses, answer.losses) < answer.allowed / 10
     assert 0 < answer.gradient_share(errors)[0] < 1 / 10  # float32's rounding, not bf16's
 
 
@@ -141,22 +142,22 @@ FAULTS = (no_mask, scaled, lost_low_lanes, a_head_is_another, no_dk, negated_dq,
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("attention", ["plain", "composed"])
 def test_the_gate_fails_on_wrong_attention_and_on_wrong_gradients(
-    attention, fault, bench, monkeypatch
+    attention, fault, setting, monkeypatch
 ):
-    answer, make = bench.answer(attention), REFERENCES[attention]
-    assert answer.failure(*first_steps(bench, make)) is None
+    answer, make = setting.answer(attention), REFERENCES[attention]
+    assert answer.failure(*first_steps(setting, make)) is None
     plain = F.scaled_dot_product_attention
     wrong = lambda q, k, v, is_causal: fault(plain, q, k, v)  # noqa: E731
     monkeypatch.setattr(F, "scaled_dot_product_attention", wrong)
-    losses, errors = first_steps(bench, make)
-    assert train_speed._distance(losses, answer.losses) > answer.allowed  # by the losses alone
+    losses, errors = first_steps(setting, make)
+    assert trainees.distance(losses, answer.losses) > answer.allowed  # by the losses alone
     assert answer.gradient_share(errors)[0] > 1  # and by the gradients alone
     assert "loss curve: RMS error" in answer.failure(losses, errors)
 
 
 @pytest.mark.parametrize("factor", ["W_q", "W_k", "W_v", "W_recip", "w_std", "w_rec"])
 @pytest.mark.parametrize("share", [0.0, 0.9])
-def test_the_gate_fails_on_a_wrong_gradient_of_a_factor(factor, share, bench):
+def test_the_gate_fails_on_a_wrong_gradient_of_a_factor(factor, share, setting):
     make = ATTENTIONS["composed"]
 
     def planted(config, R):
@@ -164,21 +165,21 @@ def test_the_gate_fails_on_a_wrong_gradient_of_a_factor(factor, share, bench):
         getattr(attention.c_attn, factor).register_hook(lambda grad: share * grad)
         return attention
 
-    answer = bench.answer("composed")
+    answer = setting.answer("composed")
     errors = {}
-    list(Trainee(bench.model(planted)).losses(bench.batches[:1], train_speed._into(errors, answer)))
+    list(Trainee(setting.model(planted)).losses(setting.batches[:1], answer.look(errors)))
     failure = answer.failure(answer.losses, errors)  # though no loss shows it
     assert f"gradient of attn.c_attn.{factor}: RMS error" in failure
 
 
-def test_the_scale_is_what_rounding_does_to_plain_attention(bench):
-    answer = bench.answer(PLAIN)
+def test_the_scale_is_what_rounding_does_to_plain_attention(setting):
+    answer = setting.answer(PLAIN)
     assert len(answer.rounded) == 2  # the kernels of a CPU
-    distances = [train_speed._distance(losses, answer.losses) for losses in answer.rounded]
+    distances = [trainees.distance(losses, answer.losses) for losses in answer.rounded]
     assert answer.allowed == 2 * max(distances) > 0
-    assert answer is bench.answer("free")  # the same parameters, so the same answer
-    assert answer is not bench.answer("composed")
-    pools = {train_speed._pool(name) for name in answer.gradients}
+    assert answer is setting.answer("free")  # the same parameters, so the same answer
+    assert answer is not setting.answer("composed")
+    pools = {trainees._pool(name) for name in answer.gradients}
     assert set(answer.errors) == pools
     assert {"attn.c_attn.weight", "wte.weight", "ln_f.weight"} <= pools
 
@@ -305,16 +306,16 @@ def test_graph_breaks_are_counted(monkeypatch):
     assert free.graphs > 1
 
 
-def test_models_take_turns(bench, monkeypatch):
+def test_models_take_turns(setting, monkeypatch):
     order = []
     monkeypatch.setattr(train_speed, "_turn", lambda name, batches: order.append(name) or [1.0])
     rows = [TrainRow.of(SMALL, 4, "eager", name) for name in "abc"]
-    samples = train_speed._time(rows, {name: name for name in "abc"}, bench, 0.0)
+    samples = train_speed._time(rows, {name: name for name in "abc"}, setting, 0.0)
     assert "".join(order) == "abcbcacababcbca"
     assert samples == {name: [1.0] * 5 for name in "abc"}
 
 
-def test_the_first_step_of_a_turn_is_not_timed(bench):
+def test_the_first_step_of_a_turn_is_not_timed(setting):
     class Steps:
         device_type, taken = "cpu", 0
 
@@ -322,7 +323,7 @@ def test_the_first_step_of_a_turn_is_not_timed(bench):
             self.taken += 1
 
     steps = Steps()
-    assert len(train_speed._turn(steps, bench.batches)) == train_speed.TURN_STEPS
+    assert len(train_speed._turn(steps, setting.batches)) == train_speed.TURN_STEPS
     assert steps.taken == train_speed.TURN_STEPS + 1
 
 
@@ -387,7 +388,7 @@ def test_mistakes_are_errors_before_anything_runs(options, message, monkeypatch,
 
 
 def test_an_interrupt_leaves_what_is_done(tmp_path, monkeypatch, capsys):
-    def measure_case(rows, bench, seconds):
+    def measure_case(rows, setting, seconds):
         if rows[0].mode == "compile":
             raise KeyboardInterrupt
 
@@ -406,13 +407,13 @@ def test_the_script_runs_by_its_path(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", list(train_speed.MODES))
+@pytest.mark.parametrize("mode", list(trainees.MODES))
 def test_it_times_a_small_model_on_a_gpu(mode, text, monkeypatch):
     monkeypatch.undo()  # Inductor itself
     size = Size("small", B=2, T=256, layers=2, H=2, C=128, vocab=256)
-    bench = Bench.of(size, 4, torch.device("cuda"), text)
+    setting = Setting.of(size, 4, torch.device("cuda"), text)
     rows = [TrainRow.of(size, 4, mode, name) for name in ATTENTIONS]
-    train_speed.measure_case(rows, bench, 0.0)
+    train_speed.measure_case(rows, setting, 0.0)
     for row in rows:
         assert (row.status, row.note) == ("ok", ""), row
         assert row.ms > 0

@@ -84,7 +84,7 @@ def gate_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no tensor has a NaN or an infinity; waits for the device once."""
+    """Whether no tensor has a NaN or an infinity; synchronizes once."""
     largest = [t.detach().abs().max().float() for t in tensors]  # max carries NaN along
     return not largest or bool(torch.stack(largest).isfinite().all())
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MIN_CAPABILITY = (8, 0)
 MIN_HEAD_DIM = 16  # on a GPU: what Triton's products need
 BLOCK = 128  # queries, and keys, in a block of a mask; FlexAttention's own size
-KEPT = 64  # masks, and caps, that are kept
+KEPT = 64  # masks, and caps, in the cache
 
 # Projection and packing have nothing to do with FlexAttention: PyTorch's own, differentiable.
 project = sdpa.project
@@ -90,8 +90,8 @@ def packed_attention(
     if q_pack.numel() == 0 or T_k == 0:
         return sdpa.packed_attention(q_pack, k_pack, v, options)  # zeros: nothing to attend to
     left, right = options.reach
-    # The first rows may have no key. FlexAttention's releases differ in what they make of those,
-    # so they are not given to it; a copy, as the compiler takes rows with gaps for another layout.
+    # The first rows may have no key. FlexAttention's releases treat such rows differently, so they
+    # are left out; a copy, as the compiler takes rows with gaps for another layout.
     blind = max(0, T_q - T_k - right) if right >= 0 else 0
     if blind:
         q_pack = q_pack[:, blind:].contiguous()
@@ -105,7 +105,7 @@ def packed_attention(
         numbers = _numbers(q, k, options, make_mask(*mask), make_cap)
         out, lse = _attend(q, k, v, with_lse, numbers)
     else:
-        with torch.inference_mode(False):  # a later call may train with what is kept
+        with torch.inference_mode(False):  # a later call may train with the cached mask
             numbers = _numbers(q, k, options, make_mask(*mask), make_cap)
         for t in (q, k, v):
             internals.mark_static(t, (1, 3))
@@ -217,11 +217,11 @@ def _compiled(configuration: Configuration) -> Callable[..., tuple[Tensor, Tenso
     return torch.compile(attend, dynamic=True, fullgraph=True)
 
 
-# Masks and score_mods. Their numbers are tensors, so that another number is no other code.
+# Masks and score_mods. Bounds are tensors, so a new value does not recompile.
 
 
 def kept(make: Any, device: torch.device) -> Callable[..., Any]:
-    """``_mask`` or ``_cap``; without its memory where what is made now is of no use later."""
+    """``_mask`` or ``_cap``; uncached where tensors made now must not be reused (tracing)."""
     return make if may_keep(device) else make.__wrapped__
 
 
@@ -235,7 +235,7 @@ def _mask(T_q: int, T_k: int, left: int, right: int, device: torch.device) -> "B
 
     q_first, k_first = (torch.arange(0, T, BLOCK, device=device) for T in (T_q, T_k))
     q_last, k_last = q_first + BLOCK - 1, k_first + BLOCK - 1
-    # How far keys are ahead of queries: the least and the most of each block, [q_blocks, k_blocks].
+    # Key position minus query position: least and greatest of each block, [q_blocks, k_blocks].
     least = k_first - q_last.clamp(max=T_q - 1)[:, None]
     most = k_last.clamp(max=T_k - 1) - q_first[:, None]
     some = torch.ones_like(least, dtype=torch.bool)

@@ -289,7 +289,7 @@ def decode_attention(
 ) -> Tensor:
     """Attention of each sequence's last tokens over a cache: ``[B, T_q, H, D]``.
 
-    On a CPU the lengths can be read for nothing, and each sequence is a call on its keys alone.
+    On a CPU reading the lengths is free, and each sequence is a call on its own keys.
     """
     if q_pack.numel() == 0 or max_length == 0:
         return torch.zeros_like(q_pack, memory_format=torch.contiguous_format)
@@ -303,16 +303,16 @@ def decode_attention(
 
 
 def _readable(lengths: Tensor) -> bool:
-    """Whether reading them waits for nothing and nothing is traced."""
+    """Whether reading them does not synchronize and nothing is traced."""
     return lengths.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _decode_masked(
     q_pack: Tensor, k_pack: Tensor, v: Tensor, lengths: Tensor, options: AttentionOptions
 ) -> Tensor:
-    """With a mask, not knowing the lengths.
+    """With a mask, for lengths that stay on the device.
 
-    What lies beyond a length may be anything, a NaN too, so it is set to zero in a copy.
+    Values beyond a length are undefined, perhaps NaN, so a copy has zeros there.
     """
     (_, T_q), T_k, left = q_pack.shape[:2], k_pack.shape[1], options.reach[0]
     keys = torch.arange(T_k, device=lengths.device)
@@ -336,7 +336,7 @@ def _decode_masked(
 def append_(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Tensor) -> None:
     """``k, v [B, T, H_kv, D]`` after the ``lengths [B]`` tokens of each sequence, which grow by T.
 
-    What a replayed graph appends beyond the end goes to the last place: it cannot raise.
+    A replayed graph cannot raise: tokens beyond the end overwrite the last row.
     """
     (B, T), max_len = k.shape[:2], k_cache.shape[1]
     places = lengths.long()[:, None] + torch.arange(T, device=k.device)
@@ -373,7 +373,7 @@ def _allowed(
 
 
 def _without_a_key(mask: Tensor) -> Tensor:
-    """``[..., T_q, 1]``, True for a query that sees nothing. It gives 0."""
+    """``[..., T_q, 1]``, True for a query without an allowed key, which gives 0."""
     return ~mask.any(dim=-1, keepdim=True)
 
 
@@ -383,7 +383,7 @@ def _without_a_key(mask: Tensor) -> Tensor:
 def _by_mathematics(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor | None]:
-    """Output and logsumexp of ``[B, H, T, D]`` operands; autograd may record any order of it."""
+    """Output and logsumexp of ``[B, H, T, D]`` operands, differentiable to any order."""
     parts = _in_steps(_plain, q, (k, v), options)
     if len(parts) == 1:
         return parts[0]
@@ -392,7 +392,7 @@ def _by_mathematics(
 
 
 def logsumexp(q: Tensor, k: Tensor, options: AttentionOptions) -> Tensor:
-    """Natural logsumexp of the scores, ``[B, H, T_q]`` float32: kernels of PyTorch's lack it."""
+    """Natural logsumexp of the scores, ``[B, H, T_q]`` float32, which SDPA does not return."""
     parts = _in_steps(_logsumexp, q, (k,), options)
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
@@ -402,7 +402,7 @@ def _in_steps(
 ) -> list[Any]:
     """``compute(q, *others, mask, options)`` of as many queries at once as have ``MAX_SCORES``.
 
-    Where there are more, their scores are computed again in the backward pass: none are kept.
+    Where there are more, backward recomputes their scores: none are saved.
     """
     (B, H, T_q), T_k = q.shape[:3], others[0].shape[2]
     others = tuple(t.float() for t in others)  # gradients of steps add up in float32
@@ -493,7 +493,7 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _transformed() -> bool:
-    """Whether a compiler or torch.func looks at the call: they differentiate what they see."""
+    """Whether a compiler or torch.func traces the call: they differentiate the traced operators."""
     return torch.compiler.is_compiling() or internals.transforms_active()
 
 
@@ -541,9 +541,9 @@ def _sdpa(
 
 
 def _wants_equal_heads(dtype: torch.dtype, mask: Tensor | None) -> bool:
-    """Whether the one kernel that keeps no scores knows no grouped heads.
+    """Whether the only kernel that saves no scores does not support grouped heads.
 
-    Flash attention does, but it is for 16 bits without a mask.
+    Flash attention supports them, but only in 16 bits without a mask.
     """
     return dtype == torch.float32 or mask is not None
 
@@ -551,8 +551,8 @@ def _wants_equal_heads(dtype: torch.dtype, mask: Tensor | None) -> bool:
 def _aligned(t: Tensor) -> Tensor:
     """``t [..., D]``, or a copy where rows of whole loads lie off a load's alignment.
 
-    The kernels do not look, and a misaligned load ends the process's CUDA context. Rows that are
-    not whole loads they refuse, or PyTorch pads them. A compiler sees no addresses: it copies.
+    The kernels do not check, and a misaligned load ends the process's CUDA context. Rows that are
+    not whole loads are refused, or padded by PyTorch. A compiler has no data pointers: it copies.
     """
     size = t.element_size()
     if t.shape[-1] * size % ALIGNMENT or not t.numel():
@@ -566,7 +566,7 @@ def _aligned(t: Tensor) -> Tensor:
 
 
 def _address(t: Tensor) -> int:
-    """Where ``t`` begins; its place in its storage where it has no memory of its own."""
+    """The data pointer of ``t``; its storage offset where it has none."""
     if type(t) in (Tensor, Parameter):  # not a tracer's
         try:
             return t.data_ptr()

@@ -62,7 +62,7 @@ class RACausalSelfAttention(nn.Module):
     Both start as GPT-2 does: normal weights of standard deviation 0.02, zero biases.
     """
 
-    _factors: tuple[ComposedLinear, ...] = ()  # what fuse_ has set aside; no child of this module
+    _factors: tuple[ComposedLinear, ...] = ()  # set aside by fuse_; not a child of this module
 
     def __init__(
         self,
@@ -105,7 +105,8 @@ class RACausalSelfAttention(nn.Module):
             dtype: of the parameters.
 
         Raises:
-            TypeError: counts that are no ints, numbers that are none, flags that are no bools.
+            TypeError: counts that are not ints, rates that are not numbers, flags that are not
+                bools.
             ValueError: sizes that do not divide, values out of range, unknown choices.
         """
         super().__init__()

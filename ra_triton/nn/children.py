@@ -1,7 +1,7 @@
 """Which children a layer may read, and which it has to call.
 
-A layer that reads the weight of a child never calls it, so whatever was put around the child would
-be ignored without a word: hooks, adapters, parametrisations, a weight that a hook brings in.
+A layer that reads the weight of a child never calls it, so it would silently ignore anything around
+the child: hooks, adapters, parametrisations, weights that a hook loads.
 """
 
 from collections.abc import Collection
@@ -28,7 +28,7 @@ def is_readable(child: nn.Module | None, kinds: Kinds) -> bool:
 
 
 def is_plain(child: nn.Module | None, kinds: Kinds) -> bool:
-    """Whether nobody could tell reading ``child`` from calling it: readable, and not watched."""
+    """Whether reading ``child`` is indistinguishable from calling it: readable, without hooks."""
     return is_readable(child, kinds) and not (
         child._backward_hooks  # type: ignore[union-attr]
         or child._backward_pre_hooks  # type: ignore[union-attr]
@@ -38,5 +38,5 @@ def is_plain(child: nn.Module | None, kinds: Kinds) -> bool:
 
 
 def is_ordinary(weight: Tensor | None) -> bool:
-    """Whether a weight is the numbers that it shows: no sharded, quantized or other subclass."""
+    """Whether a weight is a plain tensor: no sharded, quantized or other subclass."""
     return weight is not None and not hasattr(type(weight), "__tensor_flatten__")

@@ -31,8 +31,8 @@ class ComposedLinear(nn.Module):
 
     ``weight`` is ``[N, C]``, ``N = (H + 2 * H_kv) * D`` (``3 * C`` without grouped heads), and
     ``bias`` ``[N]`` in packed order, composed by :func:`ra_triton.compose_weights`, so gradients
-    reach every factor. They are composed anew on each call and each access, and never kept: a write
-    to a factor is seen by whatever route it came, and one to ``weight`` is a write to a copy. For
+    reach every factor. They are composed anew on each call and each access, and never cached: any
+    write to a factor takes effect, and a write to ``weight`` changes only a copy. For
     inference ``RACausalSelfAttention.fuse_`` composes once.
 
     Attributes:

@@ -17,8 +17,8 @@ class RotaryTables:
     """``cos, sin`` ``[positions, rope_dims / 2]`` in float32, as Hugging Face computes them.
 
     They are no buffers of the module, so casting a model leaves them in float32, and no checkpoint
-    holds them. Tables that were needed once are kept for each device and stream, twice as long as
-    they had to be; not while something is traced, transformed or captured.
+    holds them. Tables are cached for each device and stream, twice as long as they had to be; not
+    while tracing, in a transform or in a capture.
 
     Attributes:
         rope_dims: lanes that turn.
@@ -37,7 +37,7 @@ class RotaryTables:
         """
         B, T = q.shape[:2]
         if isinstance(position, Tensor):
-            # Every token has a row of its own, so the host need not know how far they reach.
+            # One row for each token, so the host need not know the largest position.
             position = check_positions(position, q)
             if position.dim() == 1:
                 position = position[:, None] + torch.arange(T, device=q.device)
