@@ -185,14 +185,14 @@ def _composed(factors: Factors, W_q: Tensor, W_k: Tensor, W_v: Tensor) -> Tensor
         number if gate is None else gate
         for gate, number in ((factors.w_std, factors.std), (factors.w_rec, factors.rec))
     )
-    recip = q.new_empty(D, 0) if recip is None else recip
-    recip = recip.expand(H, D, layout.R)
-    every_k = k if H_kv == H else k.repeat_interleave(H // H_kv, dim=1)
+    recip = (q.new_empty(D, 0) if recip is None else recip).expand(H, D, layout.R)
+    group = H // H_kv
+    every_k = k if group == 1 else k.repeat_interleave(group, dim=1)
     with _no_autocast(q.device):  # the low lanes stay as exact as the rest
         q_low = torch.einsum("chd,hdr->chr", q, recip)
         k_low = torch.einsum("chd,hdr->chr", every_k, recip)
-    if H_kv < H:
-        q_low = q_low.unflatten(1, (H_kv, H // H_kv)).mean(2)
+    if group > 1:
+        q_low = q_low.unflatten(1, (H_kv, group)).mean(2)
     sections = {
         "q_std": _gated(w_std, q[..., : layout.d_std]),
         "k_std": k[..., : layout.d_std],

@@ -418,7 +418,6 @@ def compose_gradients(
         t.new_empty(t.shape) if t is not None and need else None
         for t, need in zip(tensors, wanted, strict=True)
     ]
-    dW_q, dW_k, dW_v, dW_recip, dw_std, dw_rec, *dbiases = grads
     target = target_of(W_q.device)
     present = tuple(grad is not None for grad in grads)
     aligned = None if dbias is None else dbias.data_ptr() % 16 == 0
@@ -427,18 +426,14 @@ def compose_gradients(
         W_q.device, *key, layout_of(dw), dw.dtype, aligned, present, target
     )
     parts = W_q.new_empty(scratch, dtype=torch.float32) if second is not None else None
-    weights = [
-        (dW if dW is not None else db, db if db is not None else dW)
-        for dW, db in zip((dW_q, dW_k, dW_v), dbiases, strict=True)
-    ]
-    (q, bq), (k, bk), (v, bv) = weights
-    t = tensors
-    operands = (t[0], t[1], *t[3:8], dw, dbias)
     if first is not None:
-        first(*operands, q, k, v, bq, bk, bv, parts)
+        pairs = list(zip(grads[:3], grads[6:], strict=True))  # one stands for both, unused
+        weights = [weight if weight is not None else bias for weight, bias in pairs]
+        biases = [bias if bias is not None else weight for weight, bias in pairs]
+        first(*tensors[:2], *tensors[3:8], dw, dbias, *weights, *biases, parts)
     if second is not None:
-        second(parts, dW_recip, dw_std, dw_rec)
-    return (*grads[:6], *dbiases)
+        second(parts, *grads[3:6])
+    return tuple(grads)
 
 
 @planned
@@ -530,12 +525,9 @@ def _sums_plan(
         return Sums(begin, elements, parts, elements, stride_p, programs)
 
     recip, w_std, w_rec = layouts[3:6]
-    of_heads = recip is not None and len(recip.shape) == 3
-    all_sums = {
-        "recip": sums("RECIP", 0, H, elements, partial.parts, H * elements)
-        if of_heads
-        else sums("RECIP", 0, 1, elements, partial.parts * H, elements)
-    }
+    groups = H if recip is not None and len(recip.shape) == 3 else 1
+    n_parts = partial.parts * H // groups
+    all_sums = {"recip": sums("RECIP", 0, groups, elements, n_parts, elements * groups)}
     for i, (name, of) in enumerate((("std", w_std), ("rec", w_rec))):
         begin = partial.gates + i * n_gates * H
         width = H if of is not None and of.shape else 1

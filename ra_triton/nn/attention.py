@@ -344,7 +344,8 @@ class RACausalSelfAttention(nn.Module):
                 "may be more than x @ weight: first merge or remove what is around it (an adapter, "
                 "hooks, a parametrisation)"
             )
-        return _fused(self.c_attn, self.backend)
+        # Also where the kernels cannot run, as on a CPU, before a layer moves to its GPU.
+        return _fused(self.c_attn, "auto" if self.backend == "triton" else self.backend)
 
     @torch.no_grad()
     def fuse_(self) -> "RACausalSelfAttention":
