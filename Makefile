@@ -13,11 +13,11 @@ sweep: $(VENV)/.installed            ## measure reciprocal attention against pla
 
 test: $(VENV)/.installed             ## hold the kernels against the reference, without the slow tests
 	$(if $(ARGS),,@echo "$(TEST_TIME); make test-all runs what is left out")
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-all: $(VENV)/.exchange          ## all tests, also those that compare with Hugging Face's models
 	$(if $(ARGS),,@echo "$(TEST_ALL_TIME)")
-	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(BIN)/python -m pytest -n 2 -m "slow or not slow" $(ARGS)
+	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow" $(ARGS)
 
 matrix:                              ## every supported pair of torch and Triton, several GB each
 	$(PYTHON) tests/matrix.py $(ARGS)

@@ -1,5 +1,6 @@
 """The interpreter and its products, NaN-poisoned allocation, seeds, profiles, GPU marker."""
 
+import operator
 import os
 import sys
 from contextlib import nullcontext
@@ -89,6 +90,45 @@ def _product(a, b, dtype):
 
 
 @pytest.fixture(autouse=True, scope="session")
+def quicker_interpreter():
+    """More than half of the interpreter's time, saved.
+
+    Every call of a jit function, also by a kernel, puts the interpreter's functions in place of all
+    members of ``triton.language``: here once for each module with kernels. Every sum, difference
+    and product of integers is computed again in 64 bits by a dozen of the interpreter's own
+    operations, but an overflow is never reported: here NumPy computes it, and an overflow raises.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patched, patch_language = set(), interpreter._patch_lang
+
+    def patch_once(fn):
+        if fn.__module__ not in patched:
+            patched.add(fn.__module__)
+            patch_language(fn)
+        return interpreter._LangPatchScope()  # of nothing that a launch would have to restore
+
+    semantic = interpreter.interpreter_semantic
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        patch.setattr(semantic, "binary_op_sanitize_overflow_impl", _assert_no_overflow)
+        yield
+
+
+def _assert_no_overflow(a, b, operation):
+    """Of ``add``, ``sub`` or ``mul``, of two of the interpreter's tensors below 64 bits."""
+    dtype = a.type.scalar
+    if dtype.int_bitwidth < 64:
+        a, b = (t.handle.data.astype(np.int64) for t in (a, b))
+        exact = getattr(operator, operation.__name__)(a, b)
+        fits = dtype.get_int_min_value() <= exact.min() and exact.max() <= dtype.get_int_max_value()
+        assert fits, f"overflow of {dtype} in {operation.__name__}"
+
+
+@pytest.fixture(autouse=True, scope="session")
 def uncompiled_flex_attention():
     """FlexAttention by its own definition in eager PyTorch: to compile for a CPU takes seconds.
 
@@ -121,6 +161,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    """What takes minutes comes first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_static.py")
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, this machine has none")

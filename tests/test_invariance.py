@@ -1,7 +1,9 @@
 """What must not change a result: neighbours, later tokens, layout, memory around, program order."""
 
 import math
+import operator
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -325,3 +327,40 @@ def interpreted_dot(a, b):
     zeros = torch.zeros(*a.data.shape[:-1], b.data.shape[-1]).numpy()
     dot = interpreter_builder.create_dot(a, b, TensorHandle(zeros, tl.float32), None, None)
     return torch.from_numpy(dot.data)
+
+
+OVERFLOWS = [
+    ("add", 2**31 - 1, 1),
+    ("sub", -(2**31), 1),
+    ("mul", 2**16, 2**15),
+    ("mul", -46341, 46341),
+]
+NONE = [
+    ("add", 2**31 - 1, 0),
+    ("sub", -(2**31), 0),
+    ("mul", -(2**16), 2**15),
+    ("mul", 46340, 46340),
+]
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU wraps around without a word")
+@pytest.mark.parametrize(
+    ("operation", "a", "b", "overflows"),
+    [*((*case, True) for case in OVERFLOWS), *((*case, False) for case in NONE)],
+)
+def test_the_interpreter_notices_an_overflow(operation, a, b, overflows):
+    """In 32 bits and not in 64: of a number, and of the last element of a tile."""
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle, interpreter_semantic
+
+    for width, count in ((32, 1), (32, 4), (64, 4)):
+        dtype = getattr(tl, f"int{width}")
+        values = [torch.zeros(count, dtype=getattr(torch, f"int{width}")) for _ in range(2)]
+        for value, last in zip(values, (a, b), strict=True):
+            value[-1] = last
+        kind = dtype if count == 1 else tl.block_type(dtype, [count])
+        tensors = [tl.tensor(TensorHandle(value.numpy(), dtype), kind) for value in values]
+        raises = pytest.raises(AssertionError, match="overflow of int32")
+        with raises if overflows and width == 32 else nullcontext():
+            result = getattr(interpreter_semantic, operation)(*tensors, True)
+            assert result.handle.data[-1] == getattr(operator, operation)(a, b)

@@ -24,13 +24,20 @@ WITH_PRODUCTS = {
 }
 
 
-def compiled(folder: Path, *arguments: str) -> list[dict]:
-    """Rows of ``bench/static.py``, in a process where kernels are not interpreted."""
+# Command lines of bench/static.py, one after the other: to import Triton takes as long as a kernel.
+RUN_ALL = "import json, sys; from bench.static import main\n"
+RUN_ALL += "for arguments in json.loads(sys.argv[1]): assert main(arguments) == 0"
+
+
+def compiled(folder: Path, *command_lines: list[str]) -> list[list[dict]]:
+    """Rows of each command line, from a process where kernels are not interpreted."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.static", *arguments, "--json", str(folder / "rows")]
+    files = [folder / str(i) for i in range(len(command_lines))]
+    lines = [[*line, "--json", str(f)] for line, f in zip(command_lines, files, strict=True)]
+    command = [sys.executable, "-c", RUN_ALL, json.dumps(lines)]
     run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    return json.loads((folder / "rows").read_text())["kernels"]
+    return [json.loads(file.read_text())["kernels"] for file in files]
 
 
 def faults(row: dict) -> list[str]:
@@ -66,25 +73,24 @@ def assert_sound(rows: list[dict], complete: bool) -> None:
     assert not found, "\n".join([*found, f"If that is intended: {static_budget.UPDATE}"])
 
 
-@pytest.mark.parametrize(
-    ("target", "kernels", "number"),
-    [
-        ("sm_90", "^attention_forward_hopper .* D=(64|128) causal=True( T=1024)?$", 3),
-        ("sm_90", "^(key_value|query)_gradient bfloat16 D=64 causal=True", 2),
-        ("sm_80", "^(attention_forward|key_value_gradient) bfloat16 D=64 causal=True", 2),
-        ("sm_120", "^(attention_forward|delta|pack) float16 D=64 (causal|in_place)=True", 3),
-    ],
-)
-def test_main_kernels_are_sound_and_within_their_budget(target, kernels, number, tmp_path):
-    rows = compiled(tmp_path, "--target", target, "--kernel", kernels)
-    assert len(rows) == number
-    assert_sound(rows, complete=False)
+MAIN = [  # target, kernels, how many they are
+    ("sm_90", "^attention_forward_hopper .* D=(64|128) causal=True( T=1024)?$", 3),
+    ("sm_90", "^(key_value|query)_gradient bfloat16 D=64 causal=True", 2),
+    ("sm_80", "^(attention_forward|key_value_gradient) bfloat16 D=64 causal=True", 2),
+    ("sm_120", "^(attention_forward|delta|pack) float16 D=64 (causal|in_place)=True", 3),
+]
+
+
+def test_main_kernels_are_sound_and_within_their_budget(tmp_path):
+    found = compiled(tmp_path, *(["--target", t, "--kernel", kernels] for t, kernels, _ in MAIN))
+    assert [len(rows) for rows in found] == [number for *_, number in MAIN]
+    assert_sound([row for rows in found for row in rows], complete=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ARCHITECTURES)
 def test_shipped_kernels_are_sound_and_within_their_budget(target, tmp_path):
-    rows = compiled(tmp_path, "--target", target)
+    (rows,) = compiled(tmp_path, ["--target", target])
     elsewhere = set() if target == "sm_90" else set(static.HOPPER)
     assert {row["stage"] for row in rows} == set(static.STAGES) - elsewhere
     assert_sound(rows, complete=True)
@@ -93,22 +99,23 @@ def test_shipped_kernels_are_sound_and_within_their_budget(target, tmp_path):
         pytest.skip(f"the counts are of Triton {budget['triton']}, not {triton.__version__}")
 
 
-@pytest.mark.parametrize(
-    ("target", "block_m", "block_n", "num_stages", "expected"),
-    [
-        ("sm_80", 128, 128, 1, "spills"),
-        ("sm_90", 64, 64, 2, "serialised WGMMA"),
-        ("sm_80", 64, 64, 1, "no asynchronous copies"),
-        ("sm_86", 128, 64, 8, "shared memory"),
-    ],
-)
-def test_the_inspection_finds_a_planted_bad_config(
-    target, block_m, block_n, num_stages, expected, tmp_path
-):
-    plan = {"block_m": block_m, "block_n": block_n, "num_warps": 4, "num_stages": num_stages}
-    kernel = ("--target", target, "--kernel", "attention_forward bfloat16 D=64 causal=True")
-    (row,) = compiled(tmp_path, *kernel, "--config", "attention_forward", json.dumps(plan))
-    assert any(expected in fault for fault in faults(row))
+BAD_CONFIGS = [  # target, BLOCK_M, BLOCK_N, stages, what is wrong with them
+    ("sm_80", 128, 128, 1, "spills"),
+    ("sm_90", 64, 64, 2, "serialised WGMMA"),
+    ("sm_80", 64, 64, 1, "no asynchronous copies"),
+    ("sm_86", 128, 64, 8, "shared memory"),
+]
+
+
+def test_the_inspection_finds_planted_bad_configs(tmp_path):
+    lines = []
+    for target, block_m, block_n, num_stages, _ in BAD_CONFIGS:
+        plan = {"block_m": block_m, "block_n": block_n, "num_warps": 4, "num_stages": num_stages}
+        config = ["--config", "attention_forward", json.dumps(plan)]
+        kernel = ["--kernel", "attention_forward bfloat16 D=64 causal=True", *config]
+        lines.append(["--target", target, *kernel])
+    for (*config, expected), (row,) in zip(BAD_CONFIGS, compiled(tmp_path, *lines), strict=True):
+        assert any(expected in fault for fault in faults(row)), config
 
 
 ROW = {
