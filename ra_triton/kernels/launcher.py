@@ -218,7 +218,8 @@ _Call = tuple[tuple[Any, ...], tuple[Any, ...], Sequence[Any], bool]
 def _passed(launch: Launch, tensors: Sequence[Any]) -> _Call:
     """What Triton passes its C launcher: before the stream, after it, then the varying values.
 
-    Newer launchers take the kernel's arguments as one sequence, which the last value says.
+    Newer launchers take the kernel's arguments as one tuple or list, which the last value says; a
+    bundle, which is a NamedTuple, says nothing.
     """
     try:
         launch(*tensors)
@@ -230,7 +231,7 @@ def _passed(launch: Launch, tensors: Sequence[Any]) -> _Call:
     call = tuple(None if any(value is hook for hook in hooks) else value for value in call)
     at = next(i for i, value in enumerate(call) if value is _STREAM)
     before, after = call[:at], call[at + 1 :]
-    if isinstance(after[-1], list | tuple):
+    if type(after[-1]) in (list, tuple):
         return before, after[:-1], after[-1], True
     return before, (), after, False
 
