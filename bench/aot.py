@@ -105,9 +105,15 @@ class Compiled:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """The values of its constexpr arguments, e.g. ``{"BLOCK_M": 128}``."""
-        names = self.kernel.src.fn.arg_names
-        return {names[path[0]]: value for path, value in self.kernel.src.constants.items()}
+        """The values of its constexpr arguments, e.g. ``{"BLOCK_M": 128}``, bundles opened."""
+        source: Any = self.kernel.src
+        found: dict[str, Any] = {}
+        for path, value in source.constants.items():
+            if hasattr(value, "_asdict"):
+                found |= value._asdict()
+            elif len(path) == 1:  # others are sizes and strides of 1
+                found[source.fn.arg_names[path[0]]] = value
+        return found
 
     @property
     def element_size(self) -> int:

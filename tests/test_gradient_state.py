@@ -58,7 +58,8 @@ def launched(monkeypatch):
     def launch(plan, *tensors):
         name = plan.kernel.__name__.strip("_")
         if name in ("delta_kernel", "key_value_gradient_kernel", "query_gradient_kernel"):
-            flags = [flag for flag in ("NEED_DK", "NEED_DV") if plan.arguments.get(flag)]
+            variant = plan.arguments.get("V")  # delta has none
+            flags = [flag for flag in ("NEED_DK", "NEED_DV") if getattr(variant, flag, False)]
             names.append(" ".join([name, *flags]))
         call(plan, *tensors)
 

@@ -5,6 +5,7 @@ import threading
 import warnings
 import weakref
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,8 +23,18 @@ from ra_triton.kernels import plans
 from ra_triton.kernels.launcher import ADDRESSES, Descriptors, launcher
 
 META = {"swizzle": 3, "elem_size": 2, "elem_type": 5, "block_size": [2, 8], "fp4_padded": False}
-SIGNATURE = {0: "*fp16", 1: "tensordesc<fp16[2, 8]>", 2: "*fp32", 3: "i32", 4: "constexpr"}
-GRID, REST = (3, 1, 1), [11, True]
+
+
+class Bundle(NamedTuple):
+    """Several arguments of a kernel in one."""
+
+    first: object
+    second: object
+
+
+SIGNATURE = {0: "*fp16", 1: "tensordesc<fp16[2, 8]>", 2: "*fp32", 3: "i32"}
+SIGNATURE |= {4: Bundle(Bundle("i32", "constexpr"), "fp32"), 5: "constexpr"}
+GRID, REST = (3, 1, 1), [11, Bundle(Bundle(22, 1), 0.5), Bundle(64, "ieee")]
 
 
 class Kernel(CompiledKernel):
@@ -127,7 +138,7 @@ def test_the_c_launcher_gets_what_triton_would_pass(driver, how):
         expected, found = (list(flat(call)) for call in calls)
         assert found == expected
         assert [t is not None and t.data_ptr() in found for t in given] == [True, not bulk, False]
-        assert {77, 1234, 11}.issubset(v for v in found if isinstance(v, int))
+        assert {77, 1234, 11, 22, 64}.issubset(v for v in found if isinstance(v, int))
         calls.clear()
 
 
@@ -203,6 +214,21 @@ def test_an_unknown_launcher_is_called_as_triton_calls_it(driver, how):
     launch(*first)
     launch(*first)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_bundle_is_not_taken_for_the_sequence_of_all_arguments(nested):
+    """Triton 3.6 passes arguments one by one, so that a bundle may be the last."""
+    values = (*tensors(), *REST)
+
+    def launch(*given):
+        after = (1234, None, [*given, *REST]) if nested else (1234, *given, *REST)
+        raise launcher_module._Passed((*GRID, launcher_module._STREAM, *after))
+
+    before, fixed, found, is_nested = launcher_module._passed(launch, values[:3])
+    assert (before, is_nested) == (GRID, nested)
+    assert list(found[-3:]) == REST
+    assert (len(fixed), len(found)) == ((2, 6) if nested else (0, 7))
 
 
 A, B = torch.zeros(2), torch.zeros(2)

@@ -13,7 +13,7 @@ from budget import assert_bitwise, assert_projection_close
 from strategies import DEVICE, normal
 
 import ra_triton
-from ra_triton.kernels import plans, tiles
+from ra_triton.kernels import attention_arguments, plans
 from ra_triton.kernels.configs import LaunchConfig
 from ra_triton.layout import Columns
 from ra_triton.offsets import Offsets
@@ -41,8 +41,8 @@ def test_a_layout_is_all_that_a_launch_depends_on():
     [(96, 0.5, 96), (96, 1.0, 96), (96, 1.01, 48), (192, 2.0, 96), (7, 3.0, 3), (3, 100.0, 1)],
 )
 def test_heads_are_cut_into_equal_sections_that_fit(heads, share, expected):
-    bytes_per_head = int(share * tiles.SECTION_BYTES / heads)
-    assert tiles.heads_per_section(heads, bytes_per_head) == expected
+    bytes_per_head = int(share * attention_arguments.SECTION_BYTES / heads)
+    assert attention_arguments.heads_per_section(heads, bytes_per_head) == expected
 
 
 @pytest.mark.slow
@@ -58,7 +58,7 @@ def test_sections_of_heads_change_no_bit(monkeypatch, fresh_plans, causal):
     whole = run()
     total = 2 * k.numel() * k.element_size()
     for share in (2, 3, 100):  # with the former two the last section is shorter
-        monkeypatch.setattr(tiles, "SECTION_BYTES", total // share)
+        monkeypatch.setattr(attention_arguments, "SECTION_BYTES", total // share)
         plans.forget_plans()
         for sectioned, expected in zip(run(), whole, strict=True):
             assert_bitwise(sectioned, expected)

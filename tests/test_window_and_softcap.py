@@ -292,15 +292,13 @@ for kernel in (forward._attention_forward_kernel, backward._key_value_gradient_k
 
 def test_a_new_window_never_recompiles():
     """The sides are runtime numbers of which the compiler does not look at the values."""
-    from ra_triton.kernels.tiles import mask_arguments
+    from ra_triton.kernels.attention_arguments import mask_of
 
-    flags = [
-        mask_arguments(64, 64, False, w) for w in ((3, 0), (1, 16), (0, 0), (-1, 5), (100, -1))
-    ]
-    assert {(f["CAUSAL"], f["WINDOW"]) for f in flags} == {(False, True)}
-    assert mask_arguments(64, 64, True, (3, 5)) == mask_arguments(64, 64, True, (3, 0))
-    assert mask_arguments(64, 64, True, (-1, 5)) == mask_arguments(64, 64, True, (-1, -1))
-    assert not mask_arguments(64, 64, False, (-1, -1))["WINDOW"]
+    flags = [mask_of(64, 64, False, w) for w in ((3, 0), (1, 16), (0, 0), (-1, 5), (100, -1))]
+    assert {(f.CAUSAL, f.WINDOW) for f in flags} == {(False, True)}
+    assert mask_of(64, 64, True, (3, 5)) == mask_of(64, 64, True, (3, 0))
+    assert mask_of(64, 64, True, (-1, 5)) == mask_of(64, 64, True, (-1, -1))
+    assert not mask_of(64, 64, False, (-1, -1)).WINDOW
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-c", GENERIC],

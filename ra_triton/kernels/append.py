@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ra_triton.kernels.configs import launch_config
 from ra_triton.kernels.plans import Layout, Plan, layout_of, on_16_bytes, planned
-from ra_triton.kernels.tiles import follow, strides_by_name, target_of
+from ra_triton.kernels.tiles import follow, row_at, strides_of, target_of
 
 
 @triton.jit
@@ -25,12 +25,8 @@ def _append_kernel(
     k_cache_ptr,
     v_cache_ptr,
     lengths_ptr,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
+    k_strides,
+    v_strides,
     T,
     H_kv,
     max_len,
@@ -52,12 +48,8 @@ def _append_kernel(
         inside = (t < T) & (place >= 0) & (place < max_len)
         mask = inside[:, None] & (lane < D)
         t, h = t.to(tl.int64)[:, None], h.to(tl.int64)[:, None]
-        k = tl.load(
-            k_ptr + b * stride_kb + t * stride_kt + h * stride_kh + lane, mask=mask, other=0.0
-        )
-        v = tl.load(
-            v_ptr + b * stride_vb + t * stride_vt + h * stride_vh + lane, mask=mask, other=0.0
-        )
+        k = tl.load(row_at(k_ptr, k_strides, b, t, h) + lane, mask=mask, other=0.0)
+        v = tl.load(row_at(v_ptr, v_strides, b, t, h) + lane, mask=mask, other=0.0)
         offset = ((b * max_len + place.to(tl.int64)[:, None]) * H_kv + h) * D + lane
         tl.store(k_cache_ptr + offset, k, mask=mask)
         tl.store(v_cache_ptr + offset, v, mask=mask)
@@ -88,7 +80,8 @@ def _plan(
     B, T, H_kv, D = k.shape
     config = launch_config("append", D, dtype, target, False)
     arguments = {
-        **strides_by_name(k=k, v=v),
+        "k_strides": strides_of(k),
+        "v_strides": strides_of(v),
         "T": T,
         "H_kv": H_kv,
         "max_len": max_len,

@@ -22,32 +22,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ra_triton.kernels.attention_arguments import Attention, as_tokens, attention_of
 from ra_triton.kernels.configs import LaunchConfig, launch_config
-from ra_triton.kernels.plans import Bulk, Layout, Plan, layout_of, on_16_bytes, planned
+from ra_triton.kernels.plans import Layout, Plan, layout_of, on_16_bytes, planned
 from ra_triton.kernels.tiles import (
     LN2,
     LOG2E,
-    as_tokens,
+    Place,
     block_d_of,
-    capped,
     dot,
     dot_precision,
     follow,
     head_and_tile,
     head_offset,
-    heads_per_section,
-    is_aligned,
-    is_wide,
+    indices_of,
     kept,
     key_range,
     load_rows,
-    mask_arguments,
     query_range,
-    rows_in_bulk,
-    score_arguments,
+    raw_scores,
+    row_at,
+    rows_of,
     sequence,
     store_rows,
-    strides_by_name,
+    strides_of,
     target_of,
 )
 from ra_triton.offsets import Offsets, flat, lengths
@@ -59,16 +57,13 @@ Operands = tuple[Layout, Layout, Layout, Layout]  # q, k, v, do
 def _delta_kernel(
     o_ptr,  # contiguous [B, T, H, D]
     do_ptr,
-    dlse_ptr,  # contiguous [B, H, T]
+    dlse_ptr,  # contiguous [B, H, T], or None
     delta_ptr,  # [B, H, T]
-    stride_gb,
-    stride_gt,
-    stride_gh,
+    do_strides,
     T,
     H,
     n_rows,
     D: tl.constexpr,
-    HAS_DLSE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
@@ -76,96 +71,66 @@ def _delta_kernel(
     """``delta = Σ_d o do - dlse``; a row is one token of one head."""
     follow(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    b = tl.cast(row // (T * H), tl.int64)
-    t = tl.cast(row // H % T, tl.int64)
-    h = tl.cast(row % H, tl.int64)
+    b, t, h = indices_of(row, T, H)
     offs_d = tl.arange(0, BLOCK_D)
     mask = (row < n_rows)[:, None] & (offs_d[None, :] < D)
     o = tl.load(o_ptr + tl.cast(row, tl.int64)[:, None] * D + offs_d[None, :], mask, other=0.0)
-    do_rows = do_ptr + b * stride_gb + t * stride_gt + h * stride_gh
+    do_rows = row_at(do_ptr, do_strides, b, t, h)
     do = tl.load(do_rows[:, None] + offs_d[None, :], mask, other=0.0)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     out = (b * H + h) * T + t
-    if HAS_DLSE:
+    if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + out, mask=row < n_rows, other=0.0)
     tl.store(delta_ptr + out, delta, mask=row < n_rows)
 
 
 @triton.jit
 def _sum_over_queries(
-    dk,  # [BLOCK_N, BLOCK_D]
-    dv,  # [BLOCK_N, BLOCK_D]
+    sums,  # dk and dv [BLOCK_N, BLOCK_D]
     k,  # [BLOCK_N, BLOCK_D]
     v,  # [BLOCK_N, BLOCK_D]
     q_source,
     do_source,
     lse_ptr,  # of this batch and head
     delta_ptr,
-    seed,
-    b,
-    head,  # b * H + h
-    h,
-    n,
     begin,
     end,
-    whole,  # queries from this one to unmasked see every key of the tile
-    unmasked,
-    first_query,  # [BLOCK_N]: the first query that sees each key
-    query_limit,  # [BLOCK_N], with WINDOW: the one after the last
-    stride_qt,
-    stride_gt,
-    T_q,
-    scale_log2,
-    cap_scale,
-    dropout_p,
-    D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    queries,
+    at,
+    strides,
+    scores,
+    V: tl.constexpr,
     MASKED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    NEED_DK: tl.constexpr,
-    NEED_DV: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    WIDE: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     """``dv += pᵀ do`` and ``dk += dsᵀ q`` over queries ``begin ... end``."""
-    for m in tl.range(begin, end, BLOCK_M):
-        q = load_rows(
-            q_source, b, h, m, stride_qt, T_q,
-            D, True, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
-        offs_m = m + tl.arange(0, BLOCK_M)
+    PRECISION: tl.constexpr = V.PRECISION
+    dk, dv = sums
+    for m in tl.range(begin, end, V.BLOCK_M):
+        q = load_rows(q_source, at.b, at.h, m, queries.length, strides.q.t, V.BLOCK_M, True, V)
+        offs_m = m + tl.arange(0, V.BLOCK_M)
         # Rows past the end get lse = inf, so their p and ds are 0.
-        lse = tl.load(lse_ptr + offs_m, mask=offs_m < T_q, other=float("inf"))
-        sT = dot(k, q.T, None, PRECISION)  # [BLOCK_N, BLOCK_M]
-        if SOFTCAP:
-            sT = capped(sT, cap_scale)
-        pT = tl.exp2(sT * scale_log2 - (lse * LOG2E)[None, :])
-        if MASKED and (not USE_TMA or m < whole or (WINDOW and m >= unmasked)):
-            pT = tl.where(offs_m[None, :] >= first_query[:, None], pT, 0.0)
-            if WINDOW:
-                pT = tl.where(offs_m[None, :] < query_limit[:, None], pT, 0.0)
-        do = load_rows(
-            do_source, b, h, m, stride_gt, T_q,
-            D, True, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
+        lse = tl.load(lse_ptr + offs_m, mask=offs_m < queries.length, other=float("inf"))
+        sT = raw_scores(k, q, scores.cap_scale, V)  # [BLOCK_N, BLOCK_M]
+        pT = tl.exp2(sT * scores.scale_log2 - (lse * LOG2E)[None, :])
+        if MASKED and (
+            not V.USE_TMA or m < queries.full_begin or (V.WINDOW and m >= queries.full_end)
+        ):
+            pT = tl.where(offs_m[None, :] >= queries.first[:, None], pT, 0.0)
+            if V.WINDOW:
+                pT = tl.where(offs_m[None, :] < queries.limit[:, None], pT, 0.0)
+        do = load_rows(do_source, at.b, at.h, m, queries.length, strides.do.t, V.BLOCK_M, True, V)
         zT = 1.0  # p is dropped or scaled up by this factor, and so is its gradient
-        if DROPOUT:
-            offs_n = n + tl.arange(0, BLOCK_N)
-            keep = kept(seed, head, offs_m[None, :], offs_n[:, None], dropout_p)
-            zT = tl.where(keep, 1 / (1 - dropout_p), 0.0)
-        if NEED_DV:
+        if V.DROPOUT:
+            offs_n = at.row + tl.arange(0, V.BLOCK_N)
+            keep = kept(at.seed, at.head, offs_m[None, :], offs_n[:, None], scores.dropout_p)
+            zT = tl.where(keep, 1 / (1 - scores.dropout_p), 0.0)
+        if V.NEED_DV:
             dv = dot((pT * zT).to(do.dtype), do, dv, PRECISION)
-        if NEED_DK:
-            delta = tl.load(delta_ptr + offs_m, mask=offs_m < T_q, other=0.0)
+        if V.NEED_DK:
+            delta = tl.load(delta_ptr + offs_m, mask=offs_m < queries.length, other=0.0)
             dpT = dot(v, do.T, None, PRECISION) * zT
             dsT = pT * (dpT - delta[None, :])
-            if SOFTCAP:
+            if V.SOFTCAP:
                 dsT *= 1 - sT * sT
             dk = dot(dsT.to(q.dtype), q, dk, PRECISION)
     return dk, dv
@@ -182,142 +147,75 @@ def _key_value_gradient_kernel(
     seed_ptr,  # one int64, with DROPOUT
     cu_q_ptr,  # B + 1 offsets, with VARLEN
     cu_k_ptr,
-    dk_ptr,
-    dv_ptr,
-    stride_qb,  # strides of inputs in units of ALIGNMENT elements
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_gb,  # of do
-    stride_gt,
-    stride_gh,
-    stride_dkb,
-    stride_dkt,
-    stride_dkh,
-    stride_dvb,
-    stride_dvt,
-    stride_dvh,
-    B,
-    H_kv,
-    group,  # H // H_kv
-    T_q,  # with VARLEN of the longest sequence
-    T_k,
-    total_q,  # tokens of all sequences, with VARLEN
-    total_k,
+    dk_ptr,  # with NEED_DK
+    dv_ptr,  # with NEED_DV
+    strides,
+    dk_strides,  # in elements
+    dv_strides,
+    sizes,
     section,  # heads at a time
     left,  # keys seen before a query's own, and after, with WINDOW
     right,
-    scale_log2,  # softmax_scale * log2(e); with SOFTCAP softcap * log2(e)
-    cap_scale,  # softmax_scale / softcap; 1 without
-    dropout_p,
-    D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    VARLEN: tl.constexpr,
-    NEED_DK: tl.constexpr,
-    NEED_DV: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    WIDE: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
+    total_q,  # tokens of all sequences, with VARLEN
+    total_k,
+    scores,
+    V: tl.constexpr,
 ):
     """Gradients dk and dv of one key tile: the queries that the mask cuts, and the others."""
+    BLOCK_N: tl.constexpr = V.BLOCK_N
+    BLOCK_D: tl.constexpr = V.BLOCK_D
+    T_q, T_k, H_kv, group = sizes.T_q, sizes.T_k, sizes.H_kv, sizes.group
     n_n = tl.cdiv(T_k, BLOCK_N)
-    head_kv, tile = head_and_tile(tl.program_id(0), B * H_kv, n_n, section, USE_TMA)
+    head_kv, tile = head_and_tile(tl.program_id(0), sizes.B * H_kv, n_n, section, V.USE_TMA)
     b = head_kv // H_kv
     h_kv = head_kv % H_kv
     n = tile * BLOCK_N  # the first key tiles have most queries
-    follow(PDL)
-    if VARLEN:
+    follow(V.PDL)
+    first_q, first_k = 0, 0
+    if V.VARLEN:
         first_q, T_q = sequence(cu_q_ptr, b, total_q)
         first_k, T_k = sequence(cu_k_ptr, b, total_k)
         if n >= T_k:
             return
-        q_source += tl.cast(first_q, tl.int64) * stride_qt * ALIGNMENT
-        do_source += tl.cast(first_q, tl.int64) * stride_gt * ALIGNMENT
-        k_source += tl.cast(first_k, tl.int64) * stride_kt * ALIGNMENT
-        v_source += tl.cast(first_k, tl.int64) * stride_vt * ALIGNMENT
-        if NEED_DK:
-            dk_ptr += tl.cast(first_k, tl.int64) * stride_dkt
-        if NEED_DV:
-            dv_ptr += tl.cast(first_k, tl.int64) * stride_dvt
-    if not USE_TMA:
-        k_source += head_offset(b, h_kv, stride_kb, stride_kh, ALIGNMENT)
-        v_source += head_offset(b, h_kv, stride_vb, stride_vh, ALIGNMENT)
-    k = load_rows(
-        k_source, b, h_kv, n, stride_kt, T_k,
-        D, True, USE_TMA, WIDE, ALIGNMENT, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    v = load_rows(
-        v_source, b, h_kv, n, stride_vt, T_k,
-        D, True, USE_TMA, WIDE, ALIGNMENT, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
+    k_source = rows_of(k_source, b, h_kv, first_k, strides.k, V)
+    v_source = rows_of(v_source, b, h_kv, first_k, strides.v, V)
+    k = load_rows(k_source, b, h_kv, n, T_k, strides.k.t, BLOCK_N, True, V)
+    v = load_rows(v_source, b, h_kv, n, T_k, strides.v.t, BLOCK_N, True, V)
 
-    first_query, query_limit, begin, whole, unmasked, end = query_range(
-        n, T_q, T_k, left, right, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
-    )
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    queries = query_range(n, T_q, T_k, left, right, V)
+    seed = tl.load(seed_ptr) if V.DROPOUT else 0
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for h in tl.range(h_kv * group, (h_kv + 1) * group):
-        q_head, do_head = q_source, do_source
-        if not USE_TMA:
-            q_head += head_offset(b, h, stride_qb, stride_qh, ALIGNMENT)
-            do_head += head_offset(b, h, stride_gb, stride_gh, ALIGNMENT)
+        q_head = rows_of(q_source, b, h, first_q, strides.q, V)
+        do_head = rows_of(do_source, b, h, first_q, strides.do, V)
         head = b * H_kv * group + h
         rows = tl.cast(head, tl.int64) * T_q
-        if VARLEN:
+        if V.VARLEN:
             rows = tl.cast(h, tl.int64) * total_q + first_q
-        first, last = begin, end
-        if (CAUSAL or WINDOW) and not USE_TMA:
-            # Masks cost registers, so without bulk copies full tiles have a loop of their own.
-            dk, dv = _sum_over_queries(
-                dk, dv, k, v, q_head, do_head, lse_ptr + rows, delta_ptr + rows,
-                seed, b, head, h, n, begin, tl.minimum(whole, end) if WINDOW else whole,
-                whole, unmasked, first_query, query_limit,
-                stride_qt, stride_gt, T_q, scale_log2, cap_scale, dropout_p,
-                D, PRECISION, True, WINDOW, SOFTCAP, DROPOUT, NEED_DK, NEED_DV,
-                USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
-            first = whole
-        if WINDOW and not USE_TMA:
-            last = tl.minimum(unmasked, end)
-        dk, dv = _sum_over_queries(
-            dk, dv, k, v, q_head, do_head, lse_ptr + rows, delta_ptr + rows,
-            seed, b, head, h, n, first, last,
-            whole, unmasked, first_query, query_limit,
-            stride_qt, stride_gt, T_q, scale_log2, cap_scale, dropout_p,
-            D, PRECISION, (CAUSAL or WINDOW) and USE_TMA, WINDOW, SOFTCAP, DROPOUT,
-            NEED_DK, NEED_DV, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        if WINDOW and not USE_TMA:
-            dk, dv = _sum_over_queries(
-                dk, dv, k, v, q_head, do_head, lse_ptr + rows, delta_ptr + rows,
-                seed, b, head, h, n, unmasked, end,
-                whole, unmasked, first_query, query_limit,
-                stride_qt, stride_gt, T_q, scale_log2, cap_scale, dropout_p,
-                D, PRECISION, True, WINDOW, SOFTCAP, DROPOUT, NEED_DK, NEED_DV,
-                USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
+        inputs = (k, v, q_head, do_head, lse_ptr + rows, delta_ptr + rows)
+        shared = (queries, Place(b, h, head, n, seed), strides, scores)
+        sums = (dk, dv)
+        begin, end = queries.begin, queries.end
+        if (V.CAUSAL or V.WINDOW) and not V.USE_TMA:
+            # Masks cost registers, so without TMA loads full blocks have a loop of their own.
+            cut = tl.minimum(queries.full_begin, end) if V.WINDOW else queries.full_begin
+            sums = _sum_over_queries(sums, *inputs, begin, cut, *shared, V, True)
+            begin = queries.full_begin
+        if V.WINDOW and not V.USE_TMA:
+            cut = tl.minimum(queries.full_end, end)
+            sums = _sum_over_queries(sums, *inputs, begin, cut, *shared, V, False)
+            begin = queries.full_end
+        masked: tl.constexpr = V.WINDOW or (V.CAUSAL and V.USE_TMA)
+        dk, dv = _sum_over_queries(sums, *inputs, begin, end, *shared, V, masked)
 
-    if NEED_DK:
-        dk_head = dk_ptr + head_offset(b, h_kv, stride_dkb, stride_dkh, 1)
-        dk *= scale_log2 * cap_scale * LN2 if SOFTCAP else scale_log2 * LN2
-        store_rows(dk_head, dk, n, stride_dkt, T_k, D, BLOCK_N, BLOCK_D)
-    if NEED_DV:
-        dv_head = dv_ptr + head_offset(b, h_kv, stride_dvb, stride_dvh, 1)
-        store_rows(dv_head, dv, n, stride_dvt, T_k, D, BLOCK_N, BLOCK_D)
+    if V.NEED_DK:
+        dk_ptr += tl.cast(first_k, tl.int64) * dk_strides.t + head_offset(b, h_kv, dk_strides, 1)
+        dk *= scores.scale_log2 * scores.cap_scale * LN2 if V.SOFTCAP else scores.scale_log2 * LN2
+        store_rows(dk_ptr, dk, n, T_k, dk_strides.t, V)
+    if V.NEED_DV:
+        dv_ptr += tl.cast(first_k, tl.int64) * dv_strides.t + head_offset(b, h_kv, dv_strides, 1)
+        store_rows(dv_ptr, dv, n, T_k, dv_strides.t, V)
 
 
 @triton.jit
@@ -329,62 +227,34 @@ def _sum_over_keys(
     delta,  # [BLOCK_M]
     k_source,
     v_source,
-    seed,
-    b,
-    head,
-    h_kv,
-    m,
     begin,
     end,
-    whole,  # keys from this one to unmasked are seen by every query of the tile
-    unmasked,
-    first_key,  # [BLOCK_M], with WINDOW
-    key_limit,  # [BLOCK_M]
-    stride_kt,
-    stride_vt,
-    T_k,
-    scale_log2,
-    cap_scale,
-    dropout_p,
-    D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    keys,
+    at,
+    strides,
+    scores,
+    V: tl.constexpr,
     MASKED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    WIDE: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     """``dq += ds k`` over keys ``begin ... end``."""
-    for n in tl.range(begin, end, BLOCK_N):
-        k = load_rows(
-            k_source, b, h_kv, n, stride_kt, T_k,
-            D, MASKED, USE_TMA, WIDE, ALIGNMENT, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        s = dot(q, k.T, None, PRECISION)  # [BLOCK_M, BLOCK_N]
-        if SOFTCAP:
-            s = capped(s, cap_scale)
-        p = tl.exp2(s * scale_log2 - lse_log2[:, None])
-        offs_n = n + tl.arange(0, BLOCK_N)
-        if MASKED and (not USE_TMA or n >= unmasked or (WINDOW and n < whole)):
-            p = tl.where(offs_n[None, :] < key_limit[:, None], p, 0.0)
-            if WINDOW:
-                p = tl.where(offs_n[None, :] >= first_key[:, None], p, 0.0)
-        v = load_rows(
-            v_source, b, h_kv, n, stride_vt, T_k,
-            D, MASKED, USE_TMA, WIDE, ALIGNMENT, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+    PRECISION: tl.constexpr = V.PRECISION
+    for n in tl.range(begin, end, V.BLOCK_N):
+        k = load_rows(k_source, at.b, at.h, n, keys.length, strides.k.t, V.BLOCK_N, MASKED, V)
+        s = raw_scores(q, k, scores.cap_scale, V)  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(s * scores.scale_log2 - lse_log2[:, None])
+        offs_n = n + tl.arange(0, V.BLOCK_N)
+        if MASKED and (not V.USE_TMA or n >= keys.full_end or (V.WINDOW and n < keys.full_begin)):
+            p = tl.where(offs_n[None, :] < keys.limit[:, None], p, 0.0)
+            if V.WINDOW:
+                p = tl.where(offs_n[None, :] >= keys.first[:, None], p, 0.0)
+        v = load_rows(v_source, at.b, at.h, n, keys.length, strides.v.t, V.BLOCK_N, MASKED, V)
         dp = dot(do, v.T, None, PRECISION)
-        if DROPOUT:
-            offs_m = m + tl.arange(0, BLOCK_M)
-            keep = kept(seed, head, offs_m[:, None], offs_n[None, :], dropout_p)
-            dp = tl.where(keep, dp / (1 - dropout_p), 0.0)
+        if V.DROPOUT:
+            offs_m = at.row + tl.arange(0, V.BLOCK_M)
+            keep = kept(at.seed, at.head, offs_m[:, None], offs_n[None, :], scores.dropout_p)
+            dp = tl.where(keep, dp / (1 - scores.dropout_p), 0.0)
         ds = p * (dp - delta[:, None])
-        if SOFTCAP:
+        if V.SOFTCAP:
             ds *= 1 - s * s
         dq = dot(ds.to(k.dtype), k, dq, PRECISION)
     return dq
@@ -402,119 +272,64 @@ def _query_gradient_kernel(
     cu_q_ptr,  # B + 1 offsets, with VARLEN
     cu_k_ptr,
     dq_ptr,
-    stride_qb,  # strides of inputs in units of ALIGNMENT elements
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_gb,  # of do
-    stride_gt,
-    stride_gh,
-    stride_dqb,
-    stride_dqt,
-    stride_dqh,
-    B,
-    H,
-    group,  # H // H_kv
-    T_q,  # with VARLEN of the longest sequence
-    T_k,
-    total_q,  # tokens of all sequences, with VARLEN
-    total_k,
+    strides,
+    dq_strides,  # in elements
+    sizes,
     section,  # heads at a time
     left,  # keys seen before a query's own, and after, with WINDOW
     right,
-    scale_log2,  # softmax_scale * log2(e); with SOFTCAP softcap * log2(e)
-    cap_scale,  # softmax_scale / softcap; 1 without
-    dropout_p,
-    D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    VARLEN: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    WIDE: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
+    total_q,  # tokens of all sequences, with VARLEN
+    total_k,
+    scores,
+    V: tl.constexpr,
 ):
     """Gradient dq of one query tile: full key tiles, and those that the mask cuts."""
+    BLOCK_M: tl.constexpr = V.BLOCK_M
+    BLOCK_D: tl.constexpr = V.BLOCK_D
+    T_q, T_k, H = sizes.T_q, sizes.T_k, sizes.H
     n_m = tl.cdiv(T_q, BLOCK_M)
-    head, tile = head_and_tile(tl.program_id(0), B * H, n_m, section, USE_TMA)
+    head, tile = head_and_tile(tl.program_id(0), sizes.B * H, n_m, section, V.USE_TMA)
     m = (n_m - 1 - tile) * BLOCK_M
     b = head // H
     h = head % H
-    h_kv = h // group
-    follow(PDL)
+    h_kv = h // sizes.group
+    follow(V.PDL)
+    first_q, first_k = 0, 0
     rows = tl.cast(head, tl.int64) * T_q
-    if VARLEN:
+    if V.VARLEN:
         first_q, T_q = sequence(cu_q_ptr, b, total_q)
         first_k, T_k = sequence(cu_k_ptr, b, total_k)
         if m >= T_q:
             return
         rows = tl.cast(h, tl.int64) * total_q + first_q
-        q_source += tl.cast(first_q, tl.int64) * stride_qt * ALIGNMENT
-        do_source += tl.cast(first_q, tl.int64) * stride_gt * ALIGNMENT
-        k_source += tl.cast(first_k, tl.int64) * stride_kt * ALIGNMENT
-        v_source += tl.cast(first_k, tl.int64) * stride_vt * ALIGNMENT
-        dq_ptr += tl.cast(first_q, tl.int64) * stride_dqt
-    if not USE_TMA:
-        q_source += head_offset(b, h, stride_qb, stride_qh, ALIGNMENT)
-        do_source += head_offset(b, h, stride_gb, stride_gh, ALIGNMENT)
-        k_source += head_offset(b, h_kv, stride_kb, stride_kh, ALIGNMENT)
-        v_source += head_offset(b, h_kv, stride_vb, stride_vh, ALIGNMENT)
-    q = load_rows(
-        q_source, b, h, m, stride_qt, T_q,
-        D, True, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_D,
-    )  # fmt: skip
-    do = load_rows(
-        do_source, b, h, m, stride_gt, T_q,
-        D, True, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_D,
-    )  # fmt: skip
+    q_source = rows_of(q_source, b, h, first_q, strides.q, V)
+    do_source = rows_of(do_source, b, h, first_q, strides.do, V)
+    k_source = rows_of(k_source, b, h_kv, first_k, strides.k, V)
+    v_source = rows_of(v_source, b, h_kv, first_k, strides.v, V)
+    q = load_rows(q_source, b, h, m, T_q, strides.q.t, BLOCK_M, True, V)
+    do = load_rows(do_source, b, h, m, T_q, strides.do.t, BLOCK_M, True, V)
     offs_m = m + tl.arange(0, BLOCK_M)
     lse_log2 = tl.load(lse_ptr + rows + offs_m, mask=offs_m < T_q, other=float("inf")) * LOG2E
     delta = tl.load(delta_ptr + rows + offs_m, mask=offs_m < T_q, other=0.0)
 
-    first_key, key_limit, begin, whole, unmasked, end = key_range(
-        m, T_q, T_k, left, right, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
-    )
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    keys = key_range(m, T_q, T_k, left, right, V)
+    at = Place(b, h_kv, head, m, tl.load(seed_ptr) if V.DROPOUT else 0)
+    inputs = (q, do, lse_log2, delta, k_source, v_source)
+    shared = (keys, at, strides, scores)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # Bounds cost instructions, so without bulk copies full tiles have a loop of their own.
-    if WINDOW and not USE_TMA:
-        dq = _sum_over_keys(
-            dq, q, do, lse_log2, delta, k_source, v_source, seed, b, head, h_kv, m,
-            begin, tl.minimum(whole, end), whole, unmasked, first_key, key_limit,
-            stride_kt, stride_vt, T_k, scale_log2, cap_scale, dropout_p,
-            D, PRECISION, True, WINDOW, SOFTCAP, DROPOUT,
-            USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    if not USE_TMA:
-        dq = _sum_over_keys(
-            dq, q, do, lse_log2, delta, k_source, v_source, seed, b, head, h_kv, m,
-            whole, unmasked, whole, unmasked, first_key, key_limit,
-            stride_kt, stride_vt, T_k, scale_log2, cap_scale, dropout_p,
-            D, PRECISION, False, WINDOW, SOFTCAP, DROPOUT,
-            USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        begin = unmasked
-    dq = _sum_over_keys(
-        dq, q, do, lse_log2, delta, k_source, v_source, seed, b, head, h_kv, m,
-        begin, end, whole, unmasked, first_key, key_limit,
-        stride_kt, stride_vt, T_k, scale_log2, cap_scale, dropout_p,
-        D, PRECISION, True, WINDOW, SOFTCAP, DROPOUT,
-        USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    dq_head = dq_ptr + head_offset(b, h, stride_dqb, stride_dqh, 1)
-    dq *= scale_log2 * cap_scale * LN2 if SOFTCAP else scale_log2 * LN2
-    store_rows(dq_head, dq, m, stride_dqt, T_q, D, BLOCK_M, BLOCK_D)
+    begin, end = keys.begin, keys.end
+    # Bounds cost instructions, so without TMA loads full blocks have a loop of their own.
+    if not V.USE_TMA:
+        if V.WINDOW:
+            dq = _sum_over_keys(
+                dq, *inputs, begin, tl.minimum(keys.full_begin, end), *shared, V, True
+            )
+        begin = keys.full_end
+        dq = _sum_over_keys(dq, *inputs, keys.full_begin, begin, *shared, V, False)
+    dq = _sum_over_keys(dq, *inputs, begin, end, *shared, V, True)
+    dq_ptr += tl.cast(first_q, tl.int64) * dq_strides.t + head_offset(b, h, dq_strides, 1)
+    dq *= scores.scale_log2 * scores.cap_scale * LN2 if V.SOFTCAP else scores.scale_log2 * LN2
+    store_rows(dq_ptr, dq, m, T_q, dq_strides.t, V)
 
 
 def attention_backward(
@@ -584,12 +399,11 @@ def _delta_plan(
     B, T, H, D = do.shape
     config = launch_config("delta", D, dtype, target, False)
     arguments = {
-        **strides_by_name(g=do),
+        "do_strides": strides_of(do),
         "T": T,
         "H": H,
         "n_rows": B * T * H,
         "D": D,
-        "HAS_DLSE": others[1] is not None,
         "ROWS": config.block_m,
         "BLOCK_D": block_d_of(D),
         **config.options,
@@ -607,18 +421,16 @@ def _key_value_plan(
     others: tuple[bool | None, ...],
     *options: Any,
 ) -> Plan:
-    """The launch of dk and dv; see :func:`_shared` for ``options``."""
-    config, arguments, bulk = _shared("key_value_gradient", dtype, operands, *options)
-    (H, D), H_kv = operands[0].shape[2:], operands[1].shape[2]
-    B, T_q, T_k = (arguments[name] for name in ("B", "T_q", "T_k"))
-    group_bytes = 2 * T_q * D * dtype.itemsize * H // H_kv  # q and do
-    arguments["section"] = heads_per_section(B * H_kv, group_bytes)
-    if arguments["VARLEN"]:
+    """The launch of dk and dv; see :func:`_call` for ``options``."""
+    call, config = _call("key_value_gradient", dtype, operands, *options)
+    B, T_q, T_k, H, H_kv, _ = call.sizes
+    if call.varlen:
         dk, dv = (None if t is None else as_tokens(t) for t in (dk, dv))
-    arguments |= strides_by_name(dk=dk, dv=dv)
-    arguments |= {"H_kv": H_kv, "NEED_DK": dk is not None, "NEED_DV": dv is not None}
+    arguments = call.arguments(config, NEED_DK=dk is not None, NEED_DV=dv is not None)
+    arguments |= {"dk_strides": strides_of(dk), "dv_strides": strides_of(dv)}
+    arguments["section"] = call.section(H_kv, T_q, H)
     grid = (B * H_kv * triton.cdiv(T_k, config.block_n),)
-    return Plan(_key_value_gradient_kernel, grid, arguments, bulk)
+    return Plan(_key_value_gradient_kernel, grid, arguments, call.bulk(config))
 
 
 @planned
@@ -630,73 +442,25 @@ def _query_plan(
     others: tuple[bool | None, ...],
     *options: Any,
 ) -> Plan:
-    """The launch of dq; see :func:`_shared` for ``options``."""
-    config, arguments, bulk = _shared("query_gradient", dtype, operands, *options)
-    (H, D), H_kv = operands[0].shape[2:], operands[1].shape[2]
-    B, T_q, T_k = (arguments[name] for name in ("B", "T_q", "T_k"))
-    head_bytes = 2 * T_k * D * dtype.itemsize * H_kv // H  # k and v
-    arguments["section"] = heads_per_section(B * H, head_bytes)
-    dq = as_tokens(dq) if arguments["VARLEN"] else dq
-    arguments |= {**strides_by_name(dq=dq), "H": H}
+    """The launch of dq; see :func:`_call` for ``options``."""
+    call, config = _call("query_gradient", dtype, operands, *options)
+    B, T_q, T_k, H, H_kv, _ = call.sizes
+    dq_strides = strides_of(as_tokens(dq) if call.varlen else dq)
+    arguments = call.arguments(config) | {"dq_strides": dq_strides}
+    arguments["section"] = call.section(H, T_k, H_kv)
     grid = (B * H * triton.cdiv(T_q, config.block_m),)
-    return Plan(_query_gradient_kernel, grid, arguments, bulk)
+    return Plan(_query_gradient_kernel, grid, arguments, call.bulk(config))
 
 
-def _shared(
-    stage: str,
-    dtype: torch.dtype,
-    operands: Operands,
-    sequences: tuple[int, int, int] | None,
-    causal: bool,
-    window_size: tuple[int, int],
-    softmax_scale: float | None,
-    softcap: float,
-    dropout_p: float,
-    precision: str,
-    target: str,
-    config: LaunchConfig | None,
-) -> tuple[LaunchConfig, dict[str, Any], dict[int, Bulk] | None]:
-    """The config of a gradient kernel, and the arguments and descriptors that both share.
+def _call(
+    stage: str, dtype: torch.dtype, operands: Operands, *options: Any
+) -> tuple[Attention, LaunchConfig]:
+    """What both gradients are of, and the config of one.
 
-    ``sequences``: how many there are, and the most queries and keys of one.
+    ``options``: those of :func:`attention_of`, then target and config.
     """
-    q, k, _, _ = operands
-    B, total_q, H, D = q.shape
-    total_k, varlen = k.shape[1], sequences is not None
-    sizes = (B, total_q, total_k) if sequences is None else sequences
-    mask = mask_arguments(*sizes[1:], causal, window_size)
-    aligned = all(is_aligned(t, dtype) for t in operands)
+    *of, target, config = options
+    call = attention_of(dtype, operands, *of)
     if config is None:
-        flags = (dropout_p > 0, mask["WINDOW"], varlen)
-        config = launch_config(stage, D, dtype, target, aligned, *flags)
-    # Strides that are whole 16-byte units go to the kernel as such, so that it can rely on it.
-    alignment = 16 // dtype.itemsize if aligned else 1
-    by_query, by_key = config.block_m, config.block_n
-    blocks = (by_query, by_key, by_key, by_query)
-    widest = max(t.strides[1] for t in operands) * max(by_query, by_key)
-    placed = [as_tokens(t) for t in operands] if varlen else operands
-    arguments = {
-        **strides_by_name(alignment, **dict(zip("qkvg", placed, strict=True))),
-        **dict(zip(("B", "T_q", "T_k"), sizes, strict=True)),
-        "group": H // k.shape[2],
-        "total_q": total_q,
-        "total_k": total_k,
-        **mask,
-        **score_arguments(D, softmax_scale, softcap),
-        "dropout_p": dropout_p,
-        "D": D,
-        "PRECISION": precision,
-        "DROPOUT": dropout_p > 0,
-        "VARLEN": varlen,
-        "USE_TMA": config.use_tma,
-        "WIDE": is_wide(widest),
-        "ALIGNMENT": alignment,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_D": block_d_of(D),
-        **config.options,
-    }
-    if not config.use_tma:
-        return config, arguments, None
-    rows = zip(operands, blocks, strict=True)
-    return config, arguments, {i: rows_in_bulk(t, n) for i, (t, n) in enumerate(rows)}
+        config = launch_config(stage, operands[0].shape[3], dtype, target, *call.traits)
+    return call, config

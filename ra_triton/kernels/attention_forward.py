@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ra_triton.kernels import gluon
+from ra_triton.kernels.attention_arguments import attention_of
 from ra_triton.kernels.configs import LaunchConfig, launch_config, warp_specialised
 from ra_triton.kernels.plans import (
     Layout,
@@ -35,27 +36,19 @@ from ra_triton.kernels.plans import (
 from ra_triton.kernels.tiles import (
     LN2,
     TRITON_VERSION,
-    as_tokens,
-    block_d_of,
-    capped,
+    Place,
     dot,
     dot_precision,
     follow,
     head_and_tile,
-    head_offset,
-    heads_per_section,
-    is_aligned,
-    is_wide,
     kept,
     key_range,
     load_rows,
-    mask_arguments,
     processors_of,
-    rows_in_bulk,
-    score_arguments,
+    raw_scores,
+    rows_of,
     sequence,
     store_rows,
-    strides_by_name,
     target_of,
 )
 from ra_triton.offsets import Offsets, flat, lengths
@@ -63,73 +56,45 @@ from ra_triton.offsets import Offsets, flat, lengths
 
 @triton.jit
 def _attend(
-    acc,  # [BLOCK_M, BLOCK_D]
-    l_i,  # [BLOCK_M]
-    m_i,  # [BLOCK_M]
+    state,  # acc [BLOCK_M, BLOCK_D], l_i and m_i [BLOCK_M]
     q,  # [BLOCK_M, BLOCK_D]
     k_source,
     v_source,
-    seed,
-    b,
-    head,
-    h_kv,
-    m,
     begin,
     end,
-    whole,  # keys from this one to unmasked are seen by every query of the tile
-    unmasked,
-    first_key,  # [BLOCK_M], with WINDOW
-    key_limit,  # [BLOCK_M]
-    stride_kt,
-    stride_vt,
-    T_k,
-    scale_log2,
-    cap_scale,
-    dropout_p,
-    D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    keys,
+    at,
+    strides,
+    scores,
+    V: tl.constexpr,
     MASKED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    WIDE: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     """Online softmax over keys ``begin ... end``: s = qkᵀ, m' = max(m, s), p = 2^(c(s - m'))."""
-    for n in tl.range(begin, end, BLOCK_N):
-        k = load_rows(
-            k_source, b, h_kv, n, stride_kt, T_k,
-            D, MASKED, USE_TMA, WIDE, ALIGNMENT, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        s = dot(q, k.T, None, PRECISION)  # [BLOCK_M, BLOCK_N]
-        if SOFTCAP:
-            s = capped(s, cap_scale)
-        offs_n = n + tl.arange(0, BLOCK_N)
-        if MASKED and (not USE_TMA or n >= unmasked or (WINDOW and n < whole)):
-            s = tl.where(offs_n[None, :] < key_limit[:, None], s, float("-inf"))
-            if WINDOW:
-                s = tl.where(offs_n[None, :] >= first_key[:, None], s, float("-inf"))
+    PRECISION: tl.constexpr = V.PRECISION
+    acc, l_i, m_i = state
+    for n in tl.range(begin, end, V.BLOCK_N):
+        k = load_rows(k_source, at.b, at.h, n, keys.length, strides.k.t, V.BLOCK_N, MASKED, V)
+        s = raw_scores(q, k, scores.cap_scale, V)  # [BLOCK_M, BLOCK_N]
+        offs_n = n + tl.arange(0, V.BLOCK_N)
+        if MASKED and (not V.USE_TMA or n >= keys.full_end or (V.WINDOW and n < keys.full_begin)):
+            s = tl.where(offs_n[None, :] < keys.limit[:, None], s, float("-inf"))
+            if V.WINDOW:
+                s = tl.where(offs_n[None, :] >= keys.first[:, None], s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
         m_known = m_new
         if MASKED:
             # A row that has seen no key yet has m = -inf, and -inf - -inf is NaN.
             m_known = tl.where(m_new == float("-inf"), 0.0, m_new)
         # Exactly 1 where m stays, which a fused multiply-add with a rounded product would not be.
-        alpha = tl.exp2((m_i - m_known) * scale_log2)
-        p = tl.exp2(s * scale_log2 - (m_known * scale_log2)[:, None])
+        alpha = tl.exp2((m_i - m_known) * scores.scale_log2)
+        p = tl.exp2(s * scores.scale_log2 - (m_known * scores.scale_log2)[:, None])
         l_i = l_i * alpha + tl.sum(p, 1)
-        if DROPOUT:
-            offs_m = m + tl.arange(0, BLOCK_M)
-            p = tl.where(kept(seed, head, offs_m[:, None], offs_n[None, :], dropout_p), p, 0.0)
+        if V.DROPOUT:
+            offs_m = at.row + tl.arange(0, V.BLOCK_M)
+            rows, columns = offs_m[:, None], offs_n[None, :]
+            p = tl.where(kept(at.seed, at.head, rows, columns, scores.dropout_p), p, 0.0)
         acc = acc * alpha[:, None]
-        v = load_rows(
-            v_source, b, h_kv, n, stride_vt, T_k,
-            D, MASKED, USE_TMA, WIDE, ALIGNMENT, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+        v = load_rows(v_source, at.b, at.h, n, keys.length, strides.v.t, V.BLOCK_N, MASKED, V)
         acc = dot(p.to(v.dtype), v, acc, PRECISION)
         m_i = m_new
     return acc, l_i, m_i
@@ -145,111 +110,64 @@ def _attention_forward_kernel(
     cu_k_ptr,
     o_ptr,
     lse_ptr,
-    stride_qb,  # strides in units of ALIGNMENT elements
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    B,
-    H,
-    group,  # H // H_kv
-    T_q,  # with VARLEN of the longest sequence
-    T_k,
-    total_q,  # tokens of all sequences, with VARLEN
-    total_k,
+    strides,
+    sizes,
     section,  # heads at a time
     left,  # keys seen before a query's own, and after, with WINDOW
     right,
-    scale_log2,  # softmax_scale * log2(e); with SOFTCAP softcap * log2(e)
-    cap_scale,  # softmax_scale / softcap
-    dropout_p,
-    D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    VARLEN: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    WIDE: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
+    total_q,  # tokens of all sequences, with VARLEN
+    total_k,
+    scores,
+    V: tl.constexpr,
 ):
     """One query tile of one head: full key tiles, and those that the mask cuts."""
+    BLOCK_M: tl.constexpr = V.BLOCK_M
+    BLOCK_D: tl.constexpr = V.BLOCK_D
+    T_q, T_k, H = sizes.T_q, sizes.T_k, sizes.H
     n_m = tl.cdiv(T_q, BLOCK_M)
-    head, tile = head_and_tile(tl.program_id(0), B * H, n_m, section, USE_TMA)
+    head, tile = head_and_tile(tl.program_id(0), sizes.B * H, n_m, section, V.USE_TMA)
     m = (n_m - 1 - tile) * BLOCK_M
     b = head // H
     h = head % H
-    h_kv = h // group
-    if not USE_TMA:
-        q_source += head_offset(b, h, stride_qb, stride_qh, ALIGNMENT)
-        k_source += head_offset(b, h_kv, stride_kb, stride_kh, ALIGNMENT)
-        v_source += head_offset(b, h_kv, stride_vb, stride_vh, ALIGNMENT)
-
-    follow(PDL)
-    row = tl.cast(b, tl.int64) * T_q  # of o
-    lse_row = tl.cast(head, tl.int64) * T_q
-    if VARLEN:
+    h_kv = h // sizes.group
+    follow(V.PDL)
+    first_q, first_k = 0, 0
+    if V.VARLEN:
         first_q, T_q = sequence(cu_q_ptr, b, total_q)
         first_k, T_k = sequence(cu_k_ptr, b, total_k)
         if m >= T_q:
             return
+    q_source = rows_of(q_source, b, h, first_q, strides.q, V)
+    k_source = rows_of(k_source, b, h_kv, first_k, strides.k, V)
+    v_source = rows_of(v_source, b, h_kv, first_k, strides.v, V)
+    row = tl.cast(b, tl.int64) * T_q  # of o
+    lse_row = tl.cast(head, tl.int64) * T_q
+    if V.VARLEN:
         row = tl.cast(first_q, tl.int64)
         lse_row = tl.cast(h, tl.int64) * total_q + first_q
-        q_source += row * stride_qt * ALIGNMENT
-        k_source += tl.cast(first_k, tl.int64) * stride_kt * ALIGNMENT
-        v_source += tl.cast(first_k, tl.int64) * stride_vt * ALIGNMENT
     offs_m = m + tl.arange(0, BLOCK_M)
-    first_key, key_limit, begin, whole, unmasked, end = key_range(
-        m, T_q, T_k, left, right, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
-    )
-    q = load_rows(
-        q_source, b, h, m, stride_qt, T_q,
-        D, True, USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_D,
-    )  # fmt: skip
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    keys = key_range(m, T_q, T_k, left, right, V)
+    q = load_rows(q_source, b, h, m, T_q, strides.q.t, BLOCK_M, True, V)
+    at = Place(b, h_kv, head, m, tl.load(seed_ptr) if V.DROPOUT else 0)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    # Bounds cost instructions, so without bulk copies full tiles have a loop of their own.
-    if WINDOW and not USE_TMA:
-        acc, l_i, m_i = _attend(
-            acc, l_i, m_i, q, k_source, v_source, seed, b, head, h_kv, m,
-            begin, tl.minimum(whole, end), whole, unmasked, first_key, key_limit,
-            stride_kt, stride_vt, T_k, scale_log2, cap_scale, dropout_p,
-            D, PRECISION, True, WINDOW, SOFTCAP, DROPOUT,
-            USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    if not USE_TMA:
-        acc, l_i, m_i = _attend(
-            acc, l_i, m_i, q, k_source, v_source, seed, b, head, h_kv, m,
-            whole, unmasked, whole, unmasked, first_key, key_limit,
-            stride_kt, stride_vt, T_k, scale_log2, cap_scale, dropout_p,
-            D, PRECISION, False, WINDOW, SOFTCAP, DROPOUT,
-            USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        begin = unmasked
-    acc, l_i, m_i = _attend(
-        acc, l_i, m_i, q, k_source, v_source, seed, b, head, h_kv, m,
-        begin, end, whole, unmasked, first_key, key_limit,
-        stride_kt, stride_vt, T_k, scale_log2, cap_scale, dropout_p,
-        D, PRECISION, True, WINDOW, SOFTCAP, DROPOUT,
-        USE_TMA, WIDE, ALIGNMENT, BLOCK_M, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
+    state = (acc, l_i, m_i)
+    shared = (keys, at, strides, scores)
+    begin, end = keys.begin, keys.end
+    # Bounds cost instructions, so without TMA loads full blocks have a loop of their own.
+    if not V.USE_TMA:
+        if V.WINDOW:
+            cut = tl.minimum(keys.full_begin, end)
+            state = _attend(state, q, k_source, v_source, begin, cut, *shared, V, True)
+        begin = keys.full_end
+        state = _attend(state, q, k_source, v_source, keys.full_begin, begin, *shared, V, False)
+    acc, l_i, m_i = _attend(state, q, k_source, v_source, begin, end, *shared, V, True)
 
     l_i = tl.where(l_i == 0.0, 1.0, l_i)  # a row without keys: o = 0, lse = -inf
-    o = acc / (l_i * (1 - dropout_p))[:, None] if DROPOUT else acc / l_i[:, None]
-    lse = (m_i * scale_log2 + tl.log2(l_i)) * LN2
-    o_head = o_ptr + (row * H + h) * D
-    store_rows(o_head, o, m, H * D, T_q, D, BLOCK_M, BLOCK_D)
+    o = acc / (l_i * (1 - scores.dropout_p))[:, None] if V.DROPOUT else acc / l_i[:, None]
+    lse = (m_i * scores.scale_log2 + tl.log2(l_i)) * LN2
+    store_rows(o_ptr + (row * H + h) * V.D, o, m, T_q, H * V.D, V)
     tl.store(lse_ptr + lse_row + offs_m, lse, mask=offs_m < T_q)
 
 
@@ -345,60 +263,28 @@ def _plan(
     config: LaunchConfig | None,
 ) -> Plan:
     """The launch for operands of these layouts; ``sequences``: how many, most queries and keys."""
-    B, T_q, H, D = q.shape
-    T_k, H_kv = k.shape[1:3]
-    aligned = all(is_aligned(t, dtype) for t in (q, k, v))
-    varlen, totals = sequences is not None, {"total_q": T_q, "total_k": T_k}
-    if sequences is not None:
-        B, T_q, T_k = sequences
-        q, k, v = (as_tokens(t) for t in (q, k, v))
-    mask = mask_arguments(T_q, T_k, causal, window_size)
-    # Strides that are whole 16-byte units go to the kernel as such, so that it can rely on it.
-    alignment = 16 // dtype.itemsize if aligned else 1
-    special = dropout_p > 0 or mask["WINDOW"] or softcap > 0 or varlen
+    scores = (softmax_scale, softcap, dropout_p)
+    call = attention_of(dtype, (q, k, v), sequences, causal, window_size, *scores, precision)
+    B, T_q, T_k, H, H_kv, _ = call.sizes
+    aligned, *special = call.traits
+    o_on_16_bytes = others[3]
     in_gluon = partial(_plan_in_gluon, device, dtype, q, k, v, causal, softmax_scale)
     if config is not None and config.groups > 1:
         return in_gluon(config)
     if config is None:
-        flags = (dropout_p > 0, mask["WINDOW"], varlen)
-        config = launch_config("attention_forward", D, dtype, target, aligned, *flags)
-        if aligned and others[3] and not special:
+        D = q.shape[3]
+        config = launch_config("attention_forward", D, dtype, target, *call.traits)
+        if aligned and o_on_16_bytes and not (any(special) or call.softcap):
             hopper = warp_specialised(D, dtype, target, min(T_q, T_k), causal, TRITON_VERSION)
             if hopper is not None and gluon.works("attention_forward"):
-                options = (causal, window_size, softmax_scale, softcap, dropout_p, precision)
+                options = (causal, window_size, *scores, precision)
                 of = (device, dtype, q, k, v, others, sequences, *options, target)
                 return plan_in_gluon(
                     "attention_forward", partial(in_gluon, hopper), partial(_plan, *of, config)
                 )
-    blocks = (config.block_m, config.block_n, config.block_n)
-    rows = zip((q, k, v), blocks, strict=True)
-    bulk = {i: rows_in_bulk(t, n) for i, (t, n) in enumerate(rows)}
-    arguments = {
-        **strides_by_name(alignment, q=q, k=k, v=v),
-        "B": B,
-        "H": H,
-        "group": H // H_kv,
-        "T_q": T_q,
-        "T_k": T_k,
-        **totals,
-        "section": heads_per_section(B * H, 2 * T_k * D * dtype.itemsize * H_kv // H),
-        **mask,
-        **score_arguments(D, softmax_scale, softcap),
-        "dropout_p": dropout_p,
-        "D": D,
-        "PRECISION": precision,
-        "DROPOUT": dropout_p > 0,
-        "VARLEN": varlen,
-        "USE_TMA": config.use_tma,
-        "WIDE": any(is_wide(t.strides[1] * max(blocks)) for t in (q, k, v)),
-        "ALIGNMENT": alignment,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_D": block_d_of(D),
-        **config.options,
-    }
+    arguments = call.arguments(config) | {"section": call.section(H, T_k, H_kv)}
     grid = (B * H * triton.cdiv(T_q, config.block_m),)
-    return Plan(_attention_forward_kernel, grid, arguments, bulk if config.use_tma else None)
+    return Plan(_attention_forward_kernel, grid, arguments, call.bulk(config))
 
 
 def _plan_in_gluon(

@@ -26,6 +26,7 @@ import torch
 import triton
 
 from ra_triton.kernels import gluon
+from ra_triton.kernels.attention_arguments import rows_in_bulk
 from ra_triton.kernels.configs import LaunchConfig
 from ra_triton.kernels.gluon import (
     async_load,
@@ -38,7 +39,7 @@ from ra_triton.kernels.gluon import (
     warpgroup_mma_wait,
 )
 from ra_triton.kernels.plans import Bulk, Layout, Plan
-from ra_triton.kernels.tiles import LN2, LOG2E, follow, rows_in_bulk
+from ra_triton.kernels.tiles import LN2, LOG2E, follow
 
 ROWS = gl.constexpr(64)  # queries of a warpgroup: what one WGMMA takes
 # Of a thread that computes, by warpgroups: what the 65536 of an SM leave, in steps of eight.

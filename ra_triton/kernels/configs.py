@@ -42,11 +42,16 @@ class LaunchConfig:
     groups: int = 1
 
     @property
-    def options(self) -> dict[str, Any]:
-        """What every kernel and the compiler need to know, by name."""
-        options = {"PDL": self.pdl, "num_warps": self.num_warps, "num_stages": self.num_stages}
+    def compiler_options(self) -> dict[str, Any]:
+        """What the compiler needs to know, by name."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         options["enable_fp_fusion"] = True  # Triton 3.10 turns it off, and the bits would change
         return options | {"launch_pdl": True} if self.pdl else options
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The same for a kernel whose constants are arguments of their own, of which PDL is one."""
+        return {"PDL": self.pdl, **self.compiler_options}
 
 
 def target(capability: tuple[int, int], shared_memory: int) -> str:

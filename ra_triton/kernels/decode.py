@@ -21,30 +21,45 @@ bits of a sequence do not depend on its neighbours; splits without keys end at o
 read. Overwrites nothing. After Flash-Decoding (pytorch.org/blog/flash-decoding).
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ra_triton.kernels.attention_arguments import (
+    ForwardStrides,
+    Variant,
+    block_d_of,
+    scores_of,
+)
 from ra_triton.kernels.configs import LaunchConfig, launch_config
 from ra_triton.kernels.plans import Layout, Plan, layout_of, on_16_bytes, planned
 from ra_triton.kernels.tiles import (
-    block_d_of,
-    capped,
     dot,
     dot_precision,
     follow,
-    head_offset,
     is_aligned,
     is_wide,
     load_rows,
-    score_arguments,
-    strides_by_name,
+    raw_scores,
+    rows_of,
+    strides_of,
     target_of,
 )
 
 MAX_QUERIES = 16  # per sequence and call; more of them are a prefill
 MAX_SPLITS = 128  # enough for one sequence with one key head to fill a GPU
+
+
+class Heads(NamedTuple):
+    """Of q ``[B, T_q, H_kv * group, D]``."""
+
+    B: int
+    H_kv: int
+    group: int
+    T_q: int
 
 
 def keys_per_split(max_len: int, least: int) -> int:
@@ -72,36 +87,19 @@ def _decode_kernel(
     lengths_ptr,
     acc_ptr,  # [B, H_kv, splits, rows, D], rows = T_q * group
     stats_ptr,  # [B, H_kv, splits, 2, rows]: m, l
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,  # of k and v in units of ALIGNMENT elements
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    B,
-    H_kv,
-    group,
-    T_q,
+    strides,  # those of k and v in units of ALIGNMENT elements
+    heads,
     max_len,
     n_splits,
     left,
-    scale_log2,  # softmax_scale * log2(e); with SOFTCAP softcap * log2(e)
-    cap_scale,  # softmax_scale / softcap
-    D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    WIDE: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
+    scores,
+    V: tl.constexpr,
 ):
     """One split of one key head: m = max s, l = Σ 2^(c(s - m)), acc = Σ 2^(c(s - m)) v."""
+    PRECISION: tl.constexpr = V.PRECISION
+    BLOCK_M: tl.constexpr = V.BLOCK_M
+    BLOCK_D: tl.constexpr = V.BLOCK_D
+    B, H_kv, group, T_q = heads
     rows = T_q * group
     n_m = tl.cdiv(rows, BLOCK_M)
     pid = tl.program_id(0)
@@ -110,56 +108,49 @@ def _decode_kernel(
     split = pid // n_m // (B * H_kv)
     b = head // H_kv
     h_kv = head % H_kv
-    follow(PDL)
+    follow(V.PDL)
     length = _length_of(lengths_ptr, b, max_len)
     # Whole tiles of keys, so that which keys share a tile does not depend on the window's place.
-    begin = tl.maximum(split * SPLIT, _first_key(length, T_q, left) // BLOCK_N * BLOCK_N)
-    end = tl.minimum((split + 1) * SPLIT, length)
+    begin = tl.maximum(split * V.SPLIT, _first_key(length, T_q, left) // V.BLOCK_N * V.BLOCK_N)
+    end = tl.minimum((split + 1) * V.SPLIT, length)
     if begin >= end:
         return
 
     r = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     t = r // group
     lanes = tl.arange(0, BLOCK_D)
-    in_row = (r < rows)[:, None] & (lanes < D)[None, :]
-    q_offset = t.to(tl.int64) * stride_qt + (h_kv * group + r % group).to(tl.int64) * stride_qh
-    q_head = q_ptr + tl.cast(b, tl.int64) * stride_qb
+    in_row = (r < rows)[:, None] & (lanes < V.D)[None, :]
+    q_offset = t.to(tl.int64) * strides.q.t
+    q_offset += (h_kv * group + r % group).to(tl.int64) * strides.q.h
+    q_head = q_ptr + tl.cast(b, tl.int64) * strides.q.b
     q = tl.load(q_head + q_offset[:, None] + lanes[None, :], mask=in_row, other=0.0)
-    k_ptr += head_offset(b, h_kv, stride_kb, stride_kh, ALIGNMENT)
-    v_ptr += head_offset(b, h_kv, stride_vb, stride_vh, ALIGNMENT)
+    k_ptr = rows_of(k_ptr, b, h_kv, 0, strides.k, V)
+    v_ptr = rows_of(v_ptr, b, h_kv, 0, strides.v, V)
     last = length - T_q + t  # [BLOCK_M], the last key that each row sees
     first = tl.where(left < 0, 0, last - left)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for n in tl.range(begin, end, BLOCK_N):
-        k = load_rows(
-            k_ptr, b, h_kv, n, stride_kt, length,
-            D, True, False, WIDE, ALIGNMENT, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-        s = dot(q, k.T, None, PRECISION)  # [BLOCK_M, BLOCK_N]
-        if SOFTCAP:
-            s = capped(s, cap_scale)
-        offs_n = n + tl.arange(0, BLOCK_N)[None, :]
+    for n in tl.range(begin, end, V.BLOCK_N):
+        k = load_rows(k_ptr, b, h_kv, n, length, strides.k.t, V.BLOCK_N, True, V)
+        s = raw_scores(q, k, scores.cap_scale, V)  # [BLOCK_M, BLOCK_N]
+        offs_n = n + tl.arange(0, V.BLOCK_N)[None, :]
         seen = (offs_n <= last[:, None]) & (offs_n >= first[:, None])
         s = tl.where(seen, s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
         # A row that has seen no key yet has m = -inf, and -inf - -inf is NaN.
         m_known = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s * scale_log2 - (m_known * scale_log2)[:, None])
-        alpha = tl.exp2((m_i - m_known) * scale_log2)  # see attention_forward.py
+        p = tl.exp2(s * scores.scale_log2 - (m_known * scores.scale_log2)[:, None])
+        alpha = tl.exp2((m_i - m_known) * scores.scale_log2)  # see attention_forward.py
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
-        v = load_rows(
-            v_ptr, b, h_kv, n, stride_vt, length,
-            D, True, False, WIDE, ALIGNMENT, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+        v = load_rows(v_ptr, b, h_kv, n, length, strides.v.t, V.BLOCK_N, True, V)
         acc = dot(p.to(v.dtype), v, acc, PRECISION)
         m_i = m_new
 
     part = tl.cast(head, tl.int64) * n_splits + split
-    tl.store(acc_ptr + (part * rows + r)[:, None] * D + lanes[None, :], acc, mask=in_row)
+    tl.store(acc_ptr + (part * rows + r)[:, None] * V.D + lanes[None, :], acc, mask=in_row)
     tl.store(stats_ptr + part * 2 * rows + r, m_i, mask=r < rows)
     tl.store(stats_ptr + (part * 2 + 1) * rows + r, l_i, mask=r < rows)
 
@@ -170,9 +161,7 @@ def _decode_combine_kernel(
     stats_ptr,  # [B, H_kv, splits, 2, rows]
     lengths_ptr,
     o_ptr,  # [B, T_q, H, D]
-    H_kv,
-    group,
-    T_q,
+    heads,
     max_len,
     n_splits,
     left,
@@ -184,6 +173,7 @@ def _decode_combine_kernel(
     PDL: tl.constexpr,
 ):
     """One row of o: Σ_s w_s acc_s / Σ_s w_s l_s, w_s = 2^(c(m_s - max m))."""
+    _, H_kv, group, T_q = heads
     rows = T_q * group
     r = tl.program_id(0) % rows
     head = tl.program_id(0) // rows
@@ -300,39 +290,43 @@ def _plans(
     split = keys_per_split(max_len, config.block_k)
     n_splits = triton.cdiv(longest, split)
     block_m = min(config.block_m, max(16, triton.next_power_of_2(rows)))
-    scores = score_arguments(D, softmax_scale, softcap)
+    scores, BLOCK_D = scores_of(D, softmax_scale, softcap), block_d_of(D)
     shared = {
-        "H_kv": H_kv,
-        "group": group,
-        "T_q": T_q,
+        "heads": Heads(B, H_kv, group, T_q),
         "max_len": longest,
         "n_splits": n_splits,
         "left": left,
-        "scale_log2": scores["scale_log2"],
-        "D": D,
-        "SPLIT": split,
-        "BLOCK_D": block_d_of(D),
     }
     arguments = {
-        **strides_by_name(q=q),
-        **strides_by_name(alignment, k=k, v=v),
         **shared,
-        **scores,
-        "B": B,
-        "PRECISION": precision,
-        "WIDE": any(is_wide(t.strides[1] * config.block_n) for t in (k, v)),
-        "ALIGNMENT": alignment,
-        "BLOCK_M": block_m,
-        "BLOCK_N": config.block_n,
-        **config.options,
+        "strides": ForwardStrides(strides_of(q), *(strides_of(t, alignment) for t in (k, v))),
+        "scores": scores,
+        "V": Variant(
+            D=D,
+            BLOCK_D=BLOCK_D,
+            ALIGNMENT=alignment,
+            PRECISION=precision,
+            SOFTCAP=softcap > 0,
+            BLOCK_M=block_m,
+            BLOCK_N=config.block_n,
+            WIDE=any(is_wide(t.strides[1] * config.block_n) for t in (k, v)),
+            PDL=config.pdl,
+            SPLIT=split,
+        ),
+        **config.compiler_options,
+    }
+    combined = {
+        **shared,
+        "scale_log2": scores.scale_log2,
+        "D": D,
+        "SPLIT": split,
+        "BLOCK_S": combine.block_m,
+        "BLOCK_D": BLOCK_D,
+        **combine.options,
     }
     programs = n_splits * B * H_kv * triton.cdiv(rows, block_m)
     return (
         Plan(_decode_kernel, (programs,), arguments),
-        Plan(
-            _decode_combine_kernel,
-            (B * H_kv * rows,),
-            {**shared, "BLOCK_S": combine.block_m, **combine.options},
-        ),
+        Plan(_decode_combine_kernel, (B * H_kv * rows,), combined),
         n_splits,
     )

@@ -21,13 +21,12 @@ from ra_triton.kernels.norm_rope_tiles import (
     angles,
     common_arguments,
     dtypes_of,
-    lanes_of,
     packed_lanes,
     store_lanes,
     weight_lanes,
 )
 from ra_triton.kernels.plans import Layout, Plan, layout_of, planned
-from ra_triton.kernels.tiles import follow, strides_by_name, target_of
+from ra_triton.kernels.tiles import follow, indices_of, row_at, target_of
 from ra_triton.norm_rope import NormRope
 
 
@@ -37,81 +36,60 @@ def _norm_rope_rows(
     low_ptr,
     out_ptr,
     weight_ptr,
-    cos_ptr,
-    sin_ptr,
-    position_ptr,
-    stride_xb,
-    stride_xt,
-    stride_xh,
-    stride_lb,
-    stride_lt,
-    stride_lh,
-    stride_ob,
-    stride_ot,
-    stride_oh,
-    stride_ct,
-    stride_st,
-    stride_pb,
-    stride_pt,
+    tables,  # cos, sin, positions
+    x_strides,
+    low_strides,
+    out_strides,
+    strides,
     n_rows,
     T,
     H,
     T_max,
     eps,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    ROPE: tl.constexpr,
-    REST_FROM: tl.constexpr,
-    NORM: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    ROWS: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
+    V: tl.constexpr,
 ):
     """``y = rotate(p / sqrt(mean(p²) + eps) * weight)`` of ``ROWS`` rows."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    b = tl.cast(row // (T * H), tl.int64)[:, None]
-    t = tl.cast(row // H % T, tl.int64)[:, None]
-    h = tl.cast(row % H, tl.int64)[:, None]
-    rows = (row < n_rows)[:, None]
-    x_rows = x_ptr + b * stride_xb + t * stride_xt + h * stride_xh
-    low_rows = x_rows
-    if R > 0:
-        low_rows = low_ptr + b * stride_lb + t * stride_lt + h * stride_lh
-    out_rows = out_ptr + b * stride_ob + t * stride_ot + h * stride_oh
+    D: tl.constexpr = V.D
+    R: tl.constexpr = V.R
+    ROPE: tl.constexpr = V.ROPE
     PAIRS: tl.constexpr = ROPE // 2
+    REST_FROM: tl.constexpr = V.REST_FROM
+    OTHERS: tl.constexpr = D - REST_FROM
+    ROWS: tl.constexpr = V.ROWS
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    b, t, h = indices_of(row[:, None], T, H)
+    rows = (row < n_rows)[:, None]
+    x_rows = row_at(x_ptr, x_strides, b, t, h)
+    low_rows = row_at(low_ptr, low_strides, b, t, h) if R > 0 else x_rows
+    out_rows = row_at(out_ptr, out_strides, b, t, h)
     if ROPE > 0:
-        first = packed_lanes(x_rows, low_rows, rows, 0, PAIRS, D, R, HALF)
-        second = packed_lanes(x_rows, low_rows, rows, PAIRS, PAIRS, D, R, HALF)
-    if REST_FROM < D:
-        rest = packed_lanes(x_rows, low_rows, rows, REST_FROM, D - REST_FROM, D, R, REST)
-    if NORM:
+        first = packed_lanes(x_rows, low_rows, rows, 0, PAIRS, D, R, V.HALF)
+        second = packed_lanes(x_rows, low_rows, rows, PAIRS, PAIRS, D, R, V.HALF)
+    if OTHERS > 0:
+        rest = packed_lanes(x_rows, low_rows, rows, REST_FROM, OTHERS, D, R, V.REST)
+    if V.NORM:
         squares = tl.zeros([ROWS], tl.float32)
         if ROPE > 0:
             squares += tl.sum(first * first, 1) + tl.sum(second * second, 1)
-        if REST_FROM < D:
+        if OTHERS > 0:
             squares += tl.sum(rest * rest, 1)
         r = tl.rsqrt(squares * (1.0 / D) + eps)[:, None]
         if ROPE > 0:
             first *= r
             second *= r
-            if WEIGHTED:
-                first *= weight_lanes(weight_ptr, 0, PAIRS, HALF)
-                second *= weight_lanes(weight_ptr, PAIRS, PAIRS, HALF)
-        if REST_FROM < D:
+            if V.WEIGHTED:
+                first *= weight_lanes(weight_ptr, 0, PAIRS, V.HALF)
+                second *= weight_lanes(weight_ptr, PAIRS, PAIRS, V.HALF)
+        if OTHERS > 0:
             rest *= r
-            if WEIGHTED:
-                rest *= weight_lanes(weight_ptr, REST_FROM, D - REST_FROM, REST)
+            if V.WEIGHTED:
+                rest *= weight_lanes(weight_ptr, REST_FROM, OTHERS, V.REST)
     if ROPE > 0:
-        cos, sin = angles(
-            cos_ptr, sin_ptr, position_ptr, b, t, rows,
-            stride_ct, stride_st, stride_pb, stride_pt, T_max, ROPE, POSITIONS, HALF,
-        )  # fmt: skip
-        store_lanes(out_rows, first * cos - second * sin, rows, 0, PAIRS, HALF)
-        store_lanes(out_rows, second * cos + first * sin, rows, PAIRS, PAIRS, HALF)
-    if REST_FROM < D:
-        store_lanes(out_rows, rest, rows, REST_FROM, D - REST_FROM, REST)
+        cos, sin = angles(tables, strides, b, t, rows, T_max, V)
+        store_lanes(out_rows, first * cos - second * sin, rows, 0, PAIRS, V.HALF)
+        store_lanes(out_rows, second * cos + first * sin, rows, PAIRS, PAIRS, V.HALF)
+    if OTHERS > 0:
+        store_lanes(out_rows, rest, rows, REST_FROM, OTHERS, V.REST)
 
 
 @triton.jit
@@ -127,64 +105,23 @@ def _norm_rope_kernel(
     position_ptr,
     q_out_ptr,
     k_out_ptr,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_qlb,
-    stride_qlt,
-    stride_qlh,
-    stride_klb,
-    stride_klt,
-    stride_klh,
-    stride_qob,
-    stride_qot,
-    stride_qoh,
-    stride_kob,
-    stride_kot,
-    stride_koh,
-    stride_ct,
-    stride_st,
-    stride_pb,
-    stride_pt,
-    B,
-    T,
-    H,
-    H_kv,
-    T_max,
+    strides,
+    sizes,
     eps,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    ROPE: tl.constexpr,
-    REST_FROM: tl.constexpr,
-    NORM: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    ROWS: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-    PDL: tl.constexpr,
+    V: tl.constexpr,
 ):
     """Queries carry K_low, keys carry Q_low."""
-    follow(PDL)
+    follow(V.PDL)
+    B, T, H, H_kv, T_max = sizes
+    tables = (cos_ptr, sin_ptr, position_ptr)
     if tl.program_id(1) == 0:
-        _norm_rope_rows(
-            q_ptr, k_low_ptr, q_out_ptr, q_weight_ptr, cos_ptr, sin_ptr, position_ptr,
-            stride_qb, stride_qt, stride_qh, stride_klb, stride_klt, stride_klh,
-            stride_qob, stride_qot, stride_qoh, stride_ct, stride_st, stride_pb, stride_pt,
-            B * T * H, T, H, T_max, eps,
-            D, R, ROPE, REST_FROM, NORM, WEIGHTED, POSITIONS, ROWS, HALF, REST,
-        )  # fmt: skip
+        pointers = (q_ptr, k_low_ptr, q_out_ptr, q_weight_ptr, tables)
+        places = (strides.q, strides.k_low, strides.qx, strides)
+        _norm_rope_rows(*pointers, *places, B * T * H, T, H, T_max, eps, V)
     else:
-        _norm_rope_rows(
-            k_ptr, q_low_ptr, k_out_ptr, k_weight_ptr, cos_ptr, sin_ptr, position_ptr,
-            stride_kb, stride_kt, stride_kh, stride_qlb, stride_qlt, stride_qlh,
-            stride_kob, stride_kot, stride_koh, stride_ct, stride_st, stride_pb, stride_pt,
-            B * T * H_kv, T, H_kv, T_max, eps,
-            D, R, ROPE, REST_FROM, NORM, WEIGHTED, POSITIONS, ROWS, HALF, REST,
-        )  # fmt: skip
+        pointers = (k_ptr, q_low_ptr, k_out_ptr, k_weight_ptr, tables)
+        places = (strides.k, strides.q_low, strides.kx, strides)
+        _norm_rope_rows(*pointers, *places, B * T * H_kv, T, H_kv, T_max, eps, V)
 
 
 def norm_rope(call: NormRope) -> tuple[Tensor, Tensor]:
@@ -223,17 +160,11 @@ def _plan(
     target: str,
 ) -> Plan:
     """The launch for tensors of these layouts, in the order of the kernel's arguments."""
-    q, k, q_low, k_low = layouts[:4]
+    q, k = layouts[:2]
     assert q is not None
     assert k is not None
     B, T, H, D = q.shape
     config = launch_config("norm_rope", D, dtypes[0], target, False)  # type: ignore[arg-type]
-    rest_from = max(rope_dims, touched)
-    arguments = {
-        **strides_by_name(1, q=q, k=k, ql=q_low, kl=k_low, qo=layouts[9], ko=layouts[10]),
-        **common_arguments(layouts, rope_dims, eps, config),
-        "REST_FROM": rest_from,
-        "REST": lanes_of(D - rest_from),
-    }
+    arguments = common_arguments(layouts, rope_dims, max(rope_dims, touched), eps, config)
     grid = (triton.cdiv(B * T * max(H, k.shape[2]), config.block_m), 2)
     return Plan(_norm_rope_kernel, grid, arguments)

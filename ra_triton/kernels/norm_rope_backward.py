@@ -20,13 +20,12 @@ from ra_triton.kernels.norm_rope_tiles import (
     angles,
     common_arguments,
     dtypes_of,
-    lanes_of,
     packed_lanes,
     store_lanes,
     weight_lanes,
 )
 from ra_triton.kernels.plans import Layout, Plan, layout_of, planned
-from ra_triton.kernels.tiles import follow, strides_by_name, target_of
+from ra_triton.kernels.tiles import follow, indices_of, row_at, target_of
 from ra_triton.norm_rope import NormRope
 
 
@@ -68,67 +67,49 @@ def _norm_rope_backward_rows(
     dy_ptr,
     dx_ptr,
     dlow_ptr,
-    sums_ptr,
     weight_ptr,
-    cos_ptr,
-    sin_ptr,
-    position_ptr,
-    stride_xb,
-    stride_xt,
-    stride_xh,
-    stride_lb,
-    stride_lt,
-    stride_lh,
-    stride_dyb,
-    stride_dyt,
-    stride_dyh,
-    stride_ct,
-    stride_st,
-    stride_pb,
-    stride_pt,
+    sums_ptr,
+    tables,  # cos, sin, positions
+    x_strides,
+    low_strides,
+    dy_strides,
+    strides,
     n_rows,
     T,
     H,
     T_max,
     eps,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    ROPE: tl.constexpr,
-    NORM: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    ROWS: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
+    V: tl.constexpr,
 ):
     """``dp = r (dn - n mean(dn n))``, ``dn = weight * rotateᵀ(dy)``; dx and dlow are contiguous."""
+    D: tl.constexpr = V.D
+    R: tl.constexpr = V.R
+    ROPE: tl.constexpr = V.ROPE
+    PAIRS: tl.constexpr = ROPE // 2
+    OTHERS: tl.constexpr = D - ROPE
+    ROWS: tl.constexpr = V.ROWS
+    HALF: tl.constexpr = V.HALF
+    REST: tl.constexpr = V.REST
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    b = tl.cast(row // (T * H), tl.int64)[:, None]
-    t = tl.cast(row // H % T, tl.int64)[:, None]
-    h = tl.cast(row % H, tl.int64)[:, None]
+    b, t, h = indices_of(row[:, None], T, H)
     rows = (row < n_rows)[:, None]
-    x_rows = x_ptr + b * stride_xb + t * stride_xt + h * stride_xh
+    x_rows = row_at(x_ptr, x_strides, b, t, h)
     low_rows = x_rows
     dx_rows = dx_ptr + tl.cast(row, tl.int64)[:, None] * D
     dlow_rows = dx_rows
     if R > 0:
-        low_rows = low_ptr + b * stride_lb + t * stride_lt + h * stride_lh
+        low_rows = row_at(low_ptr, low_strides, b, t, h)
         dlow_rows = dlow_ptr + tl.cast(row, tl.int64)[:, None] * R
-    dy_rows = dy_ptr + b * stride_dyb + t * stride_dyt + h * stride_dyh
-    PAIRS: tl.constexpr = ROPE // 2
-    OTHERS: tl.constexpr = D - ROPE
+    dy_rows = row_at(dy_ptr, dy_strides, b, t, h)
     if ROPE > 0:
-        cos, sin = angles(
-            cos_ptr, sin_ptr, position_ptr, b, t, rows,
-            stride_ct, stride_st, stride_pb, stride_pt, T_max, ROPE, POSITIONS, HALF,
-        )  # fmt: skip
+        cos, sin = angles(tables, strides, b, t, rows, T_max, V)
         dy_first = packed_lanes(dy_rows, dy_rows, rows, 0, PAIRS, D, 0, HALF)
         dy_second = packed_lanes(dy_rows, dy_rows, rows, PAIRS, PAIRS, D, 0, HALF)
         d_first = dy_first * cos + dy_second * sin
         d_second = dy_second * cos - dy_first * sin
     if OTHERS > 0:
         d_rest = packed_lanes(dy_rows, dy_rows, rows, ROPE, OTHERS, D, 0, REST)
-    if NORM:
+    if V.NORM:
         squares = tl.zeros([ROWS], tl.float32)
         if ROPE > 0:
             first = packed_lanes(x_rows, low_rows, rows, 0, PAIRS, D, R, HALF)
@@ -142,7 +123,7 @@ def _norm_rope_backward_rows(
         if ROPE > 0:
             first *= r
             second *= r
-            if WEIGHTED:
+            if V.WEIGHTED:
                 _store_sums(sums_ptr, d_first * first, 0, PAIRS, HALF)
                 _store_sums(sums_ptr, d_second * second, PAIRS, PAIRS, HALF)
                 d_first *= weight_lanes(weight_ptr, 0, PAIRS, HALF)
@@ -150,7 +131,7 @@ def _norm_rope_backward_rows(
             along += tl.sum(d_first * first, 1) + tl.sum(d_second * second, 1)
         if OTHERS > 0:
             rest *= r
-            if WEIGHTED:
+            if V.WEIGHTED:
                 _store_sums(sums_ptr, d_rest * rest, ROPE, OTHERS, REST)
                 d_rest *= weight_lanes(weight_ptr, ROPE, OTHERS, REST)
             along += tl.sum(d_rest * rest, 1)
@@ -185,68 +166,25 @@ def _norm_rope_backward_kernel(
     dq_low_ptr,
     dk_low_ptr,
     sums_ptr,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_qlb,
-    stride_qlt,
-    stride_qlh,
-    stride_klb,
-    stride_klt,
-    stride_klh,
-    stride_dqb,
-    stride_dqt,
-    stride_dqh,
-    stride_dkb,
-    stride_dkt,
-    stride_dkh,
-    stride_ct,
-    stride_st,
-    stride_pb,
-    stride_pt,
-    B,
-    T,
-    H,
-    H_kv,
-    T_max,
+    strides,
+    sizes,
     eps,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    ROPE: tl.constexpr,
-    NORM: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    ROWS: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-    PDL: tl.constexpr,
+    V: tl.constexpr,
 ):
     """Queries gave their low lanes to K_low, keys to Q_low."""
-    follow(PDL)
-    tile_sums = sums_ptr
-    if WEIGHTED:
-        tile_sums += (tl.cast(tl.program_id(0), tl.int64) * 2 + tl.program_id(1)) * D
+    follow(V.PDL)
+    B, T, H, H_kv, T_max = sizes
+    if V.WEIGHTED:
+        sums_ptr += (tl.cast(tl.program_id(0), tl.int64) * 2 + tl.program_id(1)) * V.D
+    shared = (sums_ptr, (cos_ptr, sin_ptr, position_ptr))
     if tl.program_id(1) == 0:
-        _norm_rope_backward_rows(
-            q_ptr, k_low_ptr, dq_out_ptr, dq_ptr, dk_low_ptr, tile_sums,
-            q_weight_ptr, cos_ptr, sin_ptr, position_ptr,
-            stride_qb, stride_qt, stride_qh, stride_klb, stride_klt, stride_klh,
-            stride_dqb, stride_dqt, stride_dqh, stride_ct, stride_st, stride_pb, stride_pt,
-            B * T * H, T, H, T_max, eps,
-            D, R, ROPE, NORM, WEIGHTED, POSITIONS, ROWS, HALF, REST,
-        )  # fmt: skip
+        pointers = (q_ptr, k_low_ptr, dq_out_ptr, dq_ptr, dk_low_ptr, q_weight_ptr)
+        places = (strides.q, strides.k_low, strides.qx, strides)
+        _norm_rope_backward_rows(*pointers, *shared, *places, B * T * H, T, H, T_max, eps, V)
     else:
-        _norm_rope_backward_rows(
-            k_ptr, q_low_ptr, dk_out_ptr, dk_ptr, dq_low_ptr, tile_sums,
-            k_weight_ptr, cos_ptr, sin_ptr, position_ptr,
-            stride_kb, stride_kt, stride_kh, stride_qlb, stride_qlt, stride_qlh,
-            stride_dkb, stride_dkt, stride_dkh, stride_ct, stride_st, stride_pb, stride_pt,
-            B * T * H_kv, T, H_kv, T_max, eps,
-            D, R, ROPE, NORM, WEIGHTED, POSITIONS, ROWS, HALF, REST,
-        )  # fmt: skip
+        pointers = (k_ptr, q_low_ptr, dk_out_ptr, dk_ptr, dq_low_ptr, k_weight_ptr)
+        places = (strides.k, strides.q_low, strides.kx, strides)
+        _norm_rope_backward_rows(*pointers, *shared, *places, B * T * H_kv, T, H_kv, T_max, eps, V)
 
 
 def norm_rope_backward(
@@ -292,13 +230,8 @@ def _plan(
     target: str,
 ) -> Plan:
     """The launch for tensors of these layouts, in the order of the kernel's arguments."""
-    q, k, q_low, k_low = layouts[:4]
-    assert q is not None
-    D = q.shape[-1]
+    assert layouts[0] is not None
+    D = layouts[0].shape[-1]
     config = launch_config("norm_rope_backward", D, dtypes[0], target, False)  # type: ignore[arg-type]
-    arguments = {
-        **strides_by_name(1, q=q, k=k, ql=q_low, kl=k_low, dq=layouts[9], dk=layouts[10]),
-        **common_arguments(layouts, rope_dims, eps, config),
-        "REST": lanes_of(D - rope_dims),
-    }
+    arguments = common_arguments(layouts, rope_dims, rope_dims, eps, config)
     return Plan(_norm_rope_backward_kernel, (tiles, 2), arguments)

@@ -1,6 +1,6 @@
 """What the forward and the backward of ``norm_rope`` share: lanes of heads, angles, arguments."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -8,9 +8,57 @@ import triton.language as tl
 
 from ra_triton.kernels.configs import LaunchConfig
 from ra_triton.kernels.plans import Layout
+from ra_triton.kernels.tiles import Strides, strides_of
 from ra_triton.norm_rope import NormRope
 
 MIN_LANES = 16  # of a tile, so that no two threads of a CTA hold the same element
+
+
+class Positions(NamedTuple):
+    """Strides of ``[B]`` or ``[B, T]``."""
+
+    b: int = 0
+    t: int = 0
+
+
+class NormRopeStrides(NamedTuple):
+    """Of what forward and backward read; x is y in the forward and dy in the backward."""
+
+    q: Strides
+    k: Strides
+    q_low: Strides
+    k_low: Strides
+    qx: Strides
+    kx: Strides
+    cos: int  # from row to row
+    sin: int
+    positions: Positions
+
+
+class Sizes(NamedTuple):
+    """Of q ``[B, T, H, D]``, k ``[B, T, H_kv, D]``, cos and sin ``[T_max, ROPE / 2]``."""
+
+    B: int
+    T: int
+    H: int
+    H_kv: int
+    T_max: int
+
+
+class Variant(NamedTuple):
+    """What the compiled code depends on."""
+
+    D: int
+    R: int
+    ROPE: int
+    REST_FROM: int  # lanes in between stay as they are
+    NORM: bool
+    WEIGHTED: bool
+    POSITIONS: int  # 0: t, 1: positions[b] + t, 2: positions[b, t]
+    ROWS: int
+    HALF: int  # lanes of a tile of half the rotated ones
+    REST: int  # and of a tile of the rest
+    PDL: bool
 
 
 @triton.jit
@@ -46,35 +94,21 @@ def weight_lanes(weight_ptr, FIRST: tl.constexpr, COUNT: tl.constexpr, LANES: tl
 
 
 @triton.jit
-def angles(
-    cos_ptr,
-    sin_ptr,
-    position_ptr,
-    b,
-    t,
-    rows,
-    stride_ct,
-    stride_st,
-    stride_pb,
-    stride_pt,
-    T_max,
-    ROPE: tl.constexpr,
-    POSITIONS: tl.constexpr,  # 0: t, 1: positions[b] + t, 2: positions[b, t]
-    HALF: tl.constexpr,
-):
+def angles(tables, strides, b, t, rows, T_max, V: tl.constexpr):
     """``cos, sin`` at the position of each row, ``[ROWS, HALF]`` float32; NaN beyond the tables."""
+    cos_ptr, sin_ptr, position_ptr = tables
     at = t
-    if POSITIONS > 0:
-        at = tl.load(position_ptr + b * stride_pb + t * stride_pt, mask=rows, other=0)
-        at = at.to(tl.int64)
-        if POSITIONS == 1:
+    if V.POSITIONS > 0:
+        place = b * strides.positions.b + t * strides.positions.t
+        at = tl.load(position_ptr + place, mask=rows, other=0).to(tl.int64)
+        if V.POSITIONS == 1:
             at += t
     known = rows & (at >= 0) & (at < T_max)
-    pair = tl.arange(0, HALF)[None, :]
-    mask = known & (pair < ROPE // 2)
-    cos = tl.load(cos_ptr + at * stride_ct + pair, mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + at * stride_st + pair, mask=mask, other=0.0).to(tl.float32)
-    if POSITIONS > 0:
+    pair = tl.arange(0, V.HALF)[None, :]
+    mask = known & (pair < V.ROPE // 2)
+    cos = tl.load(cos_ptr + at * strides.cos + pair, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + at * strides.sin + pair, mask=mask, other=0.0).to(tl.float32)
+    if V.POSITIONS > 0:
         cos = tl.where(rows & ~known, float("nan"), cos)
     return cos, sin
 
@@ -101,34 +135,45 @@ def dtypes_of(call: NormRope) -> tuple[torch.dtype | None, ...]:
 
 
 def common_arguments(
-    layouts: tuple[Layout | None, ...], rope_dims: int, eps: float | None, config: LaunchConfig
+    layouts: tuple[Layout | None, ...],
+    rope_dims: int,
+    rest_from: int,
+    eps: float | None,
+    config: LaunchConfig,
 ) -> dict[str, Any]:
-    """What forward and backward tell their kernels; layouts in the order of a :class:`NormRope`."""
-    q, k, q_low, _, q_weight, _, cos, sin, positions = layouts[:9]
+    """What forward and backward get; layouts in the order of a :class:`NormRope`, then y or dy."""
+    q, k, q_low, k_low, q_weight, _, cos, sin, positions, qx, kx = layouts[:11]
     assert q is not None
     assert k is not None
     B, T, H, D = q.shape
-    position_strides = (0, 0) if positions is None else (*positions.strides, 0)[:2]
     return {
-        "stride_ct": 0 if cos is None else cos.strides[0],
-        "stride_st": 0 if sin is None else sin.strides[0],
-        "stride_pb": position_strides[0],
-        "stride_pt": position_strides[1],
-        "B": B,
-        "T": T,
-        "H": H,
-        "H_kv": k.shape[2],
-        "T_max": 0 if cos is None else cos.shape[0],
+        "strides": NormRopeStrides(
+            q=strides_of(q),
+            k=strides_of(k),
+            q_low=strides_of(q_low),
+            k_low=strides_of(k_low),
+            qx=strides_of(qx),
+            kx=strides_of(kx),
+            cos=0 if cos is None else cos.strides[0],
+            sin=0 if sin is None else sin.strides[0],
+            positions=Positions(*() if positions is None else positions.strides),
+        ),
+        "sizes": Sizes(B, T, H, k.shape[2], 0 if cos is None else cos.shape[0]),
         "eps": 0.0 if eps is None else eps,
-        "D": D,
-        "R": 0 if q_low is None else q_low.shape[-1],
-        "ROPE": rope_dims,
-        "NORM": eps is not None,
-        "WEIGHTED": q_weight is not None,
-        "POSITIONS": 0 if positions is None else len(positions.shape),
-        "ROWS": config.block_m,
-        "HALF": lanes_of(rope_dims // 2),
-        **config.options,
+        "V": Variant(
+            D=D,
+            R=0 if q_low is None else q_low.shape[-1],
+            ROPE=rope_dims,
+            REST_FROM=rest_from,
+            NORM=eps is not None,
+            WEIGHTED=q_weight is not None,
+            POSITIONS=0 if positions is None else len(positions.shape),
+            ROWS=config.block_m,
+            HALF=lanes_of(rope_dims // 2),
+            REST=lanes_of(D - rest_from),
+            PDL=config.pdl,
+        ),
+        **config.compiler_options,
     }
 
 

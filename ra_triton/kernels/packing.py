@@ -7,6 +7,8 @@ q ``[B, T, H, D]``, k ``[B, T, H_kv, D]``, q_low ``[B, T, H_kv, R]``, k_low ``[B
 ``pack`` overwrites nothing; ``pack_`` overwrites the last R lanes of q and k and touches no other.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,38 @@ from torch import Tensor
 
 from ra_triton.kernels.configs import LaunchConfig, launch_config
 from ra_triton.kernels.plans import Layout, Plan, layout_of, planned
-from ra_triton.kernels.tiles import follow, strides_by_name, target_of
+from ra_triton.kernels.tiles import Strides, follow, indices_of, row_at, strides_of, target_of
+
+
+class PackStrides(NamedTuple):
+    """Of the tensors, in the order of the kernel's arguments."""
+
+    q: Strides
+    k: Strides
+    q_low: Strides
+    k_low: Strides
+    q_pack: Strides
+    k_pack: Strides
+
+
+class Sizes(NamedTuple):
+    """Of q ``[B, T, H, D]`` and k ``[B, T, H_kv, D]``."""
+
+    B: int
+    T: int
+    H: int
+    H_kv: int
+
+
+class Variant(NamedTuple):
+    """What the compiled code depends on."""
+
+    D: int
+    R: int
+    IN_PLACE: bool
+    ROWS: int
+    LANES: int
+    PDL: bool
 
 
 @triton.jit
@@ -22,39 +55,27 @@ def _pack_rows(
     std_ptr,
     low_ptr,
     out_ptr,
-    stride_sb,
-    stride_st,
-    stride_sh,
-    stride_lb,
-    stride_lt,
-    stride_lh,
-    stride_ob,
-    stride_ot,
-    stride_oh,
+    std_strides,
+    low_strides,
+    out_strides,
     n_rows,
     T,
     H,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
+    V: tl.constexpr,
 ):
     """``out[row, lane] = std[row, lane] if lane < D - R else low[row, lane - (D - R)]``."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    b = tl.cast(row // (T * H), tl.int64)[:, None]
-    t = tl.cast(row // H % T, tl.int64)[:, None]
-    h = tl.cast(row % H, tl.int64)[:, None]
-    lane = (D - R if IN_PLACE else 0) + tl.arange(0, LANES)[None, :]
-    is_low = lane >= D - R
-    inside = (row < n_rows)[:, None] & (lane < D)
-    low_pointers = low_ptr + b * stride_lb + t * stride_lt + h * stride_lh + (lane - (D - R))
+    STD: tl.constexpr = V.D - V.R
+    row = tl.program_id(0) * V.ROWS + tl.arange(0, V.ROWS)
+    b, t, h = indices_of(row[:, None], T, H)
+    lane = (STD if V.IN_PLACE else 0) + tl.arange(0, V.LANES)[None, :]
+    is_low = lane >= STD
+    inside = (row < n_rows)[:, None] & (lane < V.D)
+    low_pointers = row_at(low_ptr, low_strides, b, t, h) + (lane - STD)
     value = tl.load(low_pointers, mask=inside & is_low, other=0.0)
-    if not IN_PLACE:
-        std_pointers = std_ptr + b * stride_sb + t * stride_st + h * stride_sh + lane
+    if not V.IN_PLACE:
+        std_pointers = row_at(std_ptr, std_strides, b, t, h) + lane
         value = tl.where(is_low, value, tl.load(std_pointers, mask=inside & ~is_low, other=0.0))
-    out_pointers = out_ptr + b * stride_ob + t * stride_ot + h * stride_oh + lane
-    tl.store(out_pointers, value, mask=inside)
+    tl.store(row_at(out_ptr, out_strides, b, t, h) + lane, value, mask=inside)
 
 
 @triton.jit
@@ -65,51 +86,19 @@ def _pack_kernel(
     k_low_ptr,
     q_pack_ptr,
     k_pack_ptr,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_qlb,
-    stride_qlt,
-    stride_qlh,
-    stride_klb,
-    stride_klt,
-    stride_klh,
-    stride_qpb,
-    stride_qpt,
-    stride_qph,
-    stride_kpb,
-    stride_kpt,
-    stride_kph,
-    B,
-    T,
-    H,
-    H_kv,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    PDL: tl.constexpr,
+    strides,
+    sizes,
+    V: tl.constexpr,
 ):
     """Queries carry K_low, keys carry Q_low."""
-    follow(PDL)
+    follow(V.PDL)
+    B, T, H, H_kv = sizes
     if tl.program_id(1) == 0:
-        _pack_rows(
-            q_ptr, k_low_ptr, q_pack_ptr,
-            stride_qb, stride_qt, stride_qh, stride_klb, stride_klt, stride_klh,
-            stride_qpb, stride_qpt, stride_qph,
-            B * T * H, T, H, D, R, IN_PLACE, ROWS, LANES,
-        )  # fmt: skip
+        places = (strides.q, strides.k_low, strides.q_pack)
+        _pack_rows(q_ptr, k_low_ptr, q_pack_ptr, *places, B * T * H, T, H, V)
     else:
-        _pack_rows(
-            k_ptr, q_low_ptr, k_pack_ptr,
-            stride_kb, stride_kt, stride_kh, stride_qlb, stride_qlt, stride_qlh,
-            stride_kpb, stride_kpt, stride_kph,
-            B * T * H_kv, T, H_kv, D, R, IN_PLACE, ROWS, LANES,
-        )  # fmt: skip
+        places = (strides.k, strides.q_low, strides.k_pack)
+        _pack_rows(k_ptr, q_low_ptr, k_pack_ptr, *places, B * T * H_kv, T, H_kv, V)
 
 
 def pack(
@@ -166,19 +155,18 @@ def _plan(
     H_kv, R = k.shape[2], q_low.shape[-1]
     if config is None:
         config = launch_config("packing", D, dtype, target, False)
-    names = ("q", "k", "ql", "kl", "qp", "kp")
     arguments = {
-        **strides_by_name(1, **dict(zip(names, layouts, strict=True))),
-        "B": B,
-        "T": T,
-        "H": H,
-        "H_kv": H_kv,
-        "D": D,
-        "R": R,
-        "IN_PLACE": in_place,
-        "ROWS": config.block_m,
-        "LANES": triton.next_power_of_2(R if in_place else D),
-        **config.options,
+        "strides": PackStrides(*map(strides_of, layouts)),
+        "sizes": Sizes(B, T, H, H_kv),
+        "V": Variant(
+            D=D,
+            R=R,
+            IN_PLACE=in_place,
+            ROWS=config.block_m,
+            LANES=triton.next_power_of_2(R if in_place else D),
+            PDL=config.pdl,
+        ),
+        **config.compiler_options,
     }
     grid = (triton.cdiv(B * T * max(H, H_kv), config.block_m), 2)
     return Plan(_pack_kernel, grid, arguments)

@@ -9,6 +9,7 @@ program a tile of y, in groups of GROUP_M row tiles that share columns of w in L
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -40,6 +41,39 @@ from ra_triton.kernels.tiles import (
 GROUP_M = 8
 
 
+class Strides(NamedTuple):
+    """Of x ``[B, T, C]``, whose last stride is 1, and w ``[C, N]``."""
+
+    x_b: int
+    x_t: int
+    w_c: int
+    w_n: int
+
+
+class Sizes(NamedTuple):
+    """Of x ``[B, T, C]``, w ``[C, N]`` and y ``[M, N]``."""
+
+    M: int  # B * T
+    T: int
+    N: int
+    C: int
+
+
+class Variant(NamedTuple):
+    """What the compiled code depends on."""
+
+    EVEN_C: bool  # C % BLOCK_K == 0
+    W_TRANSPOSED: bool
+    PRECISION: str  # of float32 products
+    USE_TMA: bool
+    WIDE: bool  # offsets inside a tile of w need 64 bits
+    GROUP_M: int
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    PDL: bool
+
+
 @triton.jit
 def _tile_of(pid, n_m, n_n, GROUP_M: tl.constexpr):
     """Row tile and column tile of a program: down GROUP_M rows, then one column to the right."""
@@ -53,53 +87,43 @@ def _tile_of(pid, n_m, n_n, GROUP_M: tl.constexpr):
 def _projection_kernel(
     x_source,  # pointer, or descriptor of [B*T, C] with USE_TMA
     w_source,  # pointer, or descriptor of [C, N] ([N, C] with W_TRANSPOSED)
-    bias_ptr,
+    bias_ptr,  # or None
     y_ptr,
-    stride_xb,
-    stride_xt,
-    stride_wc,
-    stride_wn,
-    M,  # B * T
-    T,
-    N,
-    C,
-    HAS_BIAS: tl.constexpr,
-    EVEN_C: tl.constexpr,  # C % BLOCK_K == 0
-    W_TRANSPOSED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    WIDE: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
+    strides,
+    sizes,
+    V: tl.constexpr,
 ):
     """One tile of y = x w + bias, accumulated over C in steps of BLOCK_K."""
-    follow(PDL)
-    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    PRECISION: tl.constexpr = V.PRECISION
+    BLOCK_M: tl.constexpr = V.BLOCK_M
+    BLOCK_N: tl.constexpr = V.BLOCK_N
+    M, T, N, C = sizes
+    follow(V.PDL)
+    pid = tl.program_id(0)
+    n_m, n_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tile_m, tile_n = _tile_of(pid, n_m, n_n, V.GROUP_M)
     m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
     offs_m = m + tl.arange(0, BLOCK_M)
     offs_n = n + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    if not USE_TMA:
+    offs_k = tl.arange(0, V.BLOCK_K)
+    if not V.USE_TMA:
         row = tl.minimum(offs_m, M - 1)  # rows past the end repeat the last and are not stored
-        x_rows = x_source + tl.cast(row // T, tl.int64) * stride_xb
-        x_rows += tl.cast(row % T, tl.int64) * stride_xt
-        w_base = w_source + tl.cast(n, tl.int64) * stride_wn
-        in_k = offs_k.to(tl.int64) if WIDE else offs_k
-        in_n = tl.arange(0, BLOCK_N).to(tl.int64) if WIDE else tl.arange(0, BLOCK_N)
-        in_tile = in_k[:, None] * stride_wc + in_n[None, :] * stride_wn
+        x_rows = x_source + tl.cast(row // T, tl.int64) * strides.x_b
+        x_rows += tl.cast(row % T, tl.int64) * strides.x_t
+        w_base = w_source + tl.cast(n, tl.int64) * strides.w_n
+        in_k = offs_k.to(tl.int64) if V.WIDE else offs_k
+        in_n = tl.arange(0, BLOCK_N).to(tl.int64) if V.WIDE else tl.arange(0, BLOCK_N)
+        in_tile = in_k[:, None] * strides.w_c + in_n[None, :] * strides.w_n
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in tl.range(0, C, BLOCK_K):
-        if USE_TMA:
+    for k in tl.range(0, C, V.BLOCK_K):
+        if V.USE_TMA:
             x = x_source.load([m, k])
-            w = w_source.load([n, k]).T if W_TRANSPOSED else w_source.load([k, n])
+            w = w_source.load([n, k]).T if V.W_TRANSPOSED else w_source.load([k, n])
         else:
             x_pointers = x_rows[:, None] + (k + offs_k)[None, :]
-            w_pointers = w_base + tl.cast(k, tl.int64) * stride_wc + in_tile
-            if EVEN_C:
+            w_pointers = w_base + tl.cast(k, tl.int64) * strides.w_c + in_tile
+            if V.EVEN_C:
                 x = tl.load(x_pointers)
                 w = tl.load(w_pointers, mask=offs_n[None, :] < N, other=0.0)
             else:
@@ -108,7 +132,7 @@ def _projection_kernel(
                 w = tl.load(w_pointers, mask=mask_w, other=0.0)
         acc = dot(x, w, acc, PRECISION)
 
-    if HAS_BIAS:
+    if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     y_pointers = y_ptr + tl.cast(offs_m, tl.int64)[:, None] * N + offs_n[None, :]
     mask = (offs_m[:, None] < M) & (offs_n[None, :] < N)
@@ -203,25 +227,21 @@ def _plan(
         1: Bulk(w_rows.shape, w_rows.strides, block_w[::-1] if w_transposed else block_w),
     }
     arguments = {
-        "stride_xb": x.strides[0],
-        "stride_xt": x.strides[1],
-        "stride_wc": w.strides[0],
-        "stride_wn": w.strides[1],
-        "M": B * T,
-        "T": T,
-        "N": N,
-        "C": C,
-        "HAS_BIAS": others[0] is not None,
-        "EVEN_C": C % config.block_k == 0,
-        "W_TRANSPOSED": w_transposed,
-        "PRECISION": precision,
-        "USE_TMA": config.use_tma,
-        "WIDE": is_wide(w.strides[0] * config.block_k + w.strides[1] * config.block_n),
-        "GROUP_M": GROUP_M,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        **config.options,
+        "strides": Strides(*x.strides[:2], *w.strides),
+        "sizes": Sizes(B * T, T, N, C),
+        "V": Variant(
+            EVEN_C=C % config.block_k == 0,
+            W_TRANSPOSED=w_transposed,
+            PRECISION=precision,
+            USE_TMA=config.use_tma,
+            WIDE=is_wide(w.strides[0] * config.block_k + w.strides[1] * config.block_n),
+            GROUP_M=GROUP_M,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            PDL=config.pdl,
+        ),
+        **config.compiler_options,
     }
     grid = (triton.cdiv(B * T, config.block_m) * triton.cdiv(N, config.block_n),)
     return Plan(_projection_kernel, grid, arguments, bulk if config.use_tma else None)

@@ -8,6 +8,8 @@ second launch adds the splits in order. Overwrites nothing. The gradient of x is
 by wᵀ.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -22,47 +24,63 @@ MAX_SPLITS = 16
 PROGRAMS = 256  # that splitting aims at: about two CTAs per SM
 
 
+class Sizes(NamedTuple):
+    """Of x ``[B, T, C]`` and g ``[M, N]``."""
+
+    M: int  # B * T
+    T: int
+    C: int
+    N: int
+
+
+class Variant(NamedTuple):
+    """What the compiled code depends on."""
+
+    FLAT: bool  # one stride leads from row to row
+    PRECISION: str  # of float32 products
+    USE_TMA: bool
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    PDL: bool
+
+
 @triton.jit
 def _weight_gradient_kernel(
     x_source,  # pointers, or descriptors of [B*T, C] and [B*T, N] with USE_TMA
     g_source,
     dw_ptr,  # [splits, C, N] float32, or [C, N] if there is one split
-    stride_xb,
-    stride_xt,
-    M,  # B * T
-    T,
-    C,
-    N,
+    x_strides,  # of batch and token
+    sizes,
     split_rows,
-    FLAT: tl.constexpr,  # one stride leads from row to row
-    PRECISION: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
+    V: tl.constexpr,
 ):
     """One tile of ``xᵀ g`` over the tokens of one split."""
-    follow(PDL)
+    PRECISION: tl.constexpr = V.PRECISION
+    BLOCK_M: tl.constexpr = V.BLOCK_M
+    BLOCK_N: tl.constexpr = V.BLOCK_N
+    M, T, C, N = sizes
+    stride_b, stride_t = x_strides
+    follow(V.PDL)
     n_c = tl.cdiv(C, BLOCK_M)
     c = tl.program_id(0) % n_c * BLOCK_M
     n = tl.program_id(0) // n_c * BLOCK_N
     split = tl.program_id(1)
     end = tl.minimum((split + 1) * split_rows, M)
     offs_c, offs_n = c + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_k = tl.arange(0, V.BLOCK_K)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in tl.range(split * split_rows, end, BLOCK_K):
-        if USE_TMA:
+    for k in tl.range(split * split_rows, end, V.BLOCK_K):
+        if V.USE_TMA:
             x = x_source.load([k, c])  # split_rows is a multiple of BLOCK_K, so none is read twice
             g = g_source.load([k, n])
         else:
             row = k + offs_k
-            if FLAT:
-                x_rows = x_source + tl.cast(row, tl.int64) * stride_xt
+            if V.FLAT:
+                x_rows = x_source + tl.cast(row, tl.int64) * stride_t
             else:
-                x_rows = x_source + tl.cast(row // T, tl.int64) * stride_xb
-                x_rows += tl.cast(row % T, tl.int64) * stride_xt
+                x_rows = x_source + tl.cast(row // T, tl.int64) * stride_b
+                x_rows += tl.cast(row % T, tl.int64) * stride_t
             inside = (row < end)[:, None]
             x = tl.load(
                 x_rows[:, None] + offs_c[None, :], inside & (offs_c < C)[None, :], other=0.0
@@ -184,20 +202,19 @@ def _weight_plan(
     tiles = triton.cdiv(C, config.block_m) * triton.cdiv(N, config.block_n)
     splits, split_rows = _splits(B * T, config.block_k, tiles)
     arguments = {
-        "stride_xb": x.strides[0],
-        "stride_xt": x.strides[1],
-        "M": B * T,
-        "T": T,
-        "C": C,
-        "N": N,
+        "x_strides": x.strides[:2],
+        "sizes": Sizes(B * T, T, C, N),
         "split_rows": split_rows,
-        "FLAT": B == 1,
-        "PRECISION": precision,
-        "USE_TMA": config.use_tma,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        **config.options,
+        "V": Variant(
+            FLAT=B == 1,
+            PRECISION=precision,
+            USE_TMA=config.use_tma,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            PDL=config.pdl,
+        ),
+        **config.compiler_options,
     }
     plan = Plan(
         _weight_gradient_kernel, (tiles, splits), arguments, bulk if config.use_tma else None

@@ -16,6 +16,8 @@ GAP columns further than dense ones would be (``layout.Columns``). Grid: one pro
 each token; a token that is not finite gets a scale of NaN. Grid: one program ROWS tokens.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -39,78 +41,91 @@ ROUNDING = tl.constexpr(1.5 * 2.0**23)  # x + this - this rounds |x| < 2²² to 
 SMALLEST_SCALE = tl.constexpr(2.0**-126)  # no scale is smaller, so that zeros divide
 
 
+class Sizes(NamedTuple):
+    """Of x ``[B, T, C]``, w ``[N, C]`` and y ``[M, width]``, and where the rows of w go."""
+
+    M: int  # B * T
+    T: int
+    N: int
+    C: int
+    width: int
+    start: int  # column of j = 0
+    heads: int  # that GAP follows
+
+
+class Variant(NamedTuple):
+    """What the compiled code depends on."""
+
+    EVEN_C: bool  # C % BLOCK_K == 0
+    LANES: int
+    GAP: int
+    PRECISION: str  # of float32 products
+    USE_TMA: bool
+    GROUP_M: int
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    PDL: bool
+
+
 @triton.jit
 def _int8_projection_kernel(
     x_source,  # pointer, or descriptor of [B*T, C] with USE_TMA
     w_source,  # pointer, or descriptor of [N, C]
-    x_scale_ptr,
-    w_scale_ptr,
-    bias_ptr,
+    x_scale_ptr,  # if x and w are int8, else None
+    w_scale_ptr,  # if w is int8, else None
+    bias_ptr,  # or None
     y_ptr,
-    stride_xb,
-    stride_xt,
-    M,  # B * T
-    T,
-    N,
-    C,
-    width,  # columns of y
-    start,  # column of j = 0
-    heads,  # that GAP follows
-    HAS_X_SCALE: tl.constexpr,  # x and w are int8
-    HAS_W_SCALE: tl.constexpr,  # w is int8
-    HAS_BIAS: tl.constexpr,
-    EVEN_C: tl.constexpr,  # C % BLOCK_K == 0
-    LANES: tl.constexpr,
-    GAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
+    x_strides,  # of batch and token
+    sizes,
+    V: tl.constexpr,
 ):
     """One tile of yᵀ = s_w s_x (w xᵀ) + bias, accumulated over C in steps of BLOCK_K."""
-    follow(PDL)
+    PRECISION: tl.constexpr = V.PRECISION
+    BLOCK_M: tl.constexpr = V.BLOCK_M
+    BLOCK_N: tl.constexpr = V.BLOCK_N
+    M, T, N, C, width, start, heads = sizes
+    stride_b, stride_t = x_strides
+    follow(V.PDL)
     n_m, n_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
-    tile_m, tile_n = tl.swizzle2d(pid // n_n, pid % n_n, n_m, n_n, GROUP_M)
+    tile_m, tile_n = tl.swizzle2d(pid // n_n, pid % n_n, n_m, n_n, V.GROUP_M)
     m, n = tile_m * BLOCK_M, tile_n * BLOCK_N
     offs_m = m + tl.arange(0, BLOCK_M)
     offs_n = n + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    if not USE_TMA:  # rows past the end repeat the last and are not stored
+    offs_k = tl.arange(0, V.BLOCK_K)
+    if not V.USE_TMA:  # rows past the end repeat the last and are not stored
         row_m, row_n = tl.minimum(offs_m, M - 1), tl.minimum(offs_n, N - 1)
-        x_rows = x_source + tl.cast(row_m // T, tl.int64) * stride_xb
-        x_rows += tl.cast(row_m % T, tl.int64) * stride_xt
+        x_rows = x_source + tl.cast(row_m // T, tl.int64) * stride_b
+        x_rows += tl.cast(row_m % T, tl.int64) * stride_t
         w_rows = w_source + tl.cast(row_n, tl.int64) * C
 
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32 if HAS_X_SCALE else tl.float32)
-    for k in tl.range(0, C, BLOCK_K):
-        if USE_TMA:
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32 if x_scale_ptr is None else tl.int32)
+    for k in tl.range(0, C, V.BLOCK_K):
+        if V.USE_TMA:
             x = x_source.load([m, k])
             w = w_source.load([n, k])
-        elif EVEN_C:
+        elif V.EVEN_C:
             x = tl.load(x_rows[:, None] + (k + offs_k)[None, :])
             w = tl.load(w_rows[:, None] + (k + offs_k)[None, :])
         else:
             inside = offs_k[None, :] < C - k
             x = tl.load(x_rows[:, None] + (k + offs_k)[None, :], mask=inside, other=0)
             w = tl.load(w_rows[:, None] + (k + offs_k)[None, :], mask=inside, other=0)
-        if HAS_X_SCALE:
+        if x_scale_ptr is not None:
             acc = tl.dot(w, x.T, acc, out_dtype=tl.int32)
         else:
             acc = dot(w.to(x.dtype), x.T, acc, PRECISION)
 
     y = acc.to(tl.float32)
-    if HAS_X_SCALE:
+    if x_scale_ptr is not None:
         y *= tl.load(x_scale_ptr + offs_m, mask=offs_m < M, other=0.0)[None, :]
-    if HAS_W_SCALE:
+    if w_scale_ptr is not None:
         y *= tl.load(w_scale_ptr + offs_n, mask=offs_n < N, other=0.0)[:, None]
     column = start + offs_n
-    if GAP > 0:
-        column += tl.minimum(offs_n // LANES, heads) * GAP
-    if HAS_BIAS:
+    if V.GAP > 0:
+        column += tl.minimum(offs_n // V.LANES, heads) * V.GAP
+    if bias_ptr is not None:
         y += tl.load(bias_ptr + column, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
     y_pointers = y_ptr + tl.cast(offs_m, tl.int64)[None, :] * width + column[:, None]
     mask = (offs_m[None, :] < M) & (offs_n[:, None] < N)
@@ -122,8 +137,7 @@ def _quantize_rows_kernel(
     x_ptr,
     x_int8_ptr,
     scale_ptr,
-    stride_xb,
-    stride_xt,
+    x_strides,  # of batch and token
     M,  # B * T
     T,
     C,
@@ -132,11 +146,12 @@ def _quantize_rows_kernel(
     PDL: tl.constexpr,
 ):
     """x_int8 = rint(x / s), s = max(max_c |x| / 127, 2⁻¹²⁶), of ROWS tokens."""
+    stride_b, stride_t = x_strides
     follow(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     clamped = tl.minimum(row, M - 1)
-    x_rows = x_ptr + tl.cast(clamped // T, tl.int64) * stride_xb
-    x_rows += tl.cast(clamped % T, tl.int64) * stride_xt
+    x_rows = x_ptr + tl.cast(clamped // T, tl.int64) * stride_b
+    x_rows += tl.cast(clamped % T, tl.int64) * stride_t
     offs_k = tl.arange(0, BLOCK_C)
 
     largest = tl.zeros([ROWS], tl.int32)  # as bits, which order like the numbers, NaN above all
@@ -225,28 +240,21 @@ def _plan(
         1: Bulk(w.shape, w.strides, (config.block_n, config.block_k)),
     }
     arguments = {
-        "stride_xb": x.strides[0],
-        "stride_xt": x.strides[1],
-        "M": B * T,
-        "T": T,
-        "N": N,
-        "C": C,
-        "width": width,
-        "start": columns.start,
-        "heads": columns.heads,
-        "HAS_X_SCALE": others[0] is not None,
-        "HAS_W_SCALE": others[1] is not None,
-        "HAS_BIAS": others[2] is not None,
-        "EVEN_C": C % config.block_k == 0,
-        "LANES": columns.lanes,
-        "GAP": columns.gap,
-        "PRECISION": precision,
-        "USE_TMA": config.use_tma,
-        "GROUP_M": GROUP_M,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        **config.options,
+        "x_strides": x.strides[:2],
+        "sizes": Sizes(B * T, T, N, C, width, columns.start, columns.heads),
+        "V": Variant(
+            EVEN_C=C % config.block_k == 0,
+            LANES=columns.lanes,
+            GAP=columns.gap,
+            PRECISION=precision,
+            USE_TMA=config.use_tma,
+            GROUP_M=GROUP_M,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            PDL=config.pdl,
+        ),
+        **config.compiler_options,
     }
     grid = (triton.cdiv(B * T, config.block_m) * triton.cdiv(N, config.block_n),)
     return Plan(_int8_projection_kernel, grid, arguments, bulk if config.use_tma else None)
@@ -290,8 +298,7 @@ def _quantize_plan(
     if config is None:
         config = launch_config("quantize_rows", 0, dtype, target, False)
     arguments = {
-        "stride_xb": x.strides[0],
-        "stride_xt": x.strides[1],
+        "x_strides": x.strides[:2],
         "M": B * T,
         "T": T,
         "C": C,

@@ -2,7 +2,7 @@
 
 import math
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -10,16 +10,48 @@ import triton.language as tl
 
 from ra_triton.checks import allows_tf32
 from ra_triton.kernels.configs import target
-from ra_triton.kernels.plans import Bulk, Layout
+from ra_triton.kernels.plans import Layout
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
 TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 INTERPRETED = triton.knobs.runtime.interpret
 _INTERPRETED = tl.constexpr(INTERPRETED)
-# What the programs of one section of heads share. On an H200, whose L2 holds 60 MB, sections took
-# 6% to 8% off the forward over 50 and 100 MB; a second one over 25 MB would have cost 14%.
-SECTION_BYTES = 32 * 2**20
+
+
+class Strides(NamedTuple):
+    """Of ``[B, T, H, D]``, whose last stride is 1."""
+
+    b: int
+    t: int
+    h: int
+
+
+class Place(NamedTuple):
+    """Which tile of which head a program computes, and where it streams from."""
+
+    b: Any
+    h: Any  # the head streamed: of k and v, or of q and do
+    head: Any  # b * H + h of a query head
+    row: Any  # the tile's first
+    seed: Any  # of dropout
+
+
+class Range(NamedTuple):
+    """Which keys the queries of a tile see, or which queries see the keys of one.
+
+    ``first`` and ``limit`` say it row by row: the first, and the one after the last. Blocks from
+    ``begin`` to ``end`` are seen at all, those from ``full_begin`` to ``full_end`` in full, by the
+    whole tile; all of them lie in ``0 ... length``.
+    """
+
+    first: Any  # [rows of the tile]
+    limit: Any
+    begin: Any
+    full_begin: Any
+    full_end: Any
+    end: Any
+    length: Any
 
 
 @triton.jit
@@ -58,39 +90,53 @@ def head_and_tile(pid, n_heads, n_tiles, section, SECTIONED: tl.constexpr):
 
 
 @triton.jit
+def rows_of(source, b, h, first, strides, V: tl.constexpr):
+    """``source`` from token ``first`` of batch b and head h on; a descriptor stays as it is."""
+    if not V.USE_TMA:
+        if V.VARLEN:
+            source += tl.cast(first, tl.int64) * strides.t * V.ALIGNMENT
+        source += head_offset(b, h, strides, V.ALIGNMENT)
+    return source
+
+
+@triton.jit
 def load_rows(
     source,  # descriptor of [B, H, T, D], or pointer to row 0 of this batch and head
     b,
     h,
     row,
-    stride_t,  # in units of ALIGNMENT elements
     n_rows,
-    D: tl.constexpr,
-    MASKED: tl.constexpr,
-    USE_TMA: tl.constexpr,
-    WIDE: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
+    stride_t,  # in units of ALIGNMENT elements
     ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+    V: tl.constexpr,
 ):
     """Rows ``row ... row + ROWS`` as ``[ROWS, BLOCK_D]``, 0 beyond ``n_rows`` and beyond ``D``."""
-    if USE_TMA:
-        tile = source.load([b, h, row, 0]).reshape(ROWS, BLOCK_D)
+    if V.USE_TMA:
+        tile = source.load([b, h, row, 0]).reshape(ROWS, V.BLOCK_D)
     else:
         offs_t = tl.arange(0, ROWS)
-        offs_d = tl.arange(0, BLOCK_D)
-        in_tile = offs_t.to(tl.int64) if WIDE else offs_t
+        offs_d = tl.arange(0, V.BLOCK_D)
+        in_tile = offs_t.to(tl.int64) if V.WIDE else offs_t
         # A scalar base and small in-tile offsets: 2-D pointers carried by a loop spill registers.
-        row_ptr = source + tl.cast(row, tl.int64) * stride_t * ALIGNMENT
-        pointers = row_ptr + (in_tile[:, None] * stride_t * ALIGNMENT + offs_d[None, :])
+        row_ptr = source + tl.cast(row, tl.int64) * stride_t * V.ALIGNMENT
+        pointers = row_ptr + (in_tile[:, None] * stride_t * V.ALIGNMENT + offs_d[None, :])
         if MASKED:
-            mask = (offs_t[:, None] < n_rows - row) & (offs_d[None, :] < D)
+            mask = (offs_t[:, None] < n_rows - row) & (offs_d[None, :] < V.D)
             tile = tl.load(pointers, mask=mask, other=0.0)
-        elif D < BLOCK_D:
-            tile = tl.load(pointers, mask=offs_d[None, :] < D, other=0.0)
+        elif V.D < V.BLOCK_D:
+            tile = tl.load(pointers, mask=offs_d[None, :] < V.D, other=0.0)
         else:
             tile = tl.load(pointers)
     return tile
+
+
+@triton.jit
+def raw_scores(q, k, cap_scale, V: tl.constexpr):
+    """``q kᵀ``; with SOFTCAP ``tanh(cap_scale q kᵀ)``."""
+    PRECISION: tl.constexpr = V.PRECISION
+    s = dot(q, k.T, None, PRECISION)
+    return capped(s, cap_scale) if V.SOFTCAP else s
 
 
 @triton.jit
@@ -102,79 +148,57 @@ def sequence(offsets_ptr, b, total):
 
 
 @triton.jit
-def key_range(
-    m,
-    T_q,
-    T_k,
-    left,
-    right,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Which keys the queries ``m ... m + BLOCK_M`` see.
+def key_range(m, T_q, T_k, left, right, V: tl.constexpr):
+    """The keys that the queries ``m ... m + BLOCK_M`` see.
 
-    Query i stands at key position i + T_k - T_q. It sees the keys before ``key_limit[i - m]``, with
-    WINDOW those from ``first_key[i - m]`` on. Key tiles in ``begin ... end`` are seen at all, those
-    in ``whole ... unmasked`` whole and by all of the queries.
+    Query i stands at key position i + T_k - T_q. It sees the keys before ``limit[i - m]``, with
+    WINDOW those from ``first[i - m]`` on.
     """
-    offs_m = m + tl.arange(0, BLOCK_M)
-    first_key, begin, whole = 0, 0, 0
-    if WINDOW:
-        first_key = offs_m + (T_k - T_q) - left
-        key_limit = tl.minimum(offs_m + 1 + (T_k - T_q) + right, T_k)
-        last = tl.minimum(m + BLOCK_M, T_q) - 1 + (T_k - T_q)  # position of the last query
-        begin = tl.maximum(m + (T_k - T_q) - left, 0) // BLOCK_N * BLOCK_N
-        whole = tl.cdiv(tl.maximum(last - left, 0), BLOCK_N) * BLOCK_N
-        unmasked = tl.minimum(tl.maximum(m + 1 + (T_k - T_q) + right, 0), T_k) // BLOCK_N * BLOCK_N
-        unmasked = tl.maximum(unmasked, whole)
+    offs_m = m + tl.arange(0, V.BLOCK_M)
+    first, begin, full_begin = 0, 0, 0
+    if V.WINDOW:
+        first = offs_m + (T_k - T_q) - left
+        limit = tl.minimum(offs_m + 1 + (T_k - T_q) + right, T_k)
+        last = tl.minimum(m + V.BLOCK_M, T_q) - 1 + (T_k - T_q)  # position of the last query
+        begin = tl.maximum(m + (T_k - T_q) - left, 0) // V.BLOCK_N * V.BLOCK_N
+        full_begin = tl.cdiv(tl.maximum(last - left, 0), V.BLOCK_N) * V.BLOCK_N
+        full_end = tl.minimum(tl.maximum(m + 1 + (T_k - T_q) + right, 0), T_k)
+        full_end = tl.maximum(full_end // V.BLOCK_N * V.BLOCK_N, full_begin)
         end = tl.minimum(tl.maximum(last + 1 + right, 0), T_k)
-    elif CAUSAL:
-        key_limit = tl.minimum(offs_m + 1 + (T_k - T_q), T_k)
-        unmasked = tl.minimum(tl.maximum(m + 1 + (T_k - T_q), 0), T_k) // BLOCK_N * BLOCK_N
-        end = tl.maximum(tl.minimum(m + BLOCK_M, T_q) + (T_k - T_q), 0)
+    elif V.CAUSAL:
+        limit = tl.minimum(offs_m + 1 + (T_k - T_q), T_k)
+        full_end = tl.minimum(tl.maximum(m + 1 + (T_k - T_q), 0), T_k) // V.BLOCK_N * V.BLOCK_N
+        end = tl.maximum(tl.minimum(m + V.BLOCK_M, T_q) + (T_k - T_q), 0)
     else:
-        key_limit = tl.full([BLOCK_M], 0, tl.int32) + T_k
-        unmasked = T_k // BLOCK_N * BLOCK_N
+        limit = tl.zeros_like(offs_m) + T_k
+        full_end = T_k // V.BLOCK_N * V.BLOCK_N
         end = T_k
-    return first_key, key_limit, begin, whole, unmasked, end
+    return Range(first, limit, begin, full_begin, full_end, end, T_k)
 
 
 @triton.jit
-def query_range(
-    n,
-    T_q,
-    T_k,
-    left,
-    right,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Which queries see the keys ``n ... n + BLOCK_N``: :func:`key_range` from the other side.
+def query_range(n, T_q, T_k, left, right, V: tl.constexpr):
+    """The queries that see the keys ``n ... n + BLOCK_N``: :func:`key_range` from the other side.
 
-    Key j is seen by the queries from ``first_query[j - n]`` on, with WINDOW by those before
-    ``query_limit[j - n]``. Query tiles in ``begin ... end`` see any of the keys, those in
-    ``whole ... unmasked`` all of them.
+    Key j is seen by the queries from ``first[j - n]`` on, with WINDOW by those before
+    ``limit[j - n]``.
     """
-    first_query = n + tl.arange(0, BLOCK_N) - (T_k - T_q)
-    query_limit, begin, whole, unmasked, end = 0, 0, 0, T_q, T_q
-    if WINDOW:
-        query_limit = first_query + left + 1
-        first_query -= right
-        last = tl.minimum(n + BLOCK_N, T_k) - 1 - (T_k - T_q)  # the query at the last key
-        begin = tl.maximum(n - (T_k - T_q) - right, 0) // BLOCK_M * BLOCK_M
-        whole = tl.cdiv(tl.maximum(last - right, 0), BLOCK_M) * BLOCK_M
-        unmasked = tl.maximum(n - (T_k - T_q) + left + 1, 0) // BLOCK_M * BLOCK_M
-        unmasked = tl.maximum(unmasked, whole)
+    first = n + tl.arange(0, V.BLOCK_N) - (T_k - T_q)
+    limit, begin, full_begin, full_end, end = 0, 0, 0, T_q, T_q
+    if V.WINDOW:
+        limit = first + left + 1
+        first -= right
+        last = tl.minimum(n + V.BLOCK_N, T_k) - 1 - (T_k - T_q)  # the query at the last key
+        begin = tl.maximum(n - (T_k - T_q) - right, 0) // V.BLOCK_M * V.BLOCK_M
+        full_begin = tl.cdiv(tl.maximum(last - right, 0), V.BLOCK_M) * V.BLOCK_M
+        full_end = tl.maximum(n - (T_k - T_q) + left + 1, 0) // V.BLOCK_M * V.BLOCK_M
+        full_end = tl.maximum(full_end, full_begin)
         end = tl.minimum(tl.maximum(last + left + 1, 0), T_q)
-    elif CAUSAL:
-        begin = tl.maximum(n - (T_k - T_q), 0) // BLOCK_M * BLOCK_M
-        last = tl.maximum(n + BLOCK_N - 1 - (T_k - T_q), 0)
-        whole = tl.minimum(tl.cdiv(last, BLOCK_M) * BLOCK_M, T_q)
-    return first_query, query_limit, begin, whole, unmasked, end
+    elif V.CAUSAL:
+        begin = tl.maximum(n - (T_k - T_q), 0) // V.BLOCK_M * V.BLOCK_M
+        last = tl.maximum(n + V.BLOCK_N - 1 - (T_k - T_q), 0)
+        full_begin = tl.minimum(tl.cdiv(last, V.BLOCK_M) * V.BLOCK_M, T_q)
+    return Range(first, limit, begin, full_begin, full_end, end, T_q)
 
 
 @triton.jit
@@ -205,9 +229,24 @@ def kept(seed, head, rows, columns, dropout_p):
 
 
 @triton.jit
-def head_offset(b, h, stride_b, stride_h, ALIGNMENT: tl.constexpr):
-    """``(b * stride_b + h * stride_h) * ALIGNMENT`` in 64 bits."""
-    return (tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h) * ALIGNMENT
+def head_offset(b, h, strides, ALIGNMENT: tl.constexpr):
+    """``(b * strides.b + h * strides.h) * ALIGNMENT`` in 64 bits."""
+    return (tl.cast(b, tl.int64) * strides.b + tl.cast(h, tl.int64) * strides.h) * ALIGNMENT
+
+
+@triton.jit
+def indices_of(row, T, H):
+    """Batch, token and head of rows of ``[B, T, H]``, in 64 bits."""
+    b = tl.cast(row // (T * H), tl.int64)
+    t = tl.cast(row // H % T, tl.int64)
+    h = tl.cast(row % H, tl.int64)
+    return b, t, h
+
+
+@triton.jit
+def row_at(pointer, strides, b, t, h):
+    """Where the row ``[b, t, h]`` begins; the indices are of 64 bits."""
+    return pointer + b * strides.b + t * strides.t + h * strides.h
 
 
 @triton.jit
@@ -215,25 +254,17 @@ def store_rows(
     pointer,  # to row 0 of this batch and head
     tile,  # [ROWS, BLOCK_D]
     row,
-    stride_t,
     n_rows,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    stride_t,
+    V: tl.constexpr,
 ):
     """Write rows ``row ... row + ROWS``, up to ``n_rows`` and ``D``, in the pointer's dtype."""
-    offs_t = tl.arange(0, ROWS)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_t = tl.arange(0, tile.shape[0])
+    offs_d = tl.arange(0, V.BLOCK_D)
     row_ptr = pointer + tl.cast(row, tl.int64) * stride_t
-    mask = (offs_t[:, None] < n_rows - row) & (offs_d[None, :] < D)
+    mask = (offs_t[:, None] < n_rows - row) & (offs_d[None, :] < V.D)
     pointers = row_ptr + (offs_t[:, None] * stride_t + offs_d[None, :])
     tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=mask)
-
-
-def heads_per_section(n_heads: int, bytes_per_head: int) -> int:
-    """Heads that :func:`head_and_tile` takes at a time, in sections of about the same size."""
-    sections = max(1, triton.cdiv(n_heads * bytes_per_head, SECTION_BYTES))
-    return triton.cdiv(n_heads, sections)
 
 
 @cache
@@ -263,30 +294,6 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
 
 
-def score_arguments(D: int, softmax_scale: float | None, softcap: float) -> dict[str, Any]:
-    """How scores become exponents of 2, for the kernels of attention."""
-    scale = 1 / math.sqrt(D) if softmax_scale is None else softmax_scale
-    return {
-        "scale_log2": (softcap or scale) * LOG2E.value,
-        "cap_scale": scale / softcap if softcap else 1.0,
-        "SOFTCAP": softcap > 0,
-    }
-
-
-def mask_arguments(
-    T_q: int, T_k: int, causal: bool, window_size: tuple[int, int]
-) -> dict[str, Any]:
-    """Which keys a query sees, for the kernels of attention; causal alone is not a window."""
-    left, right = window_size
-    right = 0 if causal else right
-    return {
-        "left": left if 0 <= left < T_k else T_k,  # no query has more keys before it
-        "right": right if 0 <= right < T_q else T_q,
-        "CAUSAL": (left < 0) and right == 0,
-        "WINDOW": left >= 0 or right > 0,
-    }
-
-
 def is_wide(elements: int) -> bool:
     """Whether offsets inside one tile leave the 32-bit range."""
     return elements >= 2**31
@@ -311,11 +318,6 @@ def block_d_of(D: int) -> int:
     return max(16, triton.next_power_of_2(D))
 
 
-def as_tokens(t: Layout) -> Layout:
-    """``[1, total, H, D]`` with a batch stride of 0: every sequence begins at an offset."""
-    return t._replace(strides=(0, *t.strides[1:]))
-
-
 def as_one_batch(x: Layout) -> Layout:
     """``[B, T, C]`` as ``[1, B*T, C]`` where all rows follow each other at one stride."""
     (B, T, C), (stride_b, stride_t, stride_c) = x.shape, x.strides
@@ -324,16 +326,6 @@ def as_one_batch(x: Layout) -> Layout:
     return x
 
 
-def rows_in_bulk(t: Layout, rows: int) -> Bulk:
-    """``[B, T, H, D]`` as :func:`load_rows` reads it: ``rows`` of one head of ``[B, H, T, D]``."""
-    (B, T, H, D), (b, t_, h, d) = t.shape, t.strides
-    return Bulk((B, H, T, D), (b, h, t_, d), (1, 1, rows, block_d_of(D)))
-
-
-def strides_by_name(unit: int = 1, **tensors: Layout | None) -> dict[str, int]:
-    """``{"stride_qb": ..., "stride_qt": ..., "stride_qh": ...}`` for ``q=...``, in ``unit``s."""
-    return {
-        f"stride_{name}{dim}": 0 if t is None else t.strides[i] // unit
-        for name, t in tensors.items()
-        for i, dim in enumerate("bth")
-    }
+def strides_of(t: Layout | None, unit: int = 1) -> Strides:
+    """The strides of ``[B, T, H, D]`` in units of ``unit`` elements; 0 for what is absent."""
+    return Strides(0, 0, 0) if t is None else Strides(*(s // unit for s in t.strides[:3]))
