@@ -110,7 +110,7 @@ def ra_attention(
         key = recorded.key_of((x, W_fused, bias, cu_seqlens), given, 3)
         call = recorded.known(key)
         if call is not None:
-            return call(x, W_fused, bias, cu_seqlens)
+            return call.run(x, W_fused, bias, cu_seqlens, cu_seqlens)[0]
     options = AttentionOptions(causal, softmax_scale, window_size, softcap, dropout_p)
     x, W_fused, bias, dtype = _autocast_weights(x, W_fused, bias)
     flattened = cu_seqlens is not None and isinstance(x, Tensor) and x.dim() == 2
@@ -179,7 +179,8 @@ def project(
         key = recorded.key_of((x, W_fused, bias), ("project", R, n_head, n_kv_head, backend))
         call = recorded.known(key)
         if call is not None:
-            return call(x, W_fused, bias)
+            (y,) = call.run(x, W_fused, bias)
+            return RALayout.from_columns(W_fused.shape[1], R, n_head, n_kv_head).views(y)
     x, W_fused, bias, dtype = _autocast_weights(x, W_fused, bias)
     if isinstance(W_fused, SparseWeight):
         check_sparse_inputs(x, W_fused, bias, R, n_head, n_kv_head, weight_layout, out=out)
@@ -203,7 +204,7 @@ def project(
     module, _ = choose(backend, (x, *_tensors(W_fused), bias))
     W_packed, bias = _packed(layout, W_fused, bias, weight_layout)
     y = module.project(x, W_packed, bias, out, dtype)
-    recorded.keep(key, module.known_project(layout, dtype, y.requires_grad))
+    recorded.keep(key, module.known_project(dtype, y.requires_grad))
     return layout.views(y)
 
 
@@ -274,7 +275,8 @@ def packed_attention(
     key = recorded.key_of((q_pack, k_pack, v), given)
     call = recorded.known(key)
     if call is not None:
-        return call(q_pack, k_pack, v, None, None)
+        results = call.run(q_pack, k_pack, v)
+        return results if return_lse else results[0]
     dtype = _autocast_of(q_pack)
     check_attention_inputs(q_pack, k_pack, v, dtype)
     options = AttentionOptions(causal, softmax_scale, window_size, softcap, dropout_p, return_lse)
@@ -333,7 +335,7 @@ def decode_attention(
     key = recorded.key_of((q_pack, k_pack, v, lengths), ("decode", *given))
     call = recorded.known(key)
     if call is not None:
-        return call(q_pack, k_pack, v, lengths)
+        return call.run(q_pack, k_pack, v, lengths)[0]
     q_pack, k_pack, v = _autocast(q_pack, k_pack, v)
     check_decode_inputs(q_pack, k_pack, v, lengths, max_length)
     T_q, D = q_pack.shape[1], q_pack.shape[-1]

@@ -8,6 +8,7 @@ what it returns and what it needs meanwhile, and one call of Triton's C launcher
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -21,9 +22,20 @@ DEVICE = "cuda"  # elsewhere a call costs more than its checks
 CALLS = 1024  # kept by key; when there are more, all are dropped
 UNIT = 256  # bytes; what the scratch of a tape is cut into
 Tensors = Sequence[Tensor | None]
-Call = Callable[..., Any]
 
-_known: dict[tuple[Any, ...], Call] = {}
+
+@dataclass
+class Known:
+    """A call that was checked.
+
+    Attributes:
+        run: takes the tensors; returns a tuple.
+    """
+
+    run: Callable[..., tuple[Any, ...]]
+
+
+_known: dict[tuple[Any, ...], Known] = {}
 
 
 def key_of(
@@ -56,7 +68,7 @@ def key_of(
     return (*key, needs_grad(*tensors[:gradients]), options, *map(type, options))
 
 
-def known(key: tuple[Any, ...] | None) -> Call | None:
+def known(key: tuple[Any, ...] | None) -> Known | None:
     """What was kept for this key."""
     try:
         return _known.get(key)  # type: ignore[arg-type]
@@ -64,7 +76,7 @@ def known(key: tuple[Any, ...] | None) -> Call | None:
         return None
 
 
-def keep(key: tuple[Any, ...] | None, call: Call | None) -> None:
+def keep(key: tuple[Any, ...] | None, call: Known | None) -> None:
     """Let ``call`` run what has this key from now on; nothing to do without either."""
     if key is None or call is None:
         return
@@ -99,7 +111,9 @@ class Tape:
     """Launches on tensors of one layout, and the memory that they need.
 
     Args:
-        launches: of compiled kernels, on the addresses of inputs, outputs and scratch.
+        launches: on a list of addresses, which are those of outputs, scratch and inputs; each as
+            Triton's C launcher has it, and as a profiler's hooks see it.
+        hooked: whether a profiler's hooks want to see launches.
         outputs: shape, strides and dtype of each result, None for an absent one.
         scratch: bytes that are needed meanwhile.
         device: of all tensors.
@@ -107,29 +121,33 @@ class Tape:
 
     def __init__(
         self,
-        launches: Sequence[Callable[[Sequence[int]], None]],
+        launches: Sequence[tuple[Callable[[list[int]], None], Callable[[list[int]], None]]],
+        hooked: Callable[[], bool],
         outputs: Sequence[tuple[Any, ...] | None],
         scratch: int,
         device: torch.device,
     ) -> None:
         """Nothing is launched yet."""
-        self.launches, self.outputs = tuple(launches), tuple(outputs)
+        self.direct = [direct for direct, _ in launches]
+        self.usual = [usual for _, usual in launches]
+        self.hooked, self.outputs = hooked, tuple(outputs)
         self.scratch, self.device = scratch, device
 
-    def __call__(self, tensors: Tensors) -> tuple[Any, ...]:
-        """Launch on tensors with the layouts of those that were recorded; returns new outputs."""
+    def __call__(self, *tensors: Tensor | None) -> tuple[Any, ...]:
+        """Launch on tensors with the layouts of those that were recorded; returns new outputs.
+
+        None may be left out behind the last tensor.
+        """
         device = self.device
-        addresses = [0 if t is None else t.data_ptr() for t in tensors]
         outputs = [
             None if like is None else torch.empty_strided(*like[:2], dtype=like[2], device=device)
             for like in self.outputs
         ]
-        addresses += [0 if t is None else t.data_ptr() for t in outputs]
-        if self.scratch:
-            scratch = torch.empty(self.scratch, dtype=torch.uint8, device=device)
-            addresses.append(scratch.data_ptr())
-        for launch in self.launches:
-            launch(addresses)
+        scratch = torch.empty(self.scratch, dtype=torch.uint8, device=device)
+        addresses = [0 if t is None else t.data_ptr() for t in (*outputs, scratch, *tensors)]
+        with device_of(scratch):
+            for launch in self.usual if self.hooked() else self.direct:
+                launch(addresses)
         return tuple(outputs)
 
 
@@ -149,6 +167,7 @@ def record(
         constants: its other arguments.
         wanted: how many of its results a repetition returns; None: all.
     """
+    from ra_triton.kernels.launcher import hooked
     from ra_triton.kernels.plans import recording
 
     outer, recording.log = recording.log, []
@@ -161,7 +180,7 @@ def record(
     if not operators.only_allocated:
         return outputs, None
     results = outputs[:wanted]
-    finder = _Finder(tensors, results)
+    finder = _Finder(results, tensors)
     try:
         launches = [plan.on([finder.place_of(t) for t in launched]) for plan, launched in log]
     except LookupError:
@@ -170,14 +189,15 @@ def record(
         return outputs, None
     likes = [None if t is None else (t.shape, t.stride(), t.dtype) for t in results]
     device = next(t.device for t in tensors if t is not None)
-    return outputs, Tape(launches, likes, finder.scratch, device)  # type: ignore[arg-type]
+    return outputs, Tape(launches, hooked, likes, finder.scratch, device)  # type: ignore[arg-type]
 
 
 class _Finder:
     """Finds where tensors lie: so many bytes into an input, an output, or else the scratch."""
 
-    def __init__(self, inputs: Tensors, outputs: Tensors) -> None:
-        self.bases = [*inputs, *outputs]
+    def __init__(self, outputs: Tensors, inputs: Tensors) -> None:
+        self.bases = [*outputs, None, *inputs]
+        self.scratch_index = len(outputs)
         self.scratch = 0
         self._temporary: dict[int, tuple[Tensor, int]] = {}  # storage: a tensor of it, its place
 
@@ -207,7 +227,7 @@ class _Finder:
         if storage not in self._temporary:  # kept alive, so that no later one gets its memory
             self._temporary[storage] = t, self.scratch
             self.scratch += -(-t.untyped_storage().nbytes() // UNIT) * UNIT
-        return (len(self.bases), self._temporary[storage][1] + address - storage)
+        return self.scratch_index, self._temporary[storage][1] + address - storage
 
 
 _tapes: list[dict[Any, Tape | None]] = []
@@ -243,4 +263,4 @@ class Repeated:
                 self._tapes[whole] = tape
                 return outputs
             tape = self._tapes[whole]
-            return self.function(*tensors, *constants) if tape is None else tape(tensors)
+            return self.function(*tensors, *constants) if tape is None else tape(*tensors)

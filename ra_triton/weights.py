@@ -117,7 +117,7 @@ def compose_weights(
     key = recorded.key_of(w, numbers)
     call = recorded.known(key)
     if call is not None:
-        return call(w)
+        return _as_returned(*call.run(*_on_device(w)))
     check_choice("weight_layout", weight_layout, WEIGHT_LAYOUTS)
     _check_factors(W_q, W_k, W_v, W_recip, n_head, n_kv_head)
     for name, gate in (("w_std", w_std), ("w_rec", w_rec)):
@@ -132,9 +132,7 @@ def compose_weights(
     heads = n_head, kv_heads(n_head, n_kv_head)
     rest = (std, rec, *heads, weight_layout == "packed", dtype or W_q.dtype)
     W_fused, bias = module.compose(Factors._make((*_on_device(w), *rest)))
-    call = module.known_compose(rest, W_fused.requires_grad)
-    if call is not None:
-        recorded.keep(key, lambda w: _as_returned(*call(*_on_device(w))))
+    recorded.keep(key, module.known_compose(rest, W_fused.requires_grad))
     return _as_returned(W_fused, bias)
 
 

@@ -57,7 +57,7 @@ def check_operator(
     name, *tensors, heads=(), options=OPTIONS, cu_seqlens=(None, None), longest=(0, 0)
 ):
     """opcheck of attention or a layer, on its three operands and a seed."""
-    tensors = (*tensors, *[None] * (4 - len(tensors)), *cu_seqlens)
+    tensors = (*tensors[:3], *[None] * (3 - len(tensors)), *cu_seqlens, *(tensors[3:] or [None]))
     constants = (*heads, *options.scores, *longest, cu_seqlens[0] is None)
     operator = getattr(torch.ops.ra_triton, name).default
     torch.library.opcheck(operator, (*tensors, *constants))

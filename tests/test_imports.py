@@ -24,7 +24,7 @@ ARROWS = {
     "quantization": SHARED,
     "internals": set(),
     "checks": {"internals"},
-    "recorded": {"checks", "internals", "kernels.plans"},
+    "recorded": {"checks", "internals", "kernels.launcher", "kernels.plans"},
     "layout": set(),
     "factors": {"layout"},
     "offsets": set(),
@@ -32,7 +32,7 @@ ARROWS = {
     "norm_rope": {"checks"},
     "backend": {"backend.flex", "backend.sdpa", "backend.triton", *SHARED},
     "backend.flex": {"backend.sdpa", "workspace", *SHARED},
-    "backend.sdpa": {"quantization", "workspace", *SHARED},
+    "backend.sdpa": {"quantization", "recorded", "workspace", *SHARED},
     "backend.triton": {
         *("backend.sdpa", "backend.triton.operator", "backend.triton.operators"),
         *("kernels.norm_rope", "kernels.packing", "quantization", "recorded", "workspace"),

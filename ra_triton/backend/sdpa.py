@@ -23,6 +23,7 @@ from ra_triton.norm_rope import NormRope
 from ra_triton.offsets import Offsets
 from ra_triton.options import AttentionOptions
 from ra_triton.quantization import QuantizedWeight
+from ra_triton.recorded import Known
 from ra_triton.workspace import Workspace
 
 MAX_PROGRAMS = 65_535  # along the second and the third axis of a CUDA grid
@@ -151,11 +152,12 @@ def known_layer(
     longest: int,
     dtype: torch.dtype | None,
     recorded: bool,
-) -> Callable[..., Tensor] | None:
-    """:func:`layer` of ``(x, W_packed, bias, None)`` for calls that come again, without checks."""
+) -> Known | None:
+    """:func:`layer` of ``(x, W_packed, bias, None, None)`` for calls that come again."""
     if longest:
         return None
-    return lambda x, W_packed, bias, _: layer(x, W_packed, bias, layout, options, None, None, dtype)
+    args = (layout, options, None, None, dtype)
+    return Known(lambda x, W_packed, bias, *_: (layer(x, W_packed, bias, *args),))
 
 
 def nothing_known(*_: object) -> None:

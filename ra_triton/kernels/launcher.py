@@ -73,7 +73,8 @@ class Address(int):
         return self
 
 
-Place = tuple[int, int]  # of an address: an index among a tape's, and bytes further on
+Place = tuple[int, int]  # of a tensor: the index of an address in a list, and bytes further on
+OnAddresses = Callable[[Sequence[int]], None]  # launches on such a list
 
 
 class Launch:
@@ -95,16 +96,17 @@ class Launch:
         else:
             self.direct(*tensors)
 
-    def on(self, places: Sequence[Place | None]) -> Callable[[Sequence[int]], None]:
-        """A launch on addresses of a list: for each of the kernel's tensors its place or None."""
+    def on(self, places: Sequence[Place | None]) -> tuple[OnAddresses, OnAddresses]:
+        """Launches on the addresses of a list: by the C launcher, and as a profiler sees it.
 
-        def launch(addresses: Sequence[int]) -> None:
+        Args:
+            places: of each of the kernel's tensors, None where there is none.
+        """
+
+        def usual(addresses: Sequence[int]) -> None:
             self.usual(*[None if p is None else addresses[p[0]] + p[1] for p in places])
 
-        if self.direct is None:
-            return launch
-        direct = self.direct.on(places)
-        return lambda addresses: launch(addresses) if hooked() else direct(addresses)
+        return usual if self.direct is None else self.direct.on(places), usual
 
 
 def hooked() -> bool:
@@ -231,7 +233,7 @@ class _Direct:
         """Launch on tensors or their addresses."""
         self._in_order([_address(t) for t in tensors])
 
-    def on(self, places: Sequence[Place | None]) -> Callable[[Sequence[int]], None]:
+    def on(self, places: Sequence[Place | None]) -> OnAddresses:
         """See :meth:`Launch.on`."""
         before, fixed, template, nested = self._call
         c_launch, stream = self._c_launch, self._stream

@@ -17,7 +17,14 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ra_triton.kernels import gluon
-from ra_triton.kernels.launcher import Descriptors, Launch, Place, launcher, make_context_current
+from ra_triton.kernels.launcher import (
+    Descriptors,
+    Launch,
+    OnAddresses,
+    Place,
+    launcher,
+    make_context_current,
+)
 
 
 class _Recording(threading.local):
@@ -112,7 +119,7 @@ class Plan:
             log.append((self, tensors))
         (self._launch or self._compile)(*tensors)
 
-    def on(self, places: Sequence[Place | None]) -> Callable[[Sequence[int]], None] | None:
+    def on(self, places: Sequence[Place | None]) -> tuple[OnAddresses, OnAddresses] | None:
         """:meth:`Launch.on` of the kernel; None before it is compiled."""
         return None if self._launch is None else self._launch.on(places)
 

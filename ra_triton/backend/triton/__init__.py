@@ -4,7 +4,6 @@ On ROCm they run where ``backend="triton"`` asks for them: compiled for gfx942, 
 every launch goes through Triton's own launcher, and ``backend="auto"`` stays with SDPA.
 """
 
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -24,10 +23,8 @@ from ra_triton.norm_rope import NormRope
 from ra_triton.offsets import Offsets, flat
 from ra_triton.options import AttentionOptions, DecodeOptions
 from ra_triton.quantization import QuantizedWeight
-from ra_triton.recorded import device_of
+from ra_triton.recorded import Known, device_of
 from ra_triton.workspace import Workspace
-
-Known = Callable[..., Any]  # of tensors with the layouts of those that were checked
 
 MIN_CAPABILITY = (8, 0)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
@@ -94,7 +91,7 @@ def packed_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over ``[B, T, H, D]`` operands: ``(out, lse [B, H, Tq])``."""
     begins, constants = _flat(options, offsets)
-    tensors = (q_pack, k_pack, v, _new_seed(v, options), *begins)
+    tensors = (q_pack, k_pack, v, *begins, _new_seed(v, options))
     return operators.attention(tensors, constants, dtype)
 
 
@@ -122,35 +119,25 @@ def layer(
     if isinstance(W_packed, QuantizedWeight):
         packed = project(x, W_packed, bias, None)
         return packed_attention(*layout.views(packed), options, offsets)[0].flatten(2)
-    tensors = (x, W_packed, bias, _new_seed(x, options), *begins)
+    tensors = (x, W_packed, bias, *begins, _new_seed(x, options))
     return operators.layer(tensors, (layout.n_head, layout.n_kv_head, *constants), dtype)[0]
 
 
-# Calls that come again: the same without checks
+# Calls that come again, without checks: of the operator's tensors
 
 
-def known_project(layout: RALayout, dtype: torch.dtype | None, recorded: bool) -> Known:
-    """The views of :func:`project` of ``(x, W_packed, bias)``, into new memory."""
-    call = Call(operators.project, (), dtype, recorded, 1, repeats=True)
-
-    def run(x: Tensor, W_packed: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return layout.views(call(x, W_packed, bias))
-
-    return run
+def known_project(dtype: torch.dtype | None, recorded: bool) -> Call:
+    """:func:`project` of ``(x, W_packed, bias)`` into new memory."""
+    return Call(operators.project, (), dtype, recorded)
 
 
 def known_attention(
     options: AttentionOptions, longest: tuple[int, int], dtype: torch.dtype | None, recorded: bool
-) -> Known:
+) -> Call | Known:
     """:func:`packed_attention` of ``(q_pack, k_pack, v, cu_seqlens_q, cu_seqlens_k)``."""
     constants = (*options.scores, *longest, longest == (0, 0))
     wanted = 2 if options.return_lse else 1
-    call = Call(operators.attention, constants, dtype, recorded, wanted, repeats=True)
-
-    def run(q: Tensor, k: Tensor, v: Tensor, *begins: Tensor | None) -> Any:
-        return call(q, k, v, _new_seed(v, options), *begins)
-
-    return run
+    return _seeded(Call(operators.attention, constants, dtype, recorded, wanted), options)
 
 
 def known_layer(
@@ -159,27 +146,28 @@ def known_layer(
     longest: int,
     dtype: torch.dtype | None,
     recorded: bool,
-) -> Known:
-    """:func:`layer` of ``(x, W_packed, bias, cu_seqlens)``."""
+) -> Call | Known:
+    """:func:`layer` of ``(x, W_packed, bias, cu_seqlens, cu_seqlens)``."""
     heads = (layout.n_head, layout.n_kv_head)
     constants = (*heads, *options.scores, longest, longest, longest == 0)
-    call = Call(operators.layer, constants, dtype, recorded, 1, repeats=True)
-
-    def run(x: Tensor, W_packed: Tensor, bias: Tensor | None, begins: Tensor | None) -> Tensor:
-        return call(x, W_packed, bias, _new_seed(x, options), begins, begins)
-
-    return run
+    return _seeded(Call(operators.layer, constants, dtype, recorded, 1), options)
 
 
-def known_decode(options: AttentionOptions, max_length: int) -> Known:
+def known_decode(options: AttentionOptions, max_length: int) -> Call:
     """:func:`decode_attention` of ``(q_pack, k_pack, v, lengths)``."""
-    constants = _decode_constants(options, max_length)
-    return Call(operators.decode, constants, None, False, 1, repeats=True)
+    return Call(operators.decode, _decode_constants(options, max_length), None, False)
 
 
-def known_compose(numbers: tuple[Any, ...], recorded: bool) -> Known:
+def known_compose(numbers: tuple[Any, ...], recorded: bool) -> Call:
     """:func:`compose` of the tensors of ``Factors``, whose numbers these are."""
-    return Call(operators.compose, numbers, None, recorded, 2, repeats=True)
+    return Call(operators.compose, numbers, None, recorded)
+
+
+def _seeded(call: Call, options: AttentionOptions) -> Call | Known:
+    """With a new seed for each call, if there is dropout."""
+    if not options.dropout_p:
+        return call
+    return Known(lambda *tensors: call.run(*tensors, _new_seed(tensors[0], options)))
 
 
 def pack_qk(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor, Tensor]:

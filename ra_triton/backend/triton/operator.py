@@ -77,7 +77,7 @@ class Operator:
         self.forward, self.backward, self.saves_outputs = forward, backward, saves_outputs
         self.tensors, self.outputs = tensors.split(", "), outputs.split(", ")
         self._repeated = Repeated(forward)
-        self._repeated_backward = Repeated(self._gradients_of_all)
+        self.repeated_backward = Repeated(self._gradients_of_all)
         self.op = _register(name, self._schema(constants), self._run, self._fake_of(fake))
         if flops is not None:
             count(name, flops)
@@ -107,8 +107,8 @@ class Operator:
         if observed(*tensors):
             return self._observed((*in_dtype(dtype, *tensors[:n]), *tensors[n:]), constants)
         recorded = self.backward is not None and needs_grad(*tensors[:n])
-        call = Call(self, constants, dtype, recorded, len(self.outputs), repeats=False)
-        return call(*tensors)
+        outputs = Call(self, constants, dtype, recorded, repeats=False).run(*tensors)
+        return outputs if len(self.outputs) > 1 else outputs[0]
 
     def _observed(self, tensors: Tensors, constants: tuple[Any, ...]) -> Any:
         """Through the registered operator, under the transforms of ``torch.func`` too."""
@@ -131,27 +131,14 @@ class Operator:
 
     # Gradients
 
-    def gradients(
-        self,
-        saved: Tensors,
-        incoming: Tensors,
-        needed: Sequence[bool],
-        dtypes: Dtypes,
-        constants: tuple[Any, ...],
+    def differentiated(
+        self, tensors: Tensors, needed: Sequence[bool], constants: tuple[Any, ...]
     ) -> Results:
-        """A backward: launched directly, or by its operator where it is recorded or observed."""
-        if torch.is_grad_enabled() or observed(*incoming):
-            return self._through_operator(saved, incoming, needed, constants)
-        return self._repeated_backward((*saved, *incoming), (tuple(needed), dtypes, *constants))
+        """The gradients by the operator of the backward, each only if needed.
 
-    def _through_operator(
-        self,
-        saved: Tensors,
-        incoming: Tensors,
-        needed: Sequence[bool],
-        constants: tuple[Any, ...],
-    ) -> Results:
-        grads = self.backward_op(*saved, *incoming, *constants, list(needed))
+        ``tensors``: those of the call, the outputs if they are saved, the incoming gradients.
+        """
+        grads = self.backward_op(*tensors, *constants, list(needed))
         grads = grads if self.inputs > 1 else (grads,)
         return tuple(t if need else None for t, need in zip(grads, needed, strict=True))
 
@@ -168,7 +155,7 @@ class Operator:
         count = sum(self._saved_counts())
         dtypes = tuple(None if t is None else t.dtype for t in rest[: self.inputs])
         constants = (tuple(needed), dtypes, *rest[count:])
-        grads = self._repeated_backward(rest[:count], constants)
+        grads = self.repeated_backward(rest[:count], constants)
         like = next(t for t in rest if t is not None)
         present = tuple(like.new_empty(0) if t is None else t for t in grads)
         return present if self.inputs > 1 else present[0]
@@ -197,9 +184,8 @@ class Operator:
 
     def _formula(self, ctx: Any, *incoming: Tensor | None) -> Results:
         needed = ctx.needs_input_grad[: self.inputs]
-        grads = self._through_operator(
-            ctx.saved_tensors, incoming[: self.differentiable], needed, ctx.constants
-        )
+        tensors = (*ctx.saved_tensors, *incoming[: self.differentiable])
+        grads = self.differentiated(tensors, needed, ctx.constants)
         return (*grads, *[None] * (len(ctx.needs_input_grad) - len(grads)))
 
     def _transformable(self) -> Any:
@@ -249,12 +235,16 @@ class Operator:
 class Call:
     """Eager calls of an operator with the same constants, on tensors of the same layouts.
 
+    Attributes:
+        run: takes the operator's tensors (None may be left out behind the last one) and returns a
+            tuple of outputs, in which those that nobody wants may be missing.
+
     Args:
         operator: what is called.
         constants: its arguments after the tensors.
         dtype: what its differentiable inputs are cast to; None: nothing.
         recorded: whether autograd records it.
-        wanted: how many of the outputs are returned.
+        wanted: how many of the outputs are wanted.
         repeats: whether to remember the launches of the first call for the later ones.
     """
 
@@ -264,39 +254,37 @@ class Call:
         constants: tuple[Any, ...],
         dtype: torch.dtype | None,
         recorded: bool,
-        wanted: int,
+        wanted: int | None = None,
         *,
-        repeats: bool,
+        repeats: bool = True,
     ) -> None:
         """Nothing has run yet."""
         self.operator, self.constants, self.dtype = operator, constants, dtype
-        self.recorded, self.wanted, self.repeats = recorded, wanted, repeats
+        self.wanted, self.repeats = None if recorded else wanted, repeats
         self.tape: Tape | None = None
+        self.run: Callable[..., Results] = partial(_Eager.apply, self) if recorded else self
+        self._recorded = recorded
 
-    def __call__(self, *tensors: Tensor | None) -> Any:
-        """The wanted outputs, in a tuple if there are several."""
-        if self.recorded:
-            outputs = _Eager.apply(self, *tensors)
-        else:
-            outputs = self.run(tensors if self.dtype is None else self.cast(tensors))
-        return outputs[0] if self.wanted == 1 else outputs[: self.wanted]
+    def __call__(self, *tensors: Tensor | None) -> Results:
+        """Launch on the operator's tensors, which are cast before."""
+        if self.dtype is not None:
+            n = self.operator.inputs
+            tensors = (*in_dtype(self.dtype, *tensors[:n]), *tensors[n:])
+        return self.launch(tensors)
 
-    def cast(self, tensors: Tensors) -> Tensors:
-        """With differentiable inputs in :attr:`dtype`."""
-        n = self.operator.inputs
-        return (*in_dtype(self.dtype, *tensors[:n]), *tensors[n:])
-
-    def run(self, tensors: Tensors) -> Results:
-        """Launch; all outputs, or after the first call those that are needed."""
+    def launch(self, tensors: Tensors) -> Results:
+        """Launch on tensors as they are."""
+        if self.tape is not None:
+            return self.tape(*tensors)
+        tensors = (*tensors, *[None] * (len(self.operator.tensors) - len(tensors)))
         with device_of(tensors[0]):  # type: ignore[arg-type]
-            if self.tape is not None:
-                return self.tape(tensors)
             if not self.repeats:
                 return self.operator.forward(*tensors, *self.constants)
-            wanted = None if self.recorded else self.wanted
-            outputs, self.tape = record(self.operator.forward, tensors, self.constants, wanted)
-            self.repeats = self.tape is not None
-            return outputs
+            outputs, self.tape = record(self.operator.forward, tensors, self.constants, self.wanted)
+        self.repeats = self.tape is not None
+        if self.tape is not None and self.dtype is None and not self._recorded:
+            self.run = self.tape
+        return outputs
 
 
 class _Eager(Function):
@@ -304,11 +292,13 @@ class _Eager(Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Results:
-        operator = call.operator
-        ctx.dtypes = tuple(None if t is None else t.dtype for t in tensors[: operator.inputs])
+        operator, n = call.operator, call.operator.inputs
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in tensors[:n])
         ctx.call, ctx.count = call, len(tensors)
-        operands = tensors if call.dtype is None else call.cast(tensors)
-        outputs = call.run(operands)
+        operands = tensors
+        if call.dtype is not None:
+            operands = (*in_dtype(call.dtype, *tensors[:n]), *tensors[n:])
+        outputs = call.tape(*operands) if call.tape is not None else call.launch(operands)
         ctx.mark_non_differentiable(*outputs[operator.differentiable :])
         ctx.set_materialize_grads(False)  # else backward gets zeros as large as the outputs
         ctx.save_for_backward(*operands, *(outputs if operator.saves_outputs else ()))
@@ -316,19 +306,20 @@ class _Eager(Function):
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> Results:
-        operator, n = ctx.call.operator, ctx.call.operator.inputs
-        grads = operator.gradients(
-            ctx.saved_tensors,
-            incoming[: operator.differentiable],
-            ctx.needs_input_grad[1 : n + 1],
-            ctx.dtypes,
-            ctx.call.constants,
-        )
-        grads = (
+        call, count, dtypes = ctx.call, ctx.count, ctx.dtypes
+        operator, constants, n = call.operator, call.constants, call.operator.inputs
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[1 : n + 1]
+        absent = (None,) * (len(operator.tensors) - count)  # tensors that were left out
+        tensors = (*saved[:count], *absent, *saved[count:], *incoming[: operator.differentiable])
+        if torch.is_grad_enabled() or observed(*incoming):
+            grads = operator.differentiated(tensors, needed, constants)
+        else:
+            grads = operator.repeated_backward(tensors, (needed, dtypes, *constants))
+        grads = tuple(
             t if t is None or t.dtype is dtype else t.to(dtype)
-            for t, dtype in zip(grads, ctx.dtypes, strict=True)
+            for t, dtype in zip(grads, dtypes, strict=True)
         )
-        return (None, *grads, *[None] * (ctx.count - n))
+        return (None, *grads, *[None] * (count - n))
 
 
 def gradient_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -153,9 +153,9 @@ def _attention(
     q_pack: Tensor,
     k_pack: Tensor,
     v: Tensor,
-    seed: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
     *constants: Any,
 ) -> Results:
     offsets = _offsets(q_pack, k_pack, cu_seqlens_q, cu_seqlens_k, constants[6:])
@@ -175,7 +175,7 @@ def _attention_backward(
     dtypes: Dtypes,
     *constants: Any,
 ) -> Results:
-    q_pack, k_pack, v, seed, cu_seqlens_q, cu_seqlens_k = tensors
+    q_pack, k_pack, v, cu_seqlens_q, cu_seqlens_k, seed = tensors
     offsets = _offsets(q_pack, k_pack, cu_seqlens_q, cu_seqlens_k, constants[6:])
     grads = tuple(
         _new_gradient(t, offsets) if need else None
@@ -222,10 +222,8 @@ def _offsets(
     return offsets and offsets.within(q.shape[1], k.shape[1])
 
 
-def _attention_flops(
-    q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, *args: Any, **_: Any
-) -> int:
-    return 2 * scores(q, k.shape[1], (*args[:2], *args[8:10]))
+def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *args: Any, **_: Any) -> int:
+    return 2 * scores(q, k.shape[1], (*args[:2], *args[9:11]))
 
 
 def _attention_backward_flops(
@@ -234,12 +232,12 @@ def _attention_backward_flops(
     dq, dk, dv = needed
     products = 1 + (dq or dk) + dq + dk + dv  # scores, dP, and the gradients
     T_k = tensors[1].shape[1]
-    return products * scores(tensors[0], T_k, (*tensors[4:], *constants[6:8]))
+    return products * scores(tensors[0], T_k, (*tensors[3:5], *constants[6:8]))
 
 
 attention = Operator(
     "attention",
-    f"q_pack, k_pack, v, seed?, {OFFSETS}",
+    f"q_pack, k_pack, v, {OFFSETS}, seed?",
     f"{SCORES}, {LONGEST}",
     "out, lse",
     forward=_attention,
@@ -287,9 +285,9 @@ def _layer(
     x: Tensor,
     W_packed: Tensor,
     bias: Tensor | None,
-    seed: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
     n_head: int,
     n_kv_head: int,
     *constants: Any,
@@ -319,7 +317,7 @@ def _layer_backward(
     dtypes: Dtypes,
     *constants: Any,
 ) -> Results:
-    x, W_packed, bias, seed, cu_seqlens_q, cu_seqlens_k = tensors
+    x, W_packed, bias, cu_seqlens_q, cu_seqlens_k, seed = tensors
     out, lse, packed = outputs
     (do,) = incoming
     offsets = _offsets(x, x, cu_seqlens_q, cu_seqlens_k, constants[8:])
@@ -337,7 +335,7 @@ def _layer_flops(x: Tensor, W_packed: Tensor, *args: Any, out_val: Any = None, *
     n_head, n_kv_head = args[4:6]
     D = W_packed.shape[1] // (n_head + 2 * n_kv_head)
     q = x.new_empty((*x.shape[:2], n_head, D), device="meta")
-    offsets = (*args[2:4], *args[12:14])
+    offsets = (*args[1:3], *args[12:14])
     return gemm(x, W_packed.shape[1]) + 2 * scores(q, x.shape[1], offsets)
 
 
@@ -347,13 +345,13 @@ def _layer_backward_flops(
     x, W_packed = tensors[:2]
     layout = _layout(W_packed, *constants[:2])
     q = x.new_empty((*x.shape[:2], layout.n_head, layout.head_dim), device="meta")
-    attention = 5 * scores(q, x.shape[1], (*tensors[4:], *constants[8:10]))
+    attention = 5 * scores(q, x.shape[1], (*tensors[3:5], *constants[8:10]))
     return attention + sum(needed[:2]) * gemm(x, W_packed.shape[1])
 
 
 layer = Operator(
     "layer",
-    f"x, W_packed, bias?, seed?, {OFFSETS}",
+    f"x, W_packed, bias?, {OFFSETS}, seed?",
     f"SymInt n_head, SymInt n_kv_head, {SCORES}, {LONGEST}",
     "out, lse, packed",
     forward=_layer,
