@@ -128,9 +128,9 @@ def _composing(tensors, needed=(True,) * 9, dbias=True, gate=None, grad=None, **
     from ra_triton.factors import Factors
     from ra_triton.kernels import compose, compose_backward
 
-    *read, dw, dbias_ = (
-        t.to({"w_rec": gate, "dw": grad, "dbias": grad}.get(name)) for name, t in tensors.items()
-    )
+    *read, dw, dbias_ = tensors.values()
+    read[5] = read[5].to(gate or dw.dtype)
+    dw, dbias_ = (t.to(grad or t.dtype) for t in (dw, dbias_))
     options = {"std": None, "rec": None, "n_head": 2, "n_kv_head": 2, "packed": True}
     options = {**options, "into": torch.float32, **changed}
     factors = Factors._make((*read, *options.values()))
