@@ -83,9 +83,11 @@ class _Composition(Function):
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    W_q, W_k, _, W_recip, w_std, w_rec, b_q, b_k, _ = inputs[:TENSORS]
     ctx.numbers = inputs[TENSORS:]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:TENSORS])
+    # Of W_v and b_v only the shape matters, which others have: they may change before the backward.
+    ctx.save_for_backward(W_q, W_k, W_k, W_recip, w_std, w_rec, b_q, b_k, b_k)
 
 
 @torch.library.custom_op("ra_triton::compose", mutates_args=())

@@ -487,6 +487,11 @@ def test_a_factor_that_changes_before_the_backward_is_noticed():
         changed.mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             W.sum().backward()
+    free = {name: factors[name] * 1 for name in ("W_v", "b_v")}  # no other gradient needs them
+    W, bias = compose(case, factors | free)
+    for t in free.values():
+        t.mul_(2)
+    (W.sum() + bias.sum()).backward()
 
 
 def test_what_the_kernels_do_not_take_is_named_and_auto_takes_torch():
@@ -497,6 +502,8 @@ def test_what_the_kernels_do_not_take_is_named_and_auto_takes_torch():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # there is no kernel to miss
         assert compose(case, double, "auto")[0].dtype == torch.float64
+    with pytest.raises(NotImplementedError, match=r"dtype must be .*, got torch.float64; use"):
+        compose(replace(case, into=torch.float64), case.factors())
     wide = replace(case, D=130, R=4)
     with pytest.raises(NotImplementedError, match=r"head dim 130 is outside 16..128"):
         compose(wide, wide.factors())
@@ -544,6 +551,17 @@ def test_every_config_passes_the_gate(dtype, D):
         for arriving in ("contiguous", "column_major"):
             case = Case(C=200, H_kv=2, group=3, D=D, R=R, dtype=dtype, into=into, arriving=arriving)
             check(case)
+
+
+@pytest.mark.gpu
+def test_a_scalar_gate_may_be_on_the_cpu():
+    case = Case(C=40, gates=("scalar", "heads"))
+    factors, incoming = case.factors(), case.incoming()
+    expected = gradients(case, factors, incoming)[1]
+    grads = gradients(case, factors | {"w_std": factors["w_std"].cpu()}, incoming)[1]
+    assert grads["w_std"].device.type == "cpu"
+    for name, grad in grads.items():
+        assert_bitwise(grad.to(DEVICE), expected[name], name)
 
 
 @pytest.mark.gpu
