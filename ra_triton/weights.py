@@ -129,6 +129,11 @@ def compose_weights(
     if backend == "auto" and not {W_q.dtype, dtype or W_q.dtype} <= {*DTYPES}:
         backend = "sdpa"  # float64 has no kernel
     module, _ = choose(backend, w, head_dim=W_q.shape[1] // n_head)
+    if backend == "triton" and dtype not in (None, *DTYPES):
+        known = ", ".join(map(str, DTYPES))
+        raise NotImplementedError(
+            f"backend='triton': dtype must be one of {known}, got {dtype}; use backend='sdpa'"
+        )
     heads = n_head, kv_heads(n_head, n_kv_head)
     rest = (std, rec, *heads, weight_layout == "packed", dtype or W_q.dtype)
     W_fused, bias = module.compose(Factors._make((*_on_device(w), *rest)))

@@ -1,6 +1,8 @@
 """Composition by the kernels: forward and gradients against ``ref``, launches, bits, plans."""
 
 import itertools
+import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
@@ -21,6 +23,7 @@ from strategies import (
     small_head_dims,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ra_triton
 from ra_triton import recorded
@@ -264,12 +267,21 @@ def test_what_is_needed_passes_the_gate_whatever_else_is(with_bias):
             check_budget(grad, expected[name], dtype=torch.float32, what=what)
 
 
-def test_a_gradient_of_one_result_alone():
+class Operators(TorchDispatchMode):
+    """Makes a call go through the registered operators."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [nullcontext, Operators])
+def test_a_gradient_of_one_result_alone(mode):
     case = Case(C=21)
     factors, (dW, dbias) = case.factors(), case.incoming()
     zero_W, zero_bias = torch.zeros_like(dW), torch.zeros_like(dbias)
     for given_, whole in (((dW, None), (dW, zero_bias)), ((None, dbias), (zero_W, dbias))):
-        grads, expected = (gradients(case, factors, g)[1] for g in (given_, whole))
+        with mode():
+            grads, expected = (gradients(case, factors, g)[1] for g in (given_, whole))
         for name, grad in grads.items():
             if grad is None:
                 assert not expected[name].any()
@@ -475,6 +487,11 @@ def test_a_factor_that_changes_before_the_backward_is_noticed():
         changed.mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             W.sum().backward()
+    free = {name: factors[name] * 1 for name in ("W_v", "b_v")}  # no other gradient needs them
+    W, bias = compose(case, factors | free)
+    for t in free.values():
+        t.mul_(2)
+    (W.sum() + bias.sum()).backward()
 
 
 def test_what_the_kernels_do_not_take_is_named_and_auto_takes_torch():
@@ -482,7 +499,11 @@ def test_what_the_kernels_do_not_take_is_named_and_auto_takes_torch():
     double = {n: t if t is None else t.double() for n, t in case.factors().items()}
     with pytest.raises(NotImplementedError, match=r"got torch\.float64; use backend='sdpa'"):
         compose(case, double)
-    assert compose(case, double, "auto")[0].dtype == torch.float64
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # there is no kernel to miss
+        assert compose(case, double, "auto")[0].dtype == torch.float64
+    with pytest.raises(NotImplementedError, match=r"dtype must be .*, got torch.float64; use"):
+        compose(replace(case, into=torch.float64), case.factors())
     wide = replace(case, D=130, R=4)
     with pytest.raises(NotImplementedError, match=r"head dim 130 is outside 16..128"):
         compose(wide, wide.factors())
@@ -530,6 +551,17 @@ def test_every_config_passes_the_gate(dtype, D):
         for arriving in ("contiguous", "column_major"):
             case = Case(C=200, H_kv=2, group=3, D=D, R=R, dtype=dtype, into=into, arriving=arriving)
             check(case)
+
+
+@pytest.mark.gpu
+def test_a_scalar_gate_may_be_on_the_cpu():
+    case = Case(C=40, gates=("scalar", "heads"))
+    factors, incoming = case.factors(), case.incoming()
+    expected = gradients(case, factors, incoming)[1]
+    grads = gradients(case, factors | {"w_std": factors["w_std"].cpu()}, incoming)[1]
+    assert grads["w_std"].device.type == "cpu"
+    for name, grad in grads.items():
+        assert_bitwise(grad.to(DEVICE), expected[name], name)
 
 
 @pytest.mark.gpu

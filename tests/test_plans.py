@@ -124,11 +124,13 @@ def _norm_rope(tensors, rope_dims=8, eps=1e-6, in_place=False):
     norm_rope_backward.norm_rope_backward(call, dq_out, dk_out, [True] * 6)
 
 
-def _composing(tensors, needed=(True,) * 9, dbias=True, **changed):
+def _composing(tensors, needed=(True,) * 9, dbias=True, gate=None, grad=None, **changed):
     from ra_triton.factors import Factors
     from ra_triton.kernels import compose, compose_backward
 
     *read, dw, dbias_ = tensors.values()
+    read[5] = read[5].to(gate or dw.dtype)
+    dw, dbias_ = (t.to(grad or t.dtype) for t in (dw, dbias_))
     options = {"std": None, "rec": None, "n_head": 2, "n_kv_head": 2, "packed": True}
     options = {**options, "into": torch.float32, **changed}
     factors = Factors._make((*read, *options.values()))
@@ -211,10 +213,14 @@ GEMM_OPTIONS = [{"config": LaunchConfig(rows, 4, block_n=16, block_k=16)} for ro
 NORM_ROPE_OPTIONS = [{"rope_dims": 4}, {"eps": 1e-5}, {"eps": None}]
 COMPOSE_OPTIONS = [
     *({"std": 0.5}, {"std": 2.0}, {"rec": 0.5}, {"rec": 2.0}),
-    *({"n_head": 1, "n_kv_head": 1}, {"n_kv_head": 1}, {"packed": False}),
+    *({"n_head": 1, "n_kv_head": 1}, {"n_kv_head": 1}, {"packed": False}, {"gate": torch.float16}),
 ]
 COMPOSE_READS = "W_q W_k W_v W_recip", "w_std w_rec b_q b_k b_v"
-GRADIENT_OPTIONS = [{"dbias": False}, {"needed": (True,) * 5 + (False,) * 4}]
+GRADIENT_OPTIONS = [
+    {"dbias": False},
+    {"grad": torch.float16},
+    {"needed": (True,) * 5 + (False,) * 4},
+]
 NORM_ROPE_READS = "q k q_low k_low cos sin", "q_weight k_weight positions"
 DECODE_OPTIONS = [
     *({"max_length": 200}, {"left": 3}, {"softmax_scale": 0.5}, {"softcap": 2.0}),

@@ -189,8 +189,10 @@ def _partial_sums(
     W_k_ptr += head // group * V.D
     lane = tl.arange(0, V.BLOCK_D)[None, :]
     r = r_tile * V.BLOCK_R + tl.arange(0, V.BLOCK_R)
-    q_low = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
-    k_low = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
+    # Transposed: no tile has the 64 rows that Hopper and Blackwell multiply at a time, which would
+    # mostly be padding, and which Triton 3.7.1 fails to compile here for sm_100.
+    q_low = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    k_low = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     std = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     LANES: tl.constexpr = V.D - V.R
     WITH_STD: tl.constexpr = V.NEED_STD and LANES > 0
@@ -209,16 +211,17 @@ def _partial_sums(
             k = tl.load(W_k_ptr + row * strides.k + lane, mask=mask, other=0.0)
             mask = inside & (r < V.R)[None, :]
             first = columns(head // group, sizes, "q_low", V)
-            q_low = product(q.T, _gradient(dw_rows, first, r[None, :], mask, stride, V), q_low)
+            q_low = product(_gradient(dw_rows, first, r[None, :], mask, stride, V).T, q, q_low)
             first = columns(head, sizes, "k_low", V)
-            k_low = product(k.T, _gradient(dw_rows, first, r[None, :], mask, stride, V), k_low)
+            k_low = product(_gradient(dw_rows, first, r[None, :], mask, stride, V).T, k, k_low)
     if V.R > 0:
-        d = tl.arange(0, V.BLOCK_D)[:, None]
-        mask = (d < V.D) & (r < V.R)[None, :]
+        mask = (lane < V.D) & (r < V.R)[:, None]
         if V.NEED_RECIP:
             w_rec = gate(w_rec_ptr, numbers.rec, head, strides.rec, V.REC)
-            at = (tl.cast(part, tl.int64) * H + head) * (V.D * V.R) + d * V.R + r[None, :]
-            tl.store(parts_ptr + at, q_low * numbers.mean + k_low * w_rec, mask=mask)
+            out_ptr = parts_ptr + (tl.cast(part, tl.int64) * H + head) * (V.D * V.R)
+            tl.store(
+                out_ptr + lane * V.R + r[:, None], q_low * numbers.mean + k_low * w_rec, mask=mask
+            )
     gates_ptr = parts_ptr + partial.gates + (part * partial.r_tiles + r_tile) * H + head
     if V.NEED_STD:
         if r_tile > 0:
@@ -228,7 +231,7 @@ def _partial_sums(
         rec = tl.cast(0.0, tl.float32)
         if V.R > 0:
             recip_ptr = W_recip_ptr + tl.cast(head, tl.int64) * strides.recip_h
-            pointers = recip_ptr + d.to(tl.int64) * strides.recip_d + r[None, :]
+            pointers = recip_ptr + lane.to(tl.int64) * strides.recip_d + r[:, None]
             recip = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
             rec = tl.sum(tl.sum(recip * k_low, 0), 0)
         tl.store(gates_ptr + partial.parts * partial.r_tiles * H, rec)

@@ -52,6 +52,7 @@ class Operator:
         inputs: how many of the first tensors may have a gradient, or are refused one.
         differentiable: how many of the first outputs have one.
         saves_outputs: whether the backward reads the outputs; otherwise it gets none.
+        saved: the tensors that the backward gets, in the order of the forward's.
         flops: ``flops(*tensors, *constants, out_val=outputs)``, of the forward.
         flops_backward: ``flops_backward(tensors, outputs, needed, *constants)``.
     """
@@ -69,12 +70,14 @@ class Operator:
         inputs: int = 0,
         differentiable: int = 1,
         saves_outputs: bool = False,
+        saved: Callable[[Tensors], Tensors] = tuple,
         flops: Callable[..., int] | None = None,
         flops_backward: Callable[..., int] | None = None,
     ) -> None:
         """Register the operator, and that of its backward."""
         self.name, self.inputs, self.differentiable = name, inputs, differentiable
-        self.forward, self.backward, self.saves_outputs = forward, backward, saves_outputs
+        self.forward, self.backward = forward, backward
+        self.saves_outputs, self.saved = saves_outputs, saved
         self.tensors, self.outputs = tensors.split(", "), outputs.split(", ")
         self._repeated = Repeated(forward)
         self.repeated_backward = Repeated(self._gradients_of_all)
@@ -180,7 +183,7 @@ class Operator:
         ctx.constants = inputs[n:]  # a tracer's are symbols
         ctx.mark_non_differentiable(*outputs[self.differentiable :])
         ctx.set_materialize_grads(False)  # else backward gets zeros as large as the outputs
-        ctx.save_for_backward(*inputs[:n], *(outputs if self.saves_outputs else ()))
+        ctx.save_for_backward(*self.saved(inputs[:n]), *(outputs if self.saves_outputs else ()))
 
     def _formula(self, ctx: Any, *incoming: Tensor | None) -> Results:
         needed = ctx.needs_input_grad[: self.inputs]
@@ -301,7 +304,8 @@ class _Eager(Function):
         outputs = call.tape(*operands) if call.tape is not None else call.launch(operands)
         ctx.mark_non_differentiable(*outputs[operator.differentiable :])
         ctx.set_materialize_grads(False)  # else backward gets zeros as large as the outputs
-        ctx.save_for_backward(*operands, *(outputs if operator.saves_outputs else ()))
+        saved = operator.saved(operands)
+        ctx.save_for_backward(*saved, *(outputs if operator.saves_outputs else ()))
         return outputs
 
     @staticmethod

@@ -445,6 +445,12 @@ def _compose_backward(
     )
 
 
+def _compose_saved(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Of W_v and b_v only the shapes matter, which those of k have: they may change meanwhile."""
+    W_q, W_k, _, W_recip, w_std, w_rec, b_q, b_k, _ = tensors
+    return W_q, W_k, W_k, W_recip, w_std, w_rec, b_q, b_k, b_k
+
+
 def _compose_flops(
     W_q: Tensor, W_k: Tensor, W_v: Tensor, W_recip: Tensor | None, *_: Any, **__: Any
 ) -> int:
@@ -474,6 +480,7 @@ compose = Operator(
     backward=_compose_backward,
     inputs=TENSORS,
     differentiable=2,
+    saved=_compose_saved,
     flops=_compose_flops,
     flops_backward=_compose_backward_flops,
 )
