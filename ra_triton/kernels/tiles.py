@@ -90,13 +90,17 @@ def head_and_tile(pid, n_heads, n_tiles, section, SECTIONED: tl.constexpr):
 
 
 @triton.jit
-def rows_of(source, b, h, first, strides, V: tl.constexpr):
-    """``source`` from token ``first`` of batch b and head h on; a descriptor stays as it is."""
+def head_of(source, b, h, strides, V: tl.constexpr):
+    """``source`` from batch b and head h on; a descriptor stays as it is."""
     if not V.USE_TMA:
-        if V.VARLEN:
-            source += tl.cast(first, tl.int64) * strides.t * V.ALIGNMENT
         source += head_offset(b, h, strides, V.ALIGNMENT)
     return source
+
+
+@triton.jit
+def sequence_of(source, first, strides, V: tl.constexpr):
+    """``source`` from token ``first`` on."""
+    return source + tl.cast(first, tl.int64) * strides.t * V.ALIGNMENT
 
 
 @triton.jit
