@@ -34,6 +34,7 @@ from ra_triton.kernels.tiles import (
     dot_precision,
     follow,
     head_and_tile,
+    head_of,
     head_offset,
     indices_of,
     kept,
@@ -42,8 +43,8 @@ from ra_triton.kernels.tiles import (
     query_range,
     raw_scores,
     row_at,
-    rows_of,
     sequence,
+    sequence_of,
     store_rows,
     strides_of,
     target_of,
@@ -171,14 +172,21 @@ def _key_value_gradient_kernel(
     h_kv = head_kv % H_kv
     n = tile * BLOCK_N  # the first key tiles have most queries
     follow(V.PDL)
-    first_q, first_k = 0, 0
     if V.VARLEN:
         first_q, T_q = sequence(cu_q_ptr, b, total_q)
         first_k, T_k = sequence(cu_k_ptr, b, total_k)
         if n >= T_k:
             return
-    k_source = rows_of(k_source, b, h_kv, first_k, strides.k, V)
-    v_source = rows_of(v_source, b, h_kv, first_k, strides.v, V)
+        q_source = sequence_of(q_source, first_q, strides.q, V)
+        do_source = sequence_of(do_source, first_q, strides.do, V)
+        k_source = sequence_of(k_source, first_k, strides.k, V)
+        v_source = sequence_of(v_source, first_k, strides.v, V)
+        if V.NEED_DK:
+            dk_ptr += tl.cast(first_k, tl.int64) * dk_strides.t
+        if V.NEED_DV:
+            dv_ptr += tl.cast(first_k, tl.int64) * dv_strides.t
+    k_source = head_of(k_source, b, h_kv, strides.k, V)
+    v_source = head_of(v_source, b, h_kv, strides.v, V)
     k = load_rows(k_source, b, h_kv, n, T_k, strides.k.t, BLOCK_N, True, V)
     v = load_rows(v_source, b, h_kv, n, T_k, strides.v.t, BLOCK_N, True, V)
 
@@ -187,8 +195,8 @@ def _key_value_gradient_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for h in tl.range(h_kv * group, (h_kv + 1) * group):
-        q_head = rows_of(q_source, b, h, first_q, strides.q, V)
-        do_head = rows_of(do_source, b, h, first_q, strides.do, V)
+        q_head = head_of(q_source, b, h, strides.q, V)
+        do_head = head_of(do_source, b, h, strides.do, V)
         head = b * H_kv * group + h
         rows = tl.cast(head, tl.int64) * T_q
         if V.VARLEN:
@@ -210,11 +218,11 @@ def _key_value_gradient_kernel(
         dk, dv = _sum_over_queries(sums, *inputs, begin, end, *shared, V, masked)
 
     if V.NEED_DK:
-        dk_ptr += tl.cast(first_k, tl.int64) * dk_strides.t + head_offset(b, h_kv, dk_strides, 1)
+        dk_ptr += head_offset(b, h_kv, dk_strides, 1)
         dk *= scores.scale_log2 * scores.cap_scale * LN2 if V.SOFTCAP else scores.scale_log2 * LN2
         store_rows(dk_ptr, dk, n, T_k, dk_strides.t, V)
     if V.NEED_DV:
-        dv_ptr += tl.cast(first_k, tl.int64) * dv_strides.t + head_offset(b, h_kv, dv_strides, 1)
+        dv_ptr += head_offset(b, h_kv, dv_strides, 1)
         store_rows(dv_ptr, dv, n, T_k, dv_strides.t, V)
 
 
@@ -294,7 +302,6 @@ def _query_gradient_kernel(
     h = head % H
     h_kv = h // sizes.group
     follow(V.PDL)
-    first_q, first_k = 0, 0
     rows = tl.cast(head, tl.int64) * T_q
     if V.VARLEN:
         first_q, T_q = sequence(cu_q_ptr, b, total_q)
@@ -302,10 +309,15 @@ def _query_gradient_kernel(
         if m >= T_q:
             return
         rows = tl.cast(h, tl.int64) * total_q + first_q
-    q_source = rows_of(q_source, b, h, first_q, strides.q, V)
-    do_source = rows_of(do_source, b, h, first_q, strides.do, V)
-    k_source = rows_of(k_source, b, h_kv, first_k, strides.k, V)
-    v_source = rows_of(v_source, b, h_kv, first_k, strides.v, V)
+        q_source = sequence_of(q_source, first_q, strides.q, V)
+        do_source = sequence_of(do_source, first_q, strides.do, V)
+        k_source = sequence_of(k_source, first_k, strides.k, V)
+        v_source = sequence_of(v_source, first_k, strides.v, V)
+        dq_ptr += tl.cast(first_q, tl.int64) * dq_strides.t
+    q_source = head_of(q_source, b, h, strides.q, V)
+    do_source = head_of(do_source, b, h, strides.do, V)
+    k_source = head_of(k_source, b, h_kv, strides.k, V)
+    v_source = head_of(v_source, b, h_kv, strides.v, V)
     q = load_rows(q_source, b, h, m, T_q, strides.q.t, BLOCK_M, True, V)
     do = load_rows(do_source, b, h, m, T_q, strides.do.t, BLOCK_M, True, V)
     offs_m = m + tl.arange(0, BLOCK_M)
@@ -327,7 +339,7 @@ def _query_gradient_kernel(
         begin = keys.full_end
         dq = _sum_over_keys(dq, *inputs, keys.full_begin, begin, *shared, V, False)
     dq = _sum_over_keys(dq, *inputs, begin, end, *shared, V, True)
-    dq_ptr += tl.cast(first_q, tl.int64) * dq_strides.t + head_offset(b, h, dq_strides, 1)
+    dq_ptr += head_offset(b, h, dq_strides, 1)
     dq *= scores.scale_log2 * scores.cap_scale * LN2 if V.SOFTCAP else scores.scale_log2 * LN2
     store_rows(dq_ptr, dq, m, T_q, dq_strides.t, V)
 

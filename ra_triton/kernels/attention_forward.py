@@ -41,13 +41,14 @@ from ra_triton.kernels.tiles import (
     dot_precision,
     follow,
     head_and_tile,
+    head_of,
     kept,
     key_range,
     load_rows,
     processors_of,
     raw_scores,
-    rows_of,
     sequence,
+    sequence_of,
     store_rows,
     target_of,
 )
@@ -130,21 +131,22 @@ def _attention_forward_kernel(
     b = head // H
     h = head % H
     h_kv = h // sizes.group
+    q_source = head_of(q_source, b, h, strides.q, V)
+    k_source = head_of(k_source, b, h_kv, strides.k, V)
+    v_source = head_of(v_source, b, h_kv, strides.v, V)
     follow(V.PDL)
-    first_q, first_k = 0, 0
+    row = tl.cast(b, tl.int64) * T_q  # of o
+    lse_row = tl.cast(head, tl.int64) * T_q
     if V.VARLEN:
         first_q, T_q = sequence(cu_q_ptr, b, total_q)
         first_k, T_k = sequence(cu_k_ptr, b, total_k)
         if m >= T_q:
             return
-    q_source = rows_of(q_source, b, h, first_q, strides.q, V)
-    k_source = rows_of(k_source, b, h_kv, first_k, strides.k, V)
-    v_source = rows_of(v_source, b, h_kv, first_k, strides.v, V)
-    row = tl.cast(b, tl.int64) * T_q  # of o
-    lse_row = tl.cast(head, tl.int64) * T_q
-    if V.VARLEN:
         row = tl.cast(first_q, tl.int64)
         lse_row = tl.cast(h, tl.int64) * total_q + first_q
+        q_source = sequence_of(q_source, first_q, strides.q, V)
+        k_source = sequence_of(k_source, first_k, strides.k, V)
+        v_source = sequence_of(v_source, first_k, strides.v, V)
     offs_m = m + tl.arange(0, BLOCK_M)
     keys = key_range(m, T_q, T_k, left, right, V)
     q = load_rows(q_source, b, h, m, T_q, strides.q.t, BLOCK_M, True, V)

@@ -40,11 +40,11 @@ from ra_triton.kernels.tiles import (
     dot,
     dot_precision,
     follow,
+    head_of,
     is_aligned,
     is_wide,
     load_rows,
     raw_scores,
-    rows_of,
     strides_of,
     target_of,
 )
@@ -124,8 +124,8 @@ def _decode_kernel(
     q_offset += (h_kv * group + r % group).to(tl.int64) * strides.q.h
     q_head = q_ptr + tl.cast(b, tl.int64) * strides.q.b
     q = tl.load(q_head + q_offset[:, None] + lanes[None, :], mask=in_row, other=0.0)
-    k_ptr = rows_of(k_ptr, b, h_kv, 0, strides.k, V)
-    v_ptr = rows_of(v_ptr, b, h_kv, 0, strides.v, V)
+    k_ptr = head_of(k_ptr, b, h_kv, strides.k, V)
+    v_ptr = head_of(v_ptr, b, h_kv, strides.v, V)
     last = length - T_q + t  # [BLOCK_M], the last key that each row sees
     first = tl.where(left < 0, 0, last - left)
 

@@ -9,7 +9,6 @@ program a tile of y, in groups of GROUP_M row tiles that share columns of w in L
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import triton
@@ -27,8 +26,8 @@ from ra_triton.kernels.plans import (
     plan_in_gluon,
     planned,
 )
+from ra_triton.kernels.projection_arguments import Sizes, Strides, as_one_batch, variant_of
 from ra_triton.kernels.tiles import (
-    as_one_batch,
     dot,
     dot_precision,
     follow,
@@ -36,42 +35,8 @@ from ra_triton.kernels.tiles import (
     is_wide,
     processors_of,
     target_of,
+    token_rows,
 )
-
-GROUP_M = 8
-
-
-class Strides(NamedTuple):
-    """Of x ``[B, T, C]``, whose last stride is 1, and w ``[C, N]``."""
-
-    x_b: int
-    x_t: int
-    w_c: int
-    w_n: int
-
-
-class Sizes(NamedTuple):
-    """Of x ``[B, T, C]``, w ``[C, N]`` and y ``[M, N]``."""
-
-    M: int  # B * T
-    T: int
-    N: int
-    C: int
-
-
-class Variant(NamedTuple):
-    """What the compiled code depends on."""
-
-    EVEN_C: bool  # C % BLOCK_K == 0
-    W_TRANSPOSED: bool
-    PRECISION: str  # of float32 products
-    USE_TMA: bool
-    WIDE: bool  # offsets inside a tile of w need 64 bits
-    GROUP_M: int
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    PDL: bool
 
 
 @triton.jit
@@ -89,7 +54,8 @@ def _projection_kernel(
     w_source,  # pointer, or descriptor of [C, N] ([N, C] with W_TRANSPOSED)
     bias_ptr,  # or None
     y_ptr,
-    strides,
+    x_strides,
+    w_strides,
     sizes,
     V: tl.constexpr,
 ):
@@ -108,12 +74,12 @@ def _projection_kernel(
     offs_k = tl.arange(0, V.BLOCK_K)
     if not V.USE_TMA:
         row = tl.minimum(offs_m, M - 1)  # rows past the end repeat the last and are not stored
-        x_rows = x_source + tl.cast(row // T, tl.int64) * strides.x_b
-        x_rows += tl.cast(row % T, tl.int64) * strides.x_t
-        w_base = w_source + tl.cast(n, tl.int64) * strides.w_n
+        x_rows = token_rows(x_source, row, T, x_strides)
+        stride_c, stride_n = w_strides
+        w_base = w_source + tl.cast(n, tl.int64) * stride_n
         in_k = offs_k.to(tl.int64) if V.WIDE else offs_k
         in_n = tl.arange(0, BLOCK_N).to(tl.int64) if V.WIDE else tl.arange(0, BLOCK_N)
-        in_tile = in_k[:, None] * strides.w_c + in_n[None, :] * strides.w_n
+        in_tile = in_k[:, None] * stride_c + in_n[None, :] * stride_n
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in tl.range(0, C, V.BLOCK_K):
@@ -122,7 +88,7 @@ def _projection_kernel(
             w = w_source.load([n, k]).T if V.W_TRANSPOSED else w_source.load([k, n])
         else:
             x_pointers = x_rows[:, None] + (k + offs_k)[None, :]
-            w_pointers = w_base + tl.cast(k, tl.int64) * strides.w_c + in_tile
+            w_pointers = w_base + tl.cast(k, tl.int64) * stride_c + in_tile
             if V.EVEN_C:
                 x = tl.load(x_pointers)
                 w = tl.load(w_pointers, mask=offs_n[None, :] < N, other=0.0)
@@ -227,19 +193,15 @@ def _plan(
         1: Bulk(w_rows.shape, w_rows.strides, block_w[::-1] if w_transposed else block_w),
     }
     arguments = {
-        "strides": Strides(*x.strides[:2], *w.strides),
+        "x_strides": Strides(*x.strides[:2]),
+        "w_strides": w.strides,
         "sizes": Sizes(B * T, T, N, C),
-        "V": Variant(
+        "V": variant_of(
+            config,
+            precision,
             EVEN_C=C % config.block_k == 0,
             W_TRANSPOSED=w_transposed,
-            PRECISION=precision,
-            USE_TMA=config.use_tma,
             WIDE=is_wide(w.strides[0] * config.block_k + w.strides[1] * config.block_n),
-            GROUP_M=GROUP_M,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            PDL=config.pdl,
         ),
         **config.compiler_options,
     }

@@ -8,8 +8,6 @@ second launch adds the splits in order. Overwrites nothing. The gradient of x is
 by wᵀ.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -17,32 +15,19 @@ from torch import Tensor
 
 from ra_triton.kernels.configs import LaunchConfig, launch_config
 from ra_triton.kernels.plans import Bulk, Layout, Plan, layout_of, on_16_bytes, planned
-from ra_triton.kernels.tiles import as_one_batch, dot, dot_precision, follow, is_aligned, target_of
+from ra_triton.kernels.projection_arguments import Sizes, Strides, as_one_batch, variant_of
+from ra_triton.kernels.tiles import (
+    dot,
+    dot_precision,
+    follow,
+    is_aligned,
+    target_of,
+    token_rows,
+)
 
 TOKENS_PER_SPLIT = 1024  # at least
 MAX_SPLITS = 16
 PROGRAMS = 256  # that splitting aims at: about two CTAs per SM
-
-
-class Sizes(NamedTuple):
-    """Of x ``[B, T, C]`` and g ``[M, N]``."""
-
-    M: int  # B * T
-    T: int
-    C: int
-    N: int
-
-
-class Variant(NamedTuple):
-    """What the compiled code depends on."""
-
-    FLAT: bool  # one stride leads from row to row
-    PRECISION: str  # of float32 products
-    USE_TMA: bool
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    PDL: bool
 
 
 @triton.jit
@@ -50,17 +35,17 @@ def _weight_gradient_kernel(
     x_source,  # pointers, or descriptors of [B*T, C] and [B*T, N] with USE_TMA
     g_source,
     dw_ptr,  # [splits, C, N] float32, or [C, N] if there is one split
-    x_strides,  # of batch and token
+    x_strides,
     sizes,
     split_rows,
+    FLAT: tl.constexpr,  # one stride leads from row to row
     V: tl.constexpr,
 ):
     """One tile of ``xᵀ g`` over the tokens of one split."""
     PRECISION: tl.constexpr = V.PRECISION
     BLOCK_M: tl.constexpr = V.BLOCK_M
     BLOCK_N: tl.constexpr = V.BLOCK_N
-    M, T, C, N = sizes
-    stride_b, stride_t = x_strides
+    M, T, N, C = sizes
     follow(V.PDL)
     n_c = tl.cdiv(C, BLOCK_M)
     c = tl.program_id(0) % n_c * BLOCK_M
@@ -76,11 +61,10 @@ def _weight_gradient_kernel(
             g = g_source.load([k, n])
         else:
             row = k + offs_k
-            if V.FLAT:
-                x_rows = x_source + tl.cast(row, tl.int64) * stride_t
+            if FLAT:
+                x_rows = x_source + tl.cast(row, tl.int64) * x_strides.t
             else:
-                x_rows = x_source + tl.cast(row // T, tl.int64) * stride_b
-                x_rows += tl.cast(row % T, tl.int64) * stride_t
+                x_rows = token_rows(x_source, row, T, x_strides)
             inside = (row < end)[:, None]
             x = tl.load(
                 x_rows[:, None] + offs_c[None, :], inside & (offs_c < C)[None, :], other=0.0
@@ -202,18 +186,11 @@ def _weight_plan(
     tiles = triton.cdiv(C, config.block_m) * triton.cdiv(N, config.block_n)
     splits, split_rows = _splits(B * T, config.block_k, tiles)
     arguments = {
-        "x_strides": x.strides[:2],
-        "sizes": Sizes(B * T, T, C, N),
+        "x_strides": Strides(*x.strides[:2]),
+        "sizes": Sizes(B * T, T, N, C),
         "split_rows": split_rows,
-        "V": Variant(
-            FLAT=B == 1,
-            PRECISION=precision,
-            USE_TMA=config.use_tma,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            PDL=config.pdl,
-        ),
+        "FLAT": B == 1,
+        "V": variant_of(config, precision),
         **config.compiler_options,
     }
     plan = Plan(

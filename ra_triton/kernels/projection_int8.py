@@ -25,47 +25,28 @@ from torch import Tensor
 
 from ra_triton.kernels.configs import LaunchConfig, launch_config
 from ra_triton.kernels.plans import Bulk, Layout, Plan, layout_of, on_16_bytes, planned
+from ra_triton.kernels.projection_arguments import Sizes, Strides, as_one_batch, variant_of
 from ra_triton.kernels.tiles import (
-    as_one_batch,
     dot,
     dot_precision,
     follow,
     is_aligned,
     target_of,
+    token_rows,
 )
 from ra_triton.layout import Columns
 
-GROUP_M = 8
 FEW_ROWS = 16  # up to so many tokens the narrow tile is taken
 ROUNDING = tl.constexpr(1.5 * 2.0**23)  # x + this - this rounds |x| < 2²² to the nearest integer
 SMALLEST_SCALE = tl.constexpr(2.0**-126)  # no scale is smaller, so that zeros divide
 
 
-class Sizes(NamedTuple):
-    """Of x ``[B, T, C]``, w ``[N, C]`` and y ``[M, width]``, and where the rows of w go."""
+class Place(NamedTuple):
+    """Where the rows of w go among the columns of y; see ``layout.Columns``."""
 
-    M: int  # B * T
-    T: int
-    N: int
-    C: int
-    width: int
+    width: int  # columns of y
     start: int  # column of j = 0
     heads: int  # that GAP follows
-
-
-class Variant(NamedTuple):
-    """What the compiled code depends on."""
-
-    EVEN_C: bool  # C % BLOCK_K == 0
-    LANES: int
-    GAP: int
-    PRECISION: str  # of float32 products
-    USE_TMA: bool
-    GROUP_M: int
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    PDL: bool
 
 
 @triton.jit
@@ -76,16 +57,16 @@ def _int8_projection_kernel(
     w_scale_ptr,  # if w is int8, else None
     bias_ptr,  # or None
     y_ptr,
-    x_strides,  # of batch and token
+    x_strides,
     sizes,
+    place,
     V: tl.constexpr,
 ):
     """One tile of yᵀ = s_w s_x (w xᵀ) + bias, accumulated over C in steps of BLOCK_K."""
     PRECISION: tl.constexpr = V.PRECISION
     BLOCK_M: tl.constexpr = V.BLOCK_M
     BLOCK_N: tl.constexpr = V.BLOCK_N
-    M, T, N, C, width, start, heads = sizes
-    stride_b, stride_t = x_strides
+    M, T, N, C = sizes
     follow(V.PDL)
     n_m, n_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
@@ -96,8 +77,7 @@ def _int8_projection_kernel(
     offs_k = tl.arange(0, V.BLOCK_K)
     if not V.USE_TMA:  # rows past the end repeat the last and are not stored
         row_m, row_n = tl.minimum(offs_m, M - 1), tl.minimum(offs_n, N - 1)
-        x_rows = x_source + tl.cast(row_m // T, tl.int64) * stride_b
-        x_rows += tl.cast(row_m % T, tl.int64) * stride_t
+        x_rows = token_rows(x_source, row_m, T, x_strides)
         w_rows = w_source + tl.cast(row_n, tl.int64) * C
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32 if x_scale_ptr is None else tl.int32)
@@ -122,12 +102,12 @@ def _int8_projection_kernel(
         y *= tl.load(x_scale_ptr + offs_m, mask=offs_m < M, other=0.0)[None, :]
     if w_scale_ptr is not None:
         y *= tl.load(w_scale_ptr + offs_n, mask=offs_n < N, other=0.0)[:, None]
-    column = start + offs_n
+    column = place.start + offs_n
     if V.GAP > 0:
-        column += tl.minimum(offs_n // V.LANES, heads) * V.GAP
+        column += tl.minimum(offs_n // V.LANES, place.heads) * V.GAP
     if bias_ptr is not None:
         y += tl.load(bias_ptr + column, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
-    y_pointers = y_ptr + tl.cast(offs_m, tl.int64)[None, :] * width + column[:, None]
+    y_pointers = y_ptr + tl.cast(offs_m, tl.int64)[None, :] * place.width + column[:, None]
     mask = (offs_m[None, :] < M) & (offs_n[:, None] < N)
     tl.store(y_pointers, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -137,7 +117,7 @@ def _quantize_rows_kernel(
     x_ptr,
     x_int8_ptr,
     scale_ptr,
-    x_strides,  # of batch and token
+    x_strides,
     M,  # B * T
     T,
     C,
@@ -146,12 +126,10 @@ def _quantize_rows_kernel(
     PDL: tl.constexpr,
 ):
     """x_int8 = rint(x / s), s = max(max_c |x| / 127, 2⁻¹²⁶), of ROWS tokens."""
-    stride_b, stride_t = x_strides
     follow(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     clamped = tl.minimum(row, M - 1)
-    x_rows = x_ptr + tl.cast(clamped // T, tl.int64) * stride_b
-    x_rows += tl.cast(clamped % T, tl.int64) * stride_t
+    x_rows = token_rows(x_ptr, clamped, T, x_strides)
     offs_k = tl.arange(0, BLOCK_C)
 
     largest = tl.zeros([ROWS], tl.int32)  # as bits, which order like the numbers, NaN above all
@@ -240,19 +218,15 @@ def _plan(
         1: Bulk(w.shape, w.strides, (config.block_n, config.block_k)),
     }
     arguments = {
-        "x_strides": x.strides[:2],
-        "sizes": Sizes(B * T, T, N, C, width, columns.start, columns.heads),
-        "V": Variant(
+        "x_strides": Strides(*x.strides[:2]),
+        "sizes": Sizes(B * T, T, N, C),
+        "place": Place(width, columns.start, columns.heads),
+        "V": variant_of(
+            config,
+            precision,
             EVEN_C=C % config.block_k == 0,
             LANES=columns.lanes,
             GAP=columns.gap,
-            PRECISION=precision,
-            USE_TMA=config.use_tma,
-            GROUP_M=GROUP_M,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            PDL=config.pdl,
         ),
         **config.compiler_options,
     }
@@ -298,7 +272,7 @@ def _quantize_plan(
     if config is None:
         config = launch_config("quantize_rows", 0, dtype, target, False)
     arguments = {
-        "x_strides": x.strides[:2],
+        "x_strides": Strides(*x.strides[:2]),
         "M": B * T,
         "T": T,
         "C": C,

@@ -90,13 +90,17 @@ def head_and_tile(pid, n_heads, n_tiles, section, SECTIONED: tl.constexpr):
 
 
 @triton.jit
-def rows_of(source, b, h, first, strides, V: tl.constexpr):
-    """``source`` from token ``first`` of batch b and head h on; a descriptor stays as it is."""
+def head_of(source, b, h, strides, V: tl.constexpr):
+    """``source`` from batch b and head h on; a descriptor stays as it is."""
     if not V.USE_TMA:
-        if V.VARLEN:
-            source += tl.cast(first, tl.int64) * strides.t * V.ALIGNMENT
         source += head_offset(b, h, strides, V.ALIGNMENT)
     return source
+
+
+@triton.jit
+def sequence_of(source, first, strides, V: tl.constexpr):
+    """``source`` from token ``first`` on."""
+    return source + tl.cast(first, tl.int64) * strides.t * V.ALIGNMENT
 
 
 @triton.jit
@@ -250,6 +254,14 @@ def row_at(pointer, strides, b, t, h):
 
 
 @triton.jit
+def token_rows(pointer, row, T, strides):
+    """Where rows of ``[B * T, C]``, of which T lie at one stride, begin."""
+    rows = pointer + tl.cast(row // T, tl.int64) * strides.b
+    rows += tl.cast(row % T, tl.int64) * strides.t
+    return rows
+
+
+@triton.jit
 def store_rows(
     pointer,  # to row 0 of this batch and head
     tile,  # [ROWS, BLOCK_D]
@@ -316,14 +328,6 @@ def is_aligned(t: Layout, dtype: torch.dtype) -> bool:
 def block_d_of(D: int) -> int:
     """Lanes of a tile: the head dim rounded up to a power of two that a dot accepts."""
     return max(16, triton.next_power_of_2(D))
-
-
-def as_one_batch(x: Layout) -> Layout:
-    """``[B, T, C]`` as ``[1, B*T, C]`` where all rows follow each other at one stride."""
-    (B, T, C), (stride_b, stride_t, stride_c) = x.shape, x.strides
-    if B == 1 or stride_b == T * stride_t:
-        return Layout((1, B * T, C), (0, stride_t, stride_c), x.on_16_bytes)
-    return x
 
 
 def strides_of(t: Layout | None, unit: int = 1) -> Strides:
