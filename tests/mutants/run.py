@@ -8,7 +8,6 @@ the collection, or has moved.
 
 import argparse
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -17,7 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from faults import EXPECTED_SURVIVORS, FAULTS, Fault
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mutants.faults import EXPECTED_SURVIVORS, FAULTS
+from mutants.planting import Fault, Stale
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 60.0  # seconds for the tests of one fault
@@ -76,20 +78,16 @@ def killer(status: int, output: str) -> str:
     return failed[-1].partition(" ")[2] if failed else output.strip().rpartition("\n")[2]
 
 
-def stale(fault: Fault, tree: Path) -> str:
-    """Why the fault cannot be planted, or nothing."""
-    path = tree / fault.file
-    count = path.read_text().count(fault.old) if path.is_file() else 0
-    return "" if count == 1 else f"the old text occurs {count} times in {fault.file}"
-
-
 def plant(fault: Fault, tree: Path) -> tuple[str, str]:
     """Verdict on one fault, and the test that killed it or what else there is to say."""
     path = tree / fault.file
-    clean = path.read_text()
-    path.write_text(clean.replace(fault.old, fault.new))
     try:
-        status, output = run_tests(tree, shlex.split(fault.tests), LIMIT)
+        clean = path.read_text()
+        path.write_text(fault.planted(clean))
+    except (Stale, OSError) as error:
+        return "stale", str(error)
+    try:
+        status, output = run_tests(tree, fault.test_ids, LIMIT)
     finally:
         path.write_text(clean)
     excuse = EXPECTED_SURVIVORS.get(fault.name)
@@ -104,7 +102,7 @@ def plant(fault: Fault, tree: Path) -> tuple[str, str]:
 
 def passes_unfaulted(faults: list[Fault], tree: Path) -> bool:
     """Whether all tests that the faults name exist and pass as they are."""
-    named = dict.fromkeys(test for fault in faults for test in shlex.split(fault.tests))
+    named = dict.fromkeys(test for fault in faults for test in fault.test_ids)
     status, output = run_tests(tree, list(named), BASELINE_LIMIT)
     print("without a fault:", output.strip().rpartition("\n")[2] if status == PASSED else output)
     return status == PASSED
@@ -127,7 +125,7 @@ def main() -> int:
     faults = [fault for fault in FAULTS if any(part in fault.name for part in wanted)]
     if options.list:
         for fault in faults:
-            print(f"{fault.name:<58} {fault.file:<40} {fault.tests}")
+            print(f"{fault.name:<58} {fault.file:<40} {' '.join(fault.test_ids)}")
         return 0
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # clean up, like after Ctrl-C
@@ -135,18 +133,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         tree = Path(folder)
         copy_tree(tree)
-        moved = {fault.name: reason for fault in faults if (reason := stale(fault, tree))}
         if not passes_unfaulted(faults, tree):
             return 1
         for fault in faults:
             begin = time.monotonic()
-            if fault.name in moved:
-                verdict, note = "stale", moved[fault.name]
-            else:
-                verdict, note = plant(fault, tree)
+            verdict, note = plant(fault, tree)
             verdicts.append(verdict)
             seconds = time.monotonic() - begin
-            print(f"{verdict:<9} {seconds:5.1f} s  {fault.name:<58} {note[:120]}", flush=True)
+            print(f"{verdict:<9} {seconds:5.1f} s  {fault.name:<58} {note[:200]}", flush=True)
     killed, excused = verdicts.count("killed"), verdicts.count("excused")
     print(f"\nscore: {killed} of {len(verdicts)} killed, {excused} excused", end="")
     others = {v: verdicts.count(v) for v in dict.fromkeys(verdicts) if v not in FINE}
