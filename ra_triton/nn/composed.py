@@ -131,9 +131,9 @@ class ComposedLinear(nn.Module):
             "dtype": dtype,
             "backend": backend,
         }
-        if self.b_q is None or self.b_k is None or self.b_v is None:
+        if self.b_q is None:
             return compose_weights(*factors, **options), None
-        return compose_weights(*factors, biases=(self.b_q, self.b_k, self.b_v), **options)
+        return compose_weights(*factors, biases=(self.b_q, self.b_k, self.b_v), **options)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ W_fused + bias``: ``[..., C] -> [..., N]``; attention reads the weight."""
