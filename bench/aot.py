@@ -28,26 +28,21 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.runtime.jit import JITFunction
 
-from ra_triton.factors import Factors
-from ra_triton.kernels import (
-    append,
-    attention_backward,
-    attention_forward,
-    compose,
-    compose_backward,
-    decode,
-    norm_rope,
-    norm_rope_backward,
-    packing,
-    plans,
-    projection,
-    projection_backward,
-    projection_int8,
-)
-from ra_triton.kernels.configs import LaunchConfig
-from ra_triton.layout import Columns, RALayout
-from ra_triton.norm_rope import NormRope
-from ra_triton.offsets import Offsets
+from ra_triton.call.norm_rope import NormRope
+from ra_triton.call.offsets import Offsets
+from ra_triton.kernels.attention import backward as attention_backward
+from ra_triton.kernels.attention import decode
+from ra_triton.kernels.attention import forward as attention_forward
+from ra_triton.kernels.composition import backward as compose_backward
+from ra_triton.kernels.composition import forward as compose
+from ra_triton.kernels.lanes import append, norm_rope, norm_rope_backward, packing
+from ra_triton.kernels.projection import backward as projection_backward
+from ra_triton.kernels.projection import forward as projection
+from ra_triton.kernels.projection import int8 as projection_int8
+from ra_triton.launch import plans
+from ra_triton.launch.configs import LaunchConfig
+from ra_triton.weights.factors import Factors
+from ra_triton.weights.layout import Columns, RALayout
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 STAGES = (

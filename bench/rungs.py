@@ -27,7 +27,7 @@ from bench.providers import (
     seed_layer,
 )
 from bench.shapes import Shape
-from ra_triton import sparsity
+from ra_triton.weights import sparsity
 from ref import reciprocal_attention as ref
 
 Function = Callable[..., Tensor]  # of x, the weights and W_out

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from bench import accuracy
 from bench.accuracy import Trained
-from ra_triton import SparseWeight, sparsify_weight, sparsity
+from ra_triton import SparseWeight, sparsify_weight
 from ra_triton.nn import RACausalSelfAttention
 from ra_triton.nn.composed import ComposedLinear
+from ra_triton.weights import sparsity
 
 SLUG = "sparsity-cpu"
 NEEDS = "W_fused must have "  # how a refusal begins

@@ -34,7 +34,7 @@ from bench.aot import TARGETS, Compiled, shipped
 from bench.pipes import ARCHITECTURES, PIPES
 from bench.sass import TENSOR_MEMORY, Loop, Program
 from bench.static_budget import Row
-from ra_triton.kernels.configs import LaunchConfig, launch_config
+from ra_triton.launch.configs import LaunchConfig, launch_config
 
 HOPPER = ("attention_forward_hopper",)  # stages of sm_90 alone
 STAGES = (

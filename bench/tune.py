@@ -30,8 +30,8 @@ from bench.gate import RMS_FACTOR, ROW_FACTOR
 from bench.options import DTYPES, check_outputs, count, parser_of, seconds
 from bench.report import environment
 from bench.timing import Entrant, Timing, measure
-from ra_triton.kernels.configs import LaunchConfig, launch_config, warp_specialised
 from ra_triton.kernels.tiles import target_of
+from ra_triton.launch.configs import LaunchConfig, launch_config, warp_specialised
 from ref import reciprocal_attention as ref
 
 TOKENS = 16384  # B * T of a problem that is timed
@@ -129,8 +129,8 @@ def launcher(problem: Problem, allocate: Allocate) -> tuple[Launch, Callable[...
 
 
 def _gemm(problem: Problem, allocate: Allocate) -> tuple[Launch, Callable[..., Any]]:
-    from ra_triton.kernels.projection import projection
-    from ra_triton.kernels.projection_backward import weight_gradient
+    from ra_triton.kernels.projection.backward import weight_gradient
+    from ra_triton.kernels.projection.forward import projection
 
     C = problem.H * problem.D
     x = allocate(problem.B, problem.T, C)
@@ -154,8 +154,8 @@ def _gemm(problem: Problem, allocate: Allocate) -> tuple[Launch, Callable[..., A
 
 
 def _attention(problem: Problem, allocate: Allocate) -> tuple[Launch, Callable[..., Any]]:
-    from ra_triton.kernels.attention_backward import attention_backward
-    from ra_triton.kernels.attention_forward import attention_forward
+    from ra_triton.kernels.attention.backward import attention_backward
+    from ra_triton.kernels.attention.forward import attention_forward
 
     B, T, H, D = problem.B, problem.T, problem.H, problem.D
     qkv = allocate(B, T, 3, H, D)

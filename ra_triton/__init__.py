@@ -12,10 +12,10 @@ from ra_triton.api import (
     ra_attention,
     which_backend,
 )
-from ra_triton.quantization import QuantizedWeight, quantize_weight
-from ra_triton.sparsity import SparseWeight, sparsify_weight
 from ra_triton.varlen import packed_attention_varlen
-from ra_triton.weights import compose_weights, pack_weight, unpack_weight
+from ra_triton.weights.fused import compose_weights, pack_weight, unpack_weight
+from ra_triton.weights.quantization import QuantizedWeight, quantize_weight
+from ra_triton.weights.sparsity import SparseWeight, sparsify_weight
 
 if _typing.TYPE_CHECKING:
     from ra_triton import nn

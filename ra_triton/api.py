@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ra_triton import recorded
 from ra_triton.backend import choose
+from ra_triton.call.norm_rope import NormRope, QKNorm, Rope, check_norm_rope
+from ra_triton.call.offsets import Offsets, checked, longest_of
+from ra_triton.call.options import AttentionKeywords, AttentionOptions, DecodeOptions
 from ra_triton.checks import (
     autocast_dtype,
     check_apart,
@@ -22,13 +24,11 @@ from ra_triton.checks import (
     have_addresses,
     needs_grad,
 )
-from ra_triton.layout import WEIGHT_LAYOUTS, RALayout
-from ra_triton.norm_rope import NormRope, QKNorm, Rope, check_norm_rope
-from ra_triton.offsets import Offsets, checked, longest_of
-from ra_triton.options import AttentionKeywords, AttentionOptions, DecodeOptions
-from ra_triton.quantization import QuantizedWeight, check_quantized_inputs
-from ra_triton.sparsity import SparseWeight, check_sparse_inputs
-from ra_triton.sparsity import project as sparse_project
+from ra_triton.launch import recorded
+from ra_triton.weights.layout import WEIGHT_LAYOUTS, RALayout
+from ra_triton.weights.quantization import QuantizedWeight, check_quantized_inputs
+from ra_triton.weights.sparsity import SparseWeight, check_sparse_inputs
+from ra_triton.weights.sparsity import project as sparse_project
 from ra_triton.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -399,7 +399,7 @@ def pack_qk(
     turns lane i with lane ``i + rope_dims / 2``, as Llama does. So packed weights are those of a
     Llama with ``rope`` over all lanes, and of a Qwen3 with ``qk_norm`` too. A rotation of all lanes
     mixes low lanes with standard ones; ``rope_dims <= D - R`` leaves the low ones without position.
-    Equations: :mod:`ra_triton.norm_rope`.
+    Equations: :mod:`ra_triton.call.norm_rope`.
 
     Args:
         q: ``[B, T, H, D]``; its last R lanes are dropped where ``k_low`` is given.

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._library import custom_ops
 from torch.autograd import forward_ad
 from torch.nn.modules import module
 from torch.utils import _python_dispatch
@@ -101,6 +102,16 @@ class OperatorLog(_python_dispatch.TorchDispatchMode):
         if name not in self._ALLOCATIONS and not getattr(function, "is_view", False):
             self.only_allocated = False
         return function(*args, **(kwargs or {}))
+
+
+def library_of(namespace: str, name: str) -> torch.library.Library:
+    """Where an operator is registered; what an earlier import of its module registered is gone."""
+    try:
+        return custom_ops.get_library_allowing_overwrite(namespace, name)
+    except AttributeError:
+        name = "torch._library.custom_ops.get_library_allowing_overwrite"
+        _missing(name, "ra_triton cannot be imported a second time in a process")
+        return torch.library.Library(namespace, "FRAGMENT")
 
 
 def is_batch_of_gradients(t: Tensor) -> bool:

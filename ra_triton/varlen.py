@@ -6,14 +6,14 @@ from torch import Tensor
 
 from ra_triton.api import _autocast
 from ra_triton.backend import choose
+from ra_triton.call.offsets import checked
+from ra_triton.call.options import AttentionKeywords, AttentionOptions
 from ra_triton.checks import (
     check_attention_inputs,
     check_float_tensor,
     check_shape,
     check_unit_stride,
 )
-from ra_triton.offsets import checked
-from ra_triton.options import AttentionKeywords, AttentionOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing's, from Python 3.11 on

@@ -39,7 +39,9 @@ assert "triton" not in sys.modules, "import ra_triton imports Triton"
 pair = torch.__version__.partition("+")[0] + "+" + version("triton")
 assert pair == sys.argv[1], f"installed: {pair}"
 from ra_triton.backend.triton import operators
-from ra_triton.kernels import attention_forward, gluon, projection
+from ra_triton.kernels.attention import forward as attention_forward
+from ra_triton.launch import gluon
+from ra_triton.kernels.projection import forward as projection
 assert gluon.MISSING is None, gluon.MISSING
 """
 # Triton compiles and assembles; what falls back to a plain kernel warns, which is an error here.

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ra_triton
 from ra_triton.backend import BACKENDS as MODULES
 from ra_triton.nn import KVCache, RACausalSelfAttention
-from ra_triton.weights import factor_weight
+from ra_triton.weights.fused import factor_weight
 from ra_triton.workspace import Workspace
 
 H, D, C = 2, 16, 12

@@ -13,8 +13,8 @@ from strategies import DEVICE, backends, normal, quick
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import ra_triton
+from ra_triton.call.options import AttentionOptions
 from ra_triton.nn import Workspace
-from ra_triton.options import AttentionOptions
 
 LENGTHS = (9, 16, 17, 33, 40, 50)
 

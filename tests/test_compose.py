@@ -26,10 +26,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ra_triton
-from ra_triton import recorded
-from ra_triton.kernels import compose_backward, plans
-from ra_triton.layout import RALayout
+from ra_triton.kernels.composition import backward as compose_backward
+from ra_triton.launch import plans, recorded
 from ra_triton.nn import RACausalSelfAttention
+from ra_triton.weights.layout import RALayout
 from ref import reciprocal_attention as ref
 
 GATES = ("none", "number", "scalar", "heads", "apart")
@@ -528,7 +528,7 @@ def test_a_composition_that_was_checked_is_known(monkeypatch):
     factors = case.factors()
     expected = compose(case, factors)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ra_triton.weights._check_factors", None)
+        patch.setattr("ra_triton.weights.fused._check_factors", None)
         for got, want in zip(compose(case, factors), expected, strict=True):
             assert_bitwise(got, want)
     biases = [factors[name] for name in NAMES[6:]]

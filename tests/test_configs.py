@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from ra_triton.kernels.configs import LaunchConfig, launch_config, target
+from ra_triton.launch.configs import LaunchConfig, launch_config, target
 
 INT8 = ("weight_only", "weight_only_few", "other_columns", "w8a8")
 GEMMS = ("projection", "input_gradient", "weight_gradient", *INT8)

@@ -262,7 +262,7 @@ def test_inputs_are_never_written_and_the_output_is_new(backend):
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a row of the table has other splits")
 def test_splits_are_those_of_the_capacity_alone():
-    from ra_triton.kernels.decode import MAX_SPLITS, keys_per_split
+    from ra_triton.kernels.attention.decode import MAX_SPLITS, keys_per_split
 
     for max_len in (1, 31, 32, 4096, 4097, 65536, 10**6):
         keys = keys_per_split(max_len, SPLIT)
@@ -293,7 +293,8 @@ GOOD = DecodeCase((9, 4), group=2)
 
 @pytest.fixture
 def nothing_launched(monkeypatch):
-    from ra_triton.kernels import append, decode
+    from ra_triton.kernels.attention import decode
+    from ra_triton.kernels.lanes import append
 
     monkeypatch.setattr(decode, "decode", None)
     monkeypatch.setattr(append, "append_", None)

@@ -174,7 +174,7 @@ def test_masks_of_heads_batches_rows_columns_and_seeds_are_independent(p):
 
 
 def test_all_64_bits_of_the_key_count():
-    from ra_triton.kernels.attention_forward import attention_forward
+    from ra_triton.kernels.attention.forward import attention_forward
 
     q, k = equal_scores(1, 2, 32, 32, 32)
     masks = []
@@ -200,9 +200,9 @@ def test_the_mask_does_not_depend_on_the_options_of_the_call():
 
 @pytest.mark.parametrize(("block_m", "block_n"), quick([(16, 64), (64, 16), (16, 16), (32, 32)]))
 def test_the_mask_does_not_depend_on_the_tiles(block_m, block_n):
-    from ra_triton.kernels.attention_backward import attention_backward
-    from ra_triton.kernels.attention_forward import attention_forward
-    from ra_triton.kernels.configs import LaunchConfig
+    from ra_triton.kernels.attention.backward import attention_backward
+    from ra_triton.kernels.attention.forward import attention_forward
+    from ra_triton.launch.configs import LaunchConfig
 
     case = AttentionCase(2, 37, 50, 1, 2, D=64)
     tensors, do = case.tensors(), case.gradient()

@@ -25,8 +25,8 @@ from bench.providers import PROVIDERS, make_problem
 from bench.rungs import RUNGS, Factors
 from bench.shapes import Shape
 from ra_triton.backend import BACKENDS, flex, sdpa
+from ra_triton.call.options import AttentionOptions
 from ra_triton.nn import Workspace
-from ra_triton.options import AttentionOptions
 from ref import reciprocal_attention as ref
 
 WINDOWS = ((-1, -1), (0, 0), (3, 0), (4, 2), (-1, 5), (7, -1))

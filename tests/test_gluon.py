@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from ra_triton import internals
-from ra_triton.kernels import attention_forward, gluon, projection
-from ra_triton.kernels.plans import Layout, Plan, plan_in_gluon
+from ra_triton.kernels.attention import forward as attention_forward
+from ra_triton.kernels.projection import forward as projection
+from ra_triton.launch import gluon
+from ra_triton.launch.plans import Layout, Plan, plan_in_gluon
 
 ROOT = Path(__file__).parents[1]
 STAGES = {"attention_forward": attention_forward, "projection": projection}
@@ -123,8 +125,10 @@ def test_errors_of_other_kernels_are_raised():
 COMPILE = """
 import sys, warnings, torch
 from bench.aot import compile_for
-from ra_triton.kernels import attention_forward, attention_forward_hopper as hopper
-from ra_triton.kernels import projection, projection_hopper
+from ra_triton.kernels.attention import forward as attention_forward
+from ra_triton.kernels.attention import forward_hopper as hopper
+from ra_triton.kernels.projection import forward as projection
+from ra_triton.kernels.projection import forward_hopper as projection_hopper
 for stage in (attention_forward, projection):
     stage.target_of = lambda device: "sm_90"
 if sys.argv[1] == "renamed":

@@ -11,7 +11,7 @@ from strategies import DEVICE, normal
 import ra_triton
 from bench.gpt import GPT, GPTConfig
 from ra_triton.nn import from_gpt2, to_gpt2
-from ra_triton.weights import factor_weight
+from ra_triton.weights.fused import factor_weight
 
 SIZES = {"block_size": 16, "vocab_size": 61, "n_layer": 2, "n_head": 2, "n_embd": 32}
 orientations = pytest.mark.parametrize("orientation", ["linear", "conv1d"])

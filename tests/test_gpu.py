@@ -209,7 +209,7 @@ def test_reduce_overhead_gives_the_eager_bits():
 
 
 def test_new_lengths_do_not_recompile():
-    from ra_triton.kernels.attention_forward import _attention_forward_kernel as kernel
+    from ra_triton.kernels.attention.forward import _attention_forward_kernel as kernel
 
     def variants():
         return sum(len(cache[0]) for cache in kernel.device_caches.values())

@@ -12,7 +12,7 @@ from torch import nn
 
 import ra_triton
 from ra_triton.nn import RACausalSelfAttention, from_gpt2, to_gpt2
-from ra_triton.weights import factor_weight
+from ra_triton.weights.fused import factor_weight
 from ref import reciprocal_attention as ref
 
 GROUPS = [(4, 2), (3, 1), (4, 4), (6, 2)]  # n_head, n_kv_head

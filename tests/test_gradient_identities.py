@@ -128,8 +128,8 @@ def same_tiles(*calls):
     """On a GPU unaligned operands take other tiles than aligned ones, hence other bits."""
     if DEVICE.type == "cpu":
         return True
-    from ra_triton.kernels.plans import layout_of
     from ra_triton.kernels.tiles import is_aligned
+    from ra_triton.launch.plans import layout_of
 
     return len({all(is_aligned(layout_of(t), t.dtype) for t in tensors) for tensors in calls}) == 1
 

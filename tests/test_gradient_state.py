@@ -9,7 +9,7 @@ from strategies import DEVICE, AttentionCase, backends, normal, quick
 from torch.utils.checkpoint import checkpoint
 
 import ra_triton
-from ra_triton.options import AttentionOptions
+from ra_triton.call.options import AttentionOptions
 
 H, D, C = 2, 16, 24
 SUBSETS = [needed for needed in product([True, False], repeat=3) if any(needed)]
@@ -50,7 +50,9 @@ def assert_all_bitwise(actual, expected):
 @pytest.fixture
 def launched(monkeypatch):
     """Names of the kernels and stages of the backward that run."""
-    from ra_triton.kernels import plans, projection, projection_backward
+    from ra_triton.kernels.projection import backward as projection_backward
+    from ra_triton.kernels.projection import forward as projection
+    from ra_triton.launch import plans
 
     names = []
     call = plans.Plan.__call__

@@ -223,7 +223,8 @@ def test_gradients_of_a_projection_with_bias(backend, dtype, weight_layout):
 
 @pytest.mark.parametrize("tokens", [31, 32, 33, 70, 300])
 def test_gradients_of_weight_and_bias_summed_in_several_splits(monkeypatch, tokens):
-    from ra_triton.kernels import plans, projection_backward
+    from ra_triton.kernels.projection import backward as projection_backward
+    from ra_triton.launch import plans
 
     plans.forget_plans()
     monkeypatch.setattr(projection_backward, "TOKENS_PER_SPLIT", 32)

@@ -11,15 +11,15 @@ import torch
 from budget import assert_attention_close, assert_bitwise
 from strategies import normal
 
-from ra_triton.kernels import attention_forward
-from ra_triton.kernels.attention_forward_hopper import (
+from ra_triton.kernels.attention import forward as attention_forward
+from ra_triton.kernels.attention.forward_hopper import (
     REGISTERS,
     SECTION_BYTES,
     forward_plan,
     heads_filling_rounds,
 )
-from ra_triton.kernels.configs import launch_config, warp_specialised
-from ra_triton.kernels.plans import layout_of
+from ra_triton.launch.configs import launch_config, warp_specialised
+from ra_triton.launch.plans import layout_of
 
 ROOT = Path(__file__).parents[1]
 ROWS = {  # name: heads of so many lanes, and the row

@@ -11,94 +11,121 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "ra_triton").rglob("*.py"))
 
-SHARED = {"checks", "factors", "internals", "layout", "norm_rope", "offsets", "options"}  # leaves
-STAGE = {"kernels.tiles", "kernels.plans", "kernels.configs", "layout", "offsets"}
-HOPPER = {"kernels.gluon", *STAGE}
+SHARED = {
+    "checks",
+    "weights.factors",
+    "internals",
+    "weights.layout",
+    "call.norm_rope",
+    "call.offsets",
+    "call.options",
+}  # leaves
+STAGE = {"kernels.tiles", "launch.plans", "launch.configs", "weights.layout", "call.offsets"}
+HOPPER = {"launch.gluon", *STAGE}
+FOLDERS = ("call", "kernels", "launch", "weights")
+FOLDERS += tuple(f"kernels.{name}" for name in ("attention", "composition", "lanes", "projection"))
 # Module: what it may import of the package. A new module needs a line here.
 ARROWS = {
-    "": {"api", "nn", "quantization", "sparsity", "varlen", "weights"},
-    "api": {"backend", "recorded", "quantization", "sparsity", "workspace", *SHARED},
-    "sparsity": SHARED,
+    "": {"api", "nn", "weights.quantization", "weights.sparsity", "varlen", "weights.fused"},
+    "api": {
+        "backend",
+        "launch.recorded",
+        "weights.quantization",
+        "weights.sparsity",
+        "workspace",
+        *SHARED,
+    },
+    "weights.sparsity": SHARED,
     "varlen": {"api", "backend", *SHARED},
-    "weights": {"backend", "recorded", *SHARED},
-    "quantization": SHARED,
+    "weights.fused": {"backend", "launch.recorded", *SHARED},
+    "weights.quantization": SHARED,
     "internals": set(),
     "checks": {"internals"},
-    "recorded": {"checks", "internals", "kernels.launcher", "kernels.plans"},
-    "layout": set(),
-    "factors": {"layout"},
-    "offsets": set(),
-    "options": set(),
-    "norm_rope": {"checks"},
+    "launch.recorded": {"checks", "internals", "launch.launcher", "launch.plans"},
+    "weights.layout": set(),
+    "weights.factors": {"weights.layout"},
+    "call.offsets": set(),
+    "call.options": set(),
+    "call.norm_rope": {"checks"},
     "backend": {"backend.flex", "backend.sdpa", "backend.triton", *SHARED},
     "backend.flex": {"backend.sdpa", "workspace", *SHARED},
-    "backend.sdpa": {"quantization", "recorded", "workspace", *SHARED},
+    "backend.sdpa": {"weights.quantization", "launch.recorded", "workspace", *SHARED},
     "backend.triton": {
         *("backend.sdpa", "backend.triton.operator", "backend.triton.operators"),
-        *("kernels.norm_rope", "kernels.packing", "quantization", "recorded", "workspace"),
+        *(
+            "kernels.lanes.norm_rope",
+            "kernels.lanes.packing",
+            "weights.quantization",
+            "launch.recorded",
+            "workspace",
+        ),
         *SHARED,
     },
-    "backend.triton.operator": {"flops", "recorded", *SHARED},
+    "backend.triton.operator": {"backend.triton.flops", "launch.recorded", *SHARED},
     "backend.triton.operators": {
-        *("backend.triton.operator", "flops", "quantization", "workspace"),
-        *("kernels.append", "kernels.attention_backward", "kernels.attention_forward"),
-        *("kernels.compose", "kernels.compose_backward", "kernels.decode"),
-        *("kernels.norm_rope", "kernels.norm_rope_backward"),
-        *("kernels.projection", "kernels.projection_backward", "kernels.projection_int8"),
+        *("backend.triton.operator", "backend.triton.flops", "weights.quantization", "workspace"),
+        *("kernels.lanes.append", "kernels.attention.backward", "kernels.attention.forward"),
+        *(
+            "kernels.composition.forward",
+            "kernels.composition.backward",
+            "kernels.attention.decode",
+        ),
+        *("kernels.lanes.norm_rope", "kernels.lanes.norm_rope_backward"),
+        *("kernels.projection.forward", "kernels.projection.backward", "kernels.projection.int8"),
         *SHARED,
     },
-    "flops": {"internals"},
-    "cache": {"backend", *SHARED},
+    "backend.triton.flops": {"internals"},
+    "nn.cache": {"backend", *SHARED},
     "nn": {
-        *("cache", "nn.attention", "nn.composed", "nn.gpt2", "nn.llama", "nn.quantized"),
+        *("nn.cache", "nn.attention", "nn.composed", "nn.gpt2", "nn.llama", "nn.quantized"),
         "workspace",
     },
     "nn.attention": {
-        *("api", "cache", "nn.children", "nn.composed", "nn.configs", "nn.quantized", "nn.rope"),
-        *("backend", "quantization", "weights", "workspace"),
+        *("api", "nn.cache", "nn.children", "nn.composed", "nn.configs", "nn.quantized", "nn.rope"),
+        *("backend", "weights.quantization", "weights.fused", "workspace"),
         *SHARED,
     },
-    "nn.llama": {"nn.attention", "nn.composed", "nn.gpt2", "nn.quantized", "quantization"},
-    "nn.rope": {"checks", "norm_rope", "workspace"},
+    "nn.llama": {"nn.attention", "nn.composed", "nn.gpt2", "nn.quantized", "weights.quantization"},
+    "nn.rope": {"checks", "call.norm_rope", "workspace"},
     "nn.children": {"internals"},
     "nn.configs": set(),
-    "nn.composed": {"weights", *SHARED},
+    "nn.composed": {"weights.fused", *SHARED},
     "nn.gpt2": {
-        *("nn.attention", "nn.composed", "nn.quantized", "quantization", "weights"),
+        *("nn.attention", "nn.composed", "nn.quantized", "weights.quantization", "weights.fused"),
         *SHARED,
     },
-    "nn.quantized": {"api", "quantization", *SHARED},
+    "nn.quantized": {"api", "weights.quantization", *SHARED},
     "workspace": SHARED,
-    "kernels.append": STAGE,
-    "kernels.attention_arguments": STAGE,
-    "kernels.attention_backward": {*STAGE, "kernels.attention_arguments"},
-    "kernels.compose": {*STAGE, "factors", "kernels.compose_tiles"},
-    "kernels.compose_backward": {*STAGE, "factors", "kernels.compose_tiles"},
-    "kernels.compose_tiles": {*STAGE, "factors"},
-    "kernels.decode": {*STAGE, "kernels.attention_arguments"},
-    "kernels.projection_arguments": STAGE,
-    "kernels.projection_backward": {*STAGE, "kernels.projection_arguments"},
-    "kernels": set(),
-    "kernels.attention_forward": {
-        *("kernels.attention_arguments", "kernels.attention_forward_hopper"),
+    "kernels.lanes.append": STAGE,
+    "kernels.attention.arguments": STAGE,
+    "kernels.attention.backward": {*STAGE, "kernels.attention.arguments"},
+    "kernels.composition.forward": {*STAGE, "weights.factors", "kernels.composition.tiles"},
+    "kernels.composition.backward": {*STAGE, "weights.factors", "kernels.composition.tiles"},
+    "kernels.composition.tiles": {*STAGE, "weights.factors"},
+    "kernels.attention.decode": {*STAGE, "kernels.attention.arguments"},
+    "kernels.projection.arguments": STAGE,
+    "kernels.projection.backward": {*STAGE, "kernels.projection.arguments"},
+    **{folder: set() for folder in FOLDERS},
+    "kernels.attention.forward": {
+        *("kernels.attention.arguments", "kernels.attention.forward_hopper"),
         *HOPPER,
     },
-    "kernels.attention_forward_hopper": {*HOPPER, "kernels.attention_arguments"},
-    "kernels.packing": STAGE,
-    "kernels.projection_int8": {*STAGE, "kernels.projection_arguments"},
-    "kernels.norm_rope": {*STAGE, "kernels.norm_rope_tiles", "norm_rope"},
-    "kernels.norm_rope_backward": {*STAGE, "kernels.norm_rope_tiles", "norm_rope"},
-    "kernels.norm_rope_tiles": {*STAGE, "norm_rope"},
-    "kernels.projection": {
-        *("kernels.projection_arguments", "kernels.projection_hopper"),
+    "kernels.attention.forward_hopper": {*HOPPER, "kernels.attention.arguments"},
+    "kernels.lanes.packing": STAGE,
+    "kernels.projection.int8": {*STAGE, "kernels.projection.arguments"},
+    "kernels.lanes.norm_rope": {*STAGE, "kernels.lanes.norm_rope_tiles", "call.norm_rope"},
+    "kernels.lanes.norm_rope_backward": {*STAGE, "kernels.lanes.norm_rope_tiles", "call.norm_rope"},
+    "kernels.lanes.norm_rope_tiles": {*STAGE, "call.norm_rope"},
+    "kernels.projection.forward": {
+        *("kernels.projection.arguments", "kernels.projection.forward_hopper"),
         *HOPPER,
     },
-    "kernels.projection_hopper": HOPPER,
-    "kernels.tiles": {"checks", "kernels.configs", "kernels.plans", "layout"},
-    "kernels.plans": {"kernels.gluon", "kernels.launcher"},
-    "kernels.launcher": {"internals"},
-    "kernels.gluon": {"internals"},
-    "kernels.configs": {"layout"},
+    "kernels.projection.forward_hopper": HOPPER,
+    "kernels.tiles": {"checks", "launch.configs", "launch.plans", "weights.layout"},
+    "launch.plans": {"launch.gluon", "launch.launcher"},
+    "launch.launcher": {"internals"},
+    "launch.gluon": {"internals"},
+    "launch.configs": {"weights.layout"},
 }
 
 
@@ -163,7 +190,8 @@ def test_the_package_never_imports_what_surrounds_it(path):
 
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda path: module_of(path) or "ra_triton")
 def test_only_kernels_import_triton_at_their_top(path):
-    if not module_of(path).startswith("kernels"):
+    module = module_of(path)
+    if not module.startswith(("kernels", "launch")) or module == "launch.recorded":
         assert "triton" not in roots(path, top_level_only=True)
 
 

@@ -14,7 +14,7 @@ import ra_triton
 from ra_triton import internals
 
 ROOT = Path(__file__).parents[1]
-HOMES = {"internals.py", "kernels/launcher.py", "kernels/gluon.py"}
+HOMES = {"internals.py", "launch/launcher.py", "launch/gluon.py"}
 PACKAGE = sorted((ROOT / "ra_triton").rglob("*.py"))
 ACTIVE = "torch._C._are_functorch_transforms_active"
 STACK = "torch._C._functorch.get_interpreter_stack"
@@ -108,6 +108,15 @@ def test_without_the_stack_of_transforms_none_are_known(monkeypatch):
         monkeypatch.setattr(internals, owned, stand_in)
     with pytest.warns(UserWarning, match=STACK):
         assert internals.active_transforms() == []
+
+
+def test_without_the_libraries_of_operators_one_is_made_anew(monkeypatch):
+    internals.warn_once.cache_clear()
+    monkeypatch.setattr(internals, "custom_ops", SimpleNamespace())
+    with pytest.warns(UserWarning, match="get_library_allowing_overwrite"):
+        library = internals.library_of("ra_triton_test", "nothing")
+    library.define("nothing(Tensor x) -> Tensor")
+    assert torch.ops.ra_triton_test.nothing.default._schema.name == "ra_triton_test::nothing"
 
 
 def test_the_transforms_around_a_call_are_named_outermost_first():

@@ -18,9 +18,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import ra_triton
 from ra_triton import internals
-from ra_triton.kernels import launcher as launcher_module
-from ra_triton.kernels import plans
-from ra_triton.kernels.launcher import ADDRESSES, Descriptors, launcher
+from ra_triton.launch import launcher as launcher_module
+from ra_triton.launch import plans
+from ra_triton.launch.launcher import ADDRESSES, Descriptors, launcher
 
 META = {"swizzle": 3, "elem_size": 2, "elem_type": 5, "block_size": [2, 8], "fp4_padded": False}
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ra_triton
-from ra_triton.layout import RALayout
+from ra_triton.weights.layout import RALayout
 
 
 @st.composite

@@ -6,7 +6,8 @@ import torch.distributed as dist
 from strategies import DEVICE, backends, normal
 
 import ra_triton
-from ra_triton import checks, recorded
+from ra_triton import checks
+from ra_triton.launch import recorded
 from ra_triton.nn import KVCache
 
 if not dist.is_available():

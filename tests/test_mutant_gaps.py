@@ -21,7 +21,7 @@ from gradient_budget import (
 from strategies import DEVICE, NAN, AttentionCase, ProjectionCase, normal, quick
 
 import ra_triton
-from ra_triton.kernels.configs import LaunchConfig
+from ra_triton.launch.configs import LaunchConfig
 
 ROOT = Path(__file__).parent.parent
 KERNELS = sorted((ROOT / "ra_triton" / "kernels").glob("*.py"))
@@ -37,7 +37,8 @@ def test_every_masked_load_says_what_masked_elements_hold(path):
 
 
 def test_what_bulk_copies_and_wide_loads_may_read():
-    from ra_triton.kernels import plans, tiles
+    from ra_triton.kernels import tiles
+    from ra_triton.launch import plans
 
     def is_aligned(t):
         return tiles.is_aligned(plans.layout_of(t), t.dtype)
@@ -63,8 +64,8 @@ def with_and_without_bulk_copies(run, **tiles):
 @pytest.mark.parametrize(("T_q", "T_k"), quick([(5, 37), (40, 40), (37, 5)]))
 @pytest.mark.parametrize(("D", "causal"), [(32, True), (20, False)])
 def test_attention_reads_the_same_through_bulk_copies(T_q, T_k, D, causal):
-    from ra_triton.kernels.attention_backward import attention_backward
-    from ra_triton.kernels.attention_forward import attention_forward
+    from ra_triton.kernels.attention.backward import attention_backward
+    from ra_triton.kernels.attention.forward import attention_forward
 
     layouts = ("fused", "head_major", "transposed")
     q, k, v = AttentionCase(2, T_q, T_k, 2, 2, D, layouts=layouts).tensors()
@@ -82,8 +83,8 @@ def test_attention_reads_the_same_through_bulk_copies(T_q, T_k, D, causal):
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="Hopper alone has bulk copies")
 @pytest.mark.parametrize("tokens", quick([35, 2100]))  # the latter in two splits
 def test_projection_reads_the_same_through_bulk_copies(tokens):
-    from ra_triton.kernels.projection import projection
-    from ra_triton.kernels.projection_backward import weight_gradient
+    from ra_triton.kernels.projection.backward import weight_gradient
+    from ra_triton.kernels.projection.forward import projection
 
     x, W, dy = normal(1, tokens, 40), normal(40, 60, seed=1), normal(1, tokens, 60, seed=2)
 
@@ -117,8 +118,8 @@ def assert_written_alone(t, buffer):
 
 @pytest.mark.parametrize(("T_q", "T_k", "D"), [(5, 7, 16), (35, 20, 20)])
 def test_attention_writes_its_outputs_and_nothing_around_them(T_q, T_k, D):
-    from ra_triton.kernels.attention_backward import attention_backward
-    from ra_triton.kernels.attention_forward import attention_forward
+    from ra_triton.kernels.attention.backward import attention_backward
+    from ra_triton.kernels.attention.forward import attention_forward
 
     q, k, v = AttentionCase(2, T_q, T_k, 2, 2, D).tensors()
     options = {"causal": True, "softmax_scale": None}
@@ -188,7 +189,7 @@ def test_a_gradient_of_the_projection_in_another_layout():
 
 
 def test_splits_share_out_all_rows():
-    from ra_triton.kernels.projection_backward import MAX_SPLITS, PROGRAMS, _splits
+    from ra_triton.kernels.projection.backward import MAX_SPLITS, PROGRAMS, _splits
 
     for rows in (1, 31, 1024, 1025, 2100, 5000, 8192, 100_000):
         for multiple, tiles in product((16, 32, 64), (1, 12, 18, 100, 256, 257, 1000)):
@@ -226,9 +227,9 @@ def test_pack_qk_is_differentiable_on_triton_too():
 
 
 FAR = """
-from ra_triton.kernels.attention_forward import attention_forward
-from ra_triton.kernels.attention_backward import attention_backward
-from ra_triton.kernels.projection_backward import weight_gradient
+from ra_triton.kernels.attention.forward import attention_forward
+from ra_triton.kernels.attention.backward import attention_backward
+from ra_triton.kernels.projection.backward import weight_gradient
 
 def odd(dim):
     '3 rows that far apart in one dim, and at no multiple of 16 bytes: offsets count elements.'

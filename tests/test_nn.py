@@ -110,7 +110,7 @@ def test_both_parametrisations_start_with_the_scale_of_gpt2():
         module = RACausalSelfAttention(C, H, R, parametrisation=parametrisation)
         W_fused, bias = module.fused_weight()
         assert not bias.any()
-        for section in ra_triton.layout.RALayout(H, H, D, R).views(W_fused):
+        for section in ra_triton.weights.layout.RALayout(H, H, D, R).views(W_fused):
             for lanes in (section[..., :-R], section[..., -R:]):
                 n = lanes.numel()
                 assert abs(lanes.std().item() / 0.02 - 1) < 6 / (2 * n) ** 0.5

@@ -16,9 +16,9 @@ from torch.utils.checkpoint import (
 from torch.utils.flop_counter import FlopCounterMode
 
 import ra_triton
-from ra_triton import recorded
 from ra_triton.backend.triton import operators
 from ra_triton.backend.triton.operator import Operator
+from ra_triton.launch import recorded
 from ra_triton.nn import KVCache, RACausalSelfAttention
 
 B, T, H, D, C, R = 2, 5, 2, 16, 24, 4

@@ -13,10 +13,11 @@ from budget import assert_bitwise, assert_projection_close
 from strategies import DEVICE, normal
 
 import ra_triton
-from ra_triton.kernels import attention_arguments, plans
-from ra_triton.kernels.configs import LaunchConfig
-from ra_triton.layout import Columns
-from ra_triton.offsets import Offsets
+from ra_triton.call.offsets import Offsets
+from ra_triton.kernels.attention import arguments as attention_arguments
+from ra_triton.launch import plans
+from ra_triton.launch.configs import LaunchConfig
+from ra_triton.weights.layout import Columns
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,8 +81,8 @@ def test_the_same_shapes_at_other_addresses(fresh_plans):
 
 
 def _attention(tensors, causal=True, softmax_scale=None, dropout_p=0.1, **others):
-    from ra_triton.kernels.attention_backward import attention_backward
-    from ra_triton.kernels.attention_forward import attention_forward
+    from ra_triton.kernels.attention.backward import attention_backward
+    from ra_triton.kernels.attention.forward import attention_forward
 
     q, k, v, o, lse, do, dq, dk, dv, dlse, seed = tensors.values()
     options = {"causal": causal, "softmax_scale": softmax_scale, "dropout_p": dropout_p}
@@ -91,8 +92,8 @@ def _attention(tensors, causal=True, softmax_scale=None, dropout_p=0.1, **others
 
 
 def _gemms(tensors, stage="projection", config=None):
-    from ra_triton.kernels.projection import projection
-    from ra_triton.kernels.projection_backward import bias_gradient, weight_gradient
+    from ra_triton.kernels.projection.backward import bias_gradient, weight_gradient
+    from ra_triton.kernels.projection.forward import projection
 
     x, w, bias, y, g = tensors.values()
     projection(x, w, bias, y, stage=stage, config=config)
@@ -101,13 +102,13 @@ def _gemms(tensors, stage="projection", config=None):
 
 
 def _packing(tensors, in_place=False, config=None):
-    from ra_triton.kernels import packing
+    from ra_triton.kernels.lanes import packing
 
     packing._launch(*tensors.values(), in_place=in_place, config=config)
 
 
 def _int8(tensors, columns=None, config=None):
-    from ra_triton.kernels.projection_int8 import int8_projection, quantize_rows
+    from ra_triton.kernels.projection.int8 import int8_projection, quantize_rows
 
     x, w, x_scale, w_scale, bias, y, x_int8 = tensors.values()
     int8_projection(x, w, x_scale, w_scale, bias, y, columns or Columns(), config=config)
@@ -115,8 +116,8 @@ def _int8(tensors, columns=None, config=None):
 
 
 def _norm_rope(tensors, rope_dims=8, eps=1e-6, in_place=False):
-    from ra_triton.kernels import norm_rope, norm_rope_backward
-    from ra_triton.norm_rope import NormRope
+    from ra_triton.call.norm_rope import NormRope
+    from ra_triton.kernels.lanes import norm_rope, norm_rope_backward
 
     *read, q_out, k_out, dq_out, dk_out = tensors.values()
     call = NormRope._make((*read, rope_dims, eps))
@@ -125,8 +126,9 @@ def _norm_rope(tensors, rope_dims=8, eps=1e-6, in_place=False):
 
 
 def _composing(tensors, needed=(True,) * 9, dbias=True, gate=None, grad=None, **changed):
-    from ra_triton.factors import Factors
-    from ra_triton.kernels import compose, compose_backward
+    from ra_triton.kernels.composition import backward as compose_backward
+    from ra_triton.kernels.composition import forward as compose
+    from ra_triton.weights.factors import Factors
 
     *read, dw, dbias_ = tensors.values()
     read[5] = read[5].to(gate or dw.dtype)
@@ -145,13 +147,13 @@ def _composing(tensors, needed=(True,) * 9, dbias=True, gate=None, grad=None, **
 
 
 def _decode(tensors, max_length=300, **options):
-    from ra_triton.kernels.decode import decode
+    from ra_triton.kernels.attention.decode import decode
 
     decode(*tensors.values(), max_length=max_length, **options)
 
 
 def _append(tensors, max_len=9):
-    from ra_triton.kernels.append import append_
+    from ra_triton.kernels.lanes.append import append_
 
     tensors["k_cache"] = tensors["k_cache"][:, :max_len]
     append_(*tensors.values())
@@ -335,7 +337,8 @@ def test_integer_products_into_another_dtype_are_another_plan(monkeypatch, fresh
 
 
 def test_descriptors_are_for_what_one_stride_leads_through(monkeypatch, fresh_plans):
-    from ra_triton.kernels import projection, projection_backward
+    from ra_triton.kernels.projection import backward as projection_backward
+    from ra_triton.kernels.projection import forward as projection
 
     launched = []
     monkeypatch.setattr(plans.Plan, "__call__", lambda self, *tensors: launched.append(self))
@@ -411,13 +414,21 @@ def test_later_calls_pass_their_own_tensors_and_the_rest_in_the_kernels_order(mo
 DEPENDENT = """
 import re, torch
 from bench.aot import compile_for
-from ra_triton.factors import Factors
-from ra_triton.kernels import append, attention_backward, attention_forward, decode
-from ra_triton.kernels import compose, compose_backward
-from ra_triton.kernels import norm_rope, norm_rope_backward, packing
-from ra_triton.kernels import projection, projection_backward, projection_int8
-from ra_triton.layout import Columns
-from ra_triton.norm_rope import NormRope
+from ra_triton.weights.factors import Factors
+from ra_triton.kernels.lanes import append
+from ra_triton.kernels.attention import backward as attention_backward
+from ra_triton.kernels.attention import forward as attention_forward
+from ra_triton.kernels.attention import decode
+from ra_triton.kernels.composition import forward as compose
+from ra_triton.kernels.composition import backward as compose_backward
+from ra_triton.kernels.lanes import norm_rope
+from ra_triton.kernels.lanes import norm_rope_backward
+from ra_triton.kernels.lanes import packing
+from ra_triton.kernels.projection import forward as projection
+from ra_triton.kernels.projection import backward as projection_backward
+from ra_triton.kernels.projection import int8 as projection_int8
+from ra_triton.weights.layout import Columns
+from ra_triton.call.norm_rope import NormRope
 
 attention, gemms = (attention_backward, attention_forward), (projection, projection_backward)
 others = (norm_rope, norm_rope_backward, packing, projection_int8, append, decode)

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import DEVICE, NAN, normal
 
-from ra_triton.kernels import projection as stage
-from ra_triton.kernels import projection_hopper
-from ra_triton.kernels.configs import in_fewest_rounds, launch_config
-from ra_triton.kernels.plans import Bulk, Layout
+from ra_triton.kernels.projection import forward as stage
+from ra_triton.kernels.projection import forward_hopper as projection_hopper
+from ra_triton.launch.configs import in_fewest_rounds, launch_config
+from ra_triton.launch.plans import Bulk, Layout
 
 DTYPES = (torch.float16, torch.bfloat16)
 THREE = launch_config("projection", 0, torch.bfloat16, "sm_90", True)

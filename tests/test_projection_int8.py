@@ -20,10 +20,10 @@ from strategies import (
 )
 
 import ra_triton
-from ra_triton import quantization
-from ra_triton.kernels.configs import LaunchConfig
-from ra_triton.kernels.projection_int8 import int8_projection, quantize_rows
-from ra_triton.layout import Columns, RALayout
+from ra_triton.kernels.projection.int8 import int8_projection, quantize_rows
+from ra_triton.launch.configs import LaunchConfig
+from ra_triton.weights import quantization
+from ra_triton.weights.layout import Columns, RALayout
 from ref.reciprocal_attention import round_to_int8
 
 WHICH = ("all", "reciprocal")

@@ -15,7 +15,7 @@ from strategies import DEVICE, NAN, ProjectionCase, backends, few_examples, norm
 import ra_triton
 from ra_triton import QuantizedWeight, quantize_weight
 from ra_triton.nn import QuantizedLinear, RACausalSelfAttention, from_gpt2, to_gpt2
-from ra_triton.quantization import ACTIVATIONS, MAX_INT8_CHANNELS
+from ra_triton.weights.quantization import ACTIVATIONS, MAX_INT8_CHANNELS
 from ref.reciprocal_attention import round_to_int8
 
 WHICH = ("all", "reciprocal")

@@ -10,9 +10,10 @@ from strategies import DEVICE, normal
 from torch.utils._python_dispatch import _disable_current_modes
 
 import ra_triton
-from ra_triton import api, recorded
+from ra_triton import api
 from ra_triton.backend import triton
-from ra_triton.kernels.plans import Plan
+from ra_triton.launch import recorded
+from ra_triton.launch.plans import Plan
 from ra_triton.workspace import Workspace
 
 C, H = 32, 2

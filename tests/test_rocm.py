@@ -12,7 +12,8 @@ import torch
 
 from ra_triton import backend as registry
 from ra_triton.backend import triton as backend
-from ra_triton.kernels import launcher, tiles
+from ra_triton.kernels import tiles
+from ra_triton.launch import launcher
 
 ROOT = Path(__file__).parents[1]
 CUDA = torch.device("cuda")

@@ -416,7 +416,7 @@ def test_decoding_a_token_at_a_time_has_the_bits_of_all_at_once(backend):
 
 
 def test_decoding_plans_one_launch_wherever_the_token_stands():
-    from ra_triton.kernels.norm_rope import _plan
+    from ra_triton.kernels.lanes.norm_rope import _plan
 
     q, k, *_ = Case(B=1, T=1, R=None, D=48).tensors()  # sizes that no other test has
     before = _plan.cache_info().misses
@@ -460,9 +460,9 @@ def test_opcheck_of_the_operator():
     inputs = [t.requires_grad_() for t in (*case.tensors(), *case.weights())]
     options, _ = case.options(inputs[4:])
     call = (*inputs, *options["rope"], options["position"], 16, EPS)
-    torch.library.opcheck(torch.ops.ra_triton.norm_rope, call)
+    torch.library.opcheck(torch.ops.ra_triton.call.norm_rope, call)
     bare = (*Case(R=None).tensors()[:2], *[None] * 4, *options["rope"], None, 16, None)
-    torch.library.opcheck(torch.ops.ra_triton.norm_rope, bare)
+    torch.library.opcheck(torch.ops.ra_triton.call.norm_rope, bare)
 
 
 @backends

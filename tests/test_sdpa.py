@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ra_triton
 from ra_triton.backend import sdpa
-from ra_triton.options import AttentionOptions
+from ra_triton.call.options import AttentionOptions
 from ref import reciprocal_attention as ref
 
 NAMES = ("dq", "dk", "dv")

@@ -19,9 +19,9 @@ from bench import sparsity as bench
 from bench.gate import admit
 from bench.rungs import RUNGS, Factors
 from bench.shapes import Shape
-from ra_triton import sparsity
-from ra_triton.layout import RALayout
 from ra_triton.nn import Workspace
+from ra_triton.weights import sparsity
+from ra_triton.weights.layout import RALayout
 
 CUDA = torch.device("cuda")
 on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU takes fewer sizes and dtypes")

@@ -7,7 +7,7 @@ from budget import assert_bitwise
 from strategies import DEVICE, backends, normal
 
 import ra_triton
-from ra_triton.offsets import Offsets, check_longest
+from ra_triton.call.offsets import Offsets, check_longest
 
 H, D, C, R = 2, 16, 24, 4
 TOTAL, USED = 10, 7

@@ -11,7 +11,7 @@ import torch
 from strategies import DEVICE
 
 from bench import tune
-from ra_triton.kernels.configs import LaunchConfig
+from ra_triton.launch.configs import LaunchConfig
 
 SMALL = {"block_k": 16, "block_n": 16}
 ROOT = Path(__file__).parents[1]
@@ -93,7 +93,7 @@ def test_a_wrong_candidate_does_not(stage, monkeypatch):
 def test_a_candidate_that_spills_or_does_not_compile_is_dropped_with_the_reason():
     code = """
 from bench.tune import Problem, compile_candidate
-from ra_triton.kernels.configs import LaunchConfig
+from ra_triton.launch.configs import LaunchConfig
 p = Problem("attention_forward", "bf16", 64, 1024, 1)
 for config in (
     LaunchConfig(128, 4, 3, block_n=64),

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import assert_type
 
 import ra_triton
-from ra_triton.options import AttentionKeywords
+from ra_triton.call.options import AttentionKeywords
 
 
 def test_return_lse_decides_what_comes_back() -> None:

@@ -30,8 +30,8 @@ from test_compile import assert_compiles, check_operator, leaf
 from test_dropout import check_case as check_dropout
 
 import ra_triton
-from ra_triton.kernels.configs import LaunchConfig
-from ra_triton.options import AttentionOptions
+from ra_triton.call.options import AttentionOptions
+from ra_triton.launch.configs import LaunchConfig
 
 ROOT = Path(__file__).parent.parent
 FAR = 64 if DEVICE.type == "cpu" else 256  # farther than any tile reaches past a window
@@ -186,8 +186,8 @@ def test_tiles_outside_the_window_are_not_visited(causal):
 @pytest.mark.parametrize(("T_q", "T_k"), [(70, 70), (37, 66)])
 def test_windows_through_bulk_copies(window, T_q, T_k):
     """The one loop over all tiles that Hopper runs; the interpreter has descriptors too."""
-    from ra_triton.kernels.attention_backward import attention_backward
-    from ra_triton.kernels.attention_forward import attention_forward
+    from ra_triton.kernels.attention.backward import attention_backward
+    from ra_triton.kernels.attention.forward import attention_forward
 
     case = AttentionCase(1, T_q, T_k, 1, 2, causal=False, window=window)
     tensors, do = case.tensors(), case.gradient()
@@ -283,7 +283,8 @@ def test_torch_func_grad_with_a_window_and_a_softcap():
 
 
 GENERIC = """
-from ra_triton.kernels import attention_backward as backward, attention_forward as forward
+from ra_triton.kernels.attention import backward
+from ra_triton.kernels.attention import forward
 for kernel in (forward._attention_forward_kernel, backward._key_value_gradient_kernel,
                backward._query_gradient_kernel):
     print(*(p.do_not_specialize for p in kernel.params if p.name in ("left", "right")))
@@ -292,7 +293,7 @@ for kernel in (forward._attention_forward_kernel, backward._key_value_gradient_k
 
 def test_a_new_window_never_recompiles():
     """The sides are runtime numbers of which the compiler does not look at the values."""
-    from ra_triton.kernels.attention_arguments import mask_of
+    from ra_triton.kernels.attention.arguments import mask_of
 
     flags = [mask_of(64, 64, False, w) for w in ((3, 0), (1, 16), (0, 0), (-1, 5), (100, -1))]
     assert {(f.CAUSAL, f.WINDOW) for f in flags} == {(False, True)}

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from bench.gpt import GPT, CausalSelfAttention, GPTConfig
 from bench.study.probe import reciprocal_share
 from ra_triton import compose_weights, pack_qk, packed_attention
-from ra_triton.layout import RALayout
 from ra_triton.nn import RACausalSelfAttention, from_gpt2
+from ra_triton.weights.layout import RALayout
 
 
 class OutputGateAttention(CausalSelfAttention):

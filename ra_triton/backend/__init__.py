@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ra_triton.backend import flex, sdpa, triton
+from ra_triton.call.options import AttentionOptions
 from ra_triton.checks import check_choice, distributed, refuse_context_parallel
-from ra_triton.options import AttentionOptions
 
 BACKENDS: dict[str, ModuleType] = {"triton": triton, "sdpa": sdpa, "flex": flex}
 CHOICES = ("auto", *BACKENDS)

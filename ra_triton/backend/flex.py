@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ra_triton import internals
 from ra_triton.backend import sdpa
+from ra_triton.call.offsets import Offsets
+from ra_triton.call.options import AttentionOptions, DecodeOptions
 from ra_triton.checks import distributed, in_dtype, may_keep, needs_grad
-from ra_triton.layout import RALayout
-from ra_triton.offsets import Offsets
-from ra_triton.options import AttentionOptions, DecodeOptions
+from ra_triton.weights.layout import RALayout
 from ra_triton.workspace import Workspace
 
 if TYPE_CHECKING:

@@ -15,15 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from ra_triton import internals, quantization
+from ra_triton import internals
+from ra_triton.call.norm_rope import NormRope
+from ra_triton.call.offsets import Offsets
+from ra_triton.call.options import AttentionOptions
 from ra_triton.checks import autocast_dtype, in_dtype, needs_grad
-from ra_triton.factors import Factors
-from ra_triton.layout import RALayout
-from ra_triton.norm_rope import NormRope
-from ra_triton.offsets import Offsets
-from ra_triton.options import AttentionOptions
-from ra_triton.quantization import QuantizedWeight
-from ra_triton.recorded import Known
+from ra_triton.launch.recorded import Known
+from ra_triton.weights import quantization
+from ra_triton.weights.factors import Factors
+from ra_triton.weights.layout import RALayout
+from ra_triton.weights.quantization import QuantizedWeight
 from ra_triton.workspace import Workspace
 
 MAX_PROGRAMS = 65_535  # along the second and the third axis of a CUDA grid

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from ra_triton.checks import allows_tf32
-from ra_triton.kernels.configs import target
-from ra_triton.kernels.plans import Layout
+from ra_triton.launch.configs import target
+from ra_triton.launch.plans import Layout
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))

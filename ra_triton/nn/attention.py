@@ -15,7 +15,8 @@ from ra_triton.api import (
     ra_attention,
 )
 from ra_triton.backend import choose
-from ra_triton.cache import FEW_TOKENS, KVCache
+from ra_triton.call.norm_rope import check_norm_eps, check_rope_dims
+from ra_triton.call.options import DecodeOptions
 from ra_triton.checks import (
     autocast_dtype,
     check_choice,
@@ -24,14 +25,13 @@ from ra_triton.checks import (
     check_shape,
     needs_grad,
 )
+from ra_triton.nn.cache import FEW_TOKENS, KVCache
 from ra_triton.nn.children import is_ordinary, is_plain, is_readable
 from ra_triton.nn.composed import INIT_STD, ComposedLinear, layout_of
 from ra_triton.nn.configs import options_of
 from ra_triton.nn.quantized import QuantizedLinear
 from ra_triton.nn.rope import THETA, RotaryTables
-from ra_triton.norm_rope import check_norm_eps, check_rope_dims
-from ra_triton.options import DecodeOptions
-from ra_triton.quantization import QuantizedWeight, quantize_weight
+from ra_triton.weights.quantization import QuantizedWeight, quantize_weight
 
 PARAMETRISATIONS = ("free", "composed")
 PROJECTIONS = (nn.Linear, ComposedLinear, QuantizedLinear)  # whose weights attention can read

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ra_triton.checks import autocast_dtype
-from ra_triton.layout import RALayout
-from ra_triton.weights import compose_weights, kv_heads, last_lanes
+from ra_triton.weights.fused import compose_weights, kv_heads, last_lanes
+from ra_triton.weights.layout import RALayout
 
 INIT_STD = 0.02  # GPT-2's, for every projection
 

@@ -14,8 +14,8 @@ from ra_triton.checks import check_choice
 from ra_triton.nn.attention import RACausalSelfAttention
 from ra_triton.nn.composed import ComposedLinear
 from ra_triton.nn.quantized import QuantizedLinear
-from ra_triton.quantization import QuantizedWeight
-from ra_triton.weights import factor_weight
+from ra_triton.weights.fused import factor_weight
+from ra_triton.weights.quantization import QuantizedWeight
 
 ORIENTATIONS = ("linear", "conv1d")
 PROJECTIONS = ("c_attn", "c_proj", "c_fc")  # transposed between the orientations
@@ -77,7 +77,7 @@ def from_gpt2(
     """Load the weights of a plain GPT-2 into ``module``, which then computes the same function.
 
     A composed layer takes them too: the last R lanes of each head become the reciprocal ones, with
-    both gates at 1 (:func:`ra_triton.weights.factor_weight`).
+    both gates at 1 (:func:`ra_triton.weights.fused.factor_weight`).
 
     Args:
         module: a :class:`RACausalSelfAttention`, or a model with any number of them and nanoGPT's

@@ -19,7 +19,7 @@ from ra_triton.nn.attention import RACausalSelfAttention
 from ra_triton.nn.composed import ComposedLinear
 from ra_triton.nn.gpt2 import check_state, composed_state
 from ra_triton.nn.quantized import QuantizedLinear
-from ra_triton.quantization import QuantizedWeight
+from ra_triton.weights.quantization import QuantizedWeight
 
 NORMS = ("q_norm", "k_norm")
 
@@ -73,9 +73,9 @@ def from_llama(
 ) -> RACausalSelfAttention:
     """Load the weights of a Llama-type attention layer; ``module`` then computes the same.
 
-    A composed layer takes them where :func:`ra_triton.weights.factor_weight` has factors: without
-    grouped heads, or with ``R = 0``. Biases that the state lacks (Qwen2 has none on ``o_proj``) are
-    zeros.
+    A composed layer takes them where :func:`ra_triton.weights.fused.factor_weight` has factors:
+    without grouped heads, or with ``R = 0``. Biases that the state lacks (Qwen2 has none on
+    ``o_proj``) are zeros.
 
     Args:
         module: a layer with ``rope``; overwritten.

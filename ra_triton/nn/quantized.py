@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ra_triton.api import project
-from ra_triton.quantization import ACTIVATIONS, QuantizedWeight
+from ra_triton.weights.quantization import ACTIVATIONS, QuantizedWeight
 
 
 class QuantizedLinear(nn.Module):

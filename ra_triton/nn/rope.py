@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ra_triton.call.norm_rope import check_positions
 from ra_triton.checks import may_keep
-from ra_triton.norm_rope import check_positions
 from ra_triton.workspace import stream_id
 
 THETA = 10000.0  # Llama's and GPT-NeoX's

@@ -104,7 +104,7 @@ def one_plan(left_out: str) -> str:
 # By file: what is wrong, the tests that notice it, the function, the edit; True if it hangs.
 # fmt: off
 TABLE: dict[str, list[tuple]] = {
-"ra_triton/kernels/append.py": [
+"ra_triton/kernels/lanes/append.py": [
     ("append: beyond the end into the next sequence", REPLAYED,
      "_append_kernel", "(t < T) & (place >= 0)« & (place < max_len) →»"),
     ("append: keys as values", "kv_cache::it_does_what_a_list_for_each_sequence_does",
@@ -112,7 +112,7 @@ TABLE: dict[str, list[tuple]] = {
     ("append: lengths beyond the cache", REPLAYED,
      "_append_kernel", "«tl.minimum( →»length + T«, max_len) →»"),
 ],
-"ra_triton/kernels/attention_backward.py": [
+"ra_triton/kernels/attention/backward.py": [
     ("delta: heads and tokens swapped", GRADIENT_GROUPS,
      "_delta_kernel", "«(b * H + h) * T + t → (b * T + t) * H + h»"),
     ("delta: dlse forgotten", GRADIENT_LSE,
@@ -209,7 +209,7 @@ TABLE: dict[str, list[tuple]] = {
     ("dO at q's strides", GRADIENT_LAYOUTS,
      "_shared", '"qkvg", «placed → (*placed[:3], placed[0])»'),
 ],
-"ra_triton/kernels/attention_forward.py": [
+"ra_triton/kernels/attention/forward.py": [
     ("forward: scores rounded to the operands' dtype",
      "attention::softmax_scale attention::logits_of_every_size "
      "attention::error_is_within_the_promise_of_eager_pytorch",
@@ -274,7 +274,7 @@ TABLE: dict[str, list[tuple]] = {
     ("forward: launched with k's strides for v", LAYOUTS, "_plan", "v=«v → k»"),
 ],
 # What the arithmetic of a kernel in Gluon may do wrong only a GPU can tell.
-"ra_triton/kernels/attention_forward_hopper.py": [
+"ra_triton/kernels/attention/forward_hopper.py": [
     ("hopper: copies ahead of the kernel before",
      "hopper::it_waits_for_the_kernel_before_ahead_of_the_first_copy",
      "_copy", "«follow(PDL); →» tiles = 0"),
@@ -303,7 +303,7 @@ TABLE: dict[str, list[tuple]] = {
     ("hopper: sections of equal size, whatever fills their rounds", FULL_ROUNDS,
      "heads_filling_rounds", "n_heads«, max(heads →», triton.cdiv(n_heads, sections)«) →»"),
 ],
-"ra_triton/kernels/configs.py": [
+"ra_triton/launch/configs.py": [
     ("configs: fusion of products and sums as Triton has it",
      "gluon::a_name_that_is_gone_is_found_by_the_compiler",
      "LaunchConfig.options", 'options["enable_fp_fusion"] = «True → False»'),
@@ -328,7 +328,7 @@ TABLE: dict[str, list[tuple]] = {
      "hopper::newer_assemblers_get_tiles_of_two_groups_for_long_rows_of_64",
      "warp_specialised", "«triton >= (3, 9) → False»"),
 ],
-"ra_triton/kernels/decode.py": [
+"ra_triton/kernels/attention/decode.py": [
     ("decode: lengths beyond the cache",
      "decode::lengths_outside_of_the_cache_read_nothing_outside",
      "_length_of", "«tl.minimum( →»tl.load(lengths_ptr + b)«, max_len) →»", True),
@@ -362,7 +362,7 @@ TABLE: dict[str, list[tuple]] = {
     ("decode: no grid for the last splits", "decode::head_dims_and_dtypes",
      "_plans", "«triton.cdiv(longest, split) → longest // split»"),
 ],
-"ra_triton/kernels/gluon.py": [
+"ra_triton/launch/gluon.py": [
     ("gluon: a missing name raises",
      "gluon::without_a_name_the_plain_kernel_runs_and_a_warning_says_so_once",
      "works", "«MISSING is not None and kernel not in _broken → False»"),
@@ -371,7 +371,7 @@ TABLE: dict[str, list[tuple]] = {
      "«_broken.add(kernel); →» lines = [line for line in str(reason).splitlines() if "
      "any(map(str.isalpha, line))]"),
 ],
-"ra_triton/kernels/launcher.py": [
+"ra_triton/launch/launcher.py": [
     ("later calls: the first tensors are kept alive",
      "launcher::descriptors_are_few_and_keep_no_tensor_alive",
      "Descriptors.__init__", '«{**fields, "base": None} → dict(fields)»'),
@@ -419,7 +419,7 @@ TABLE: dict[str, list[tuple]] = {
      "launcher::what_is_passed_is_understood_or_refused",
      "_places", "if «left → False»:"),
 ],
-"ra_triton/kernels/norm_rope.py": [
+"ra_triton/kernels/lanes/norm_rope.py": [
     ("norm: lanes that do not turn are not counted", ROPE,
      "_norm_rope_rows", "«tl.sum(rest * rest, 1) → 0.0»"),
     ("norm: eps after the root", ROPE, "_norm_rope_rows",
@@ -434,7 +434,7 @@ TABLE: dict[str, list[tuple]] = {
     ("rope: lanes beside the turned ones stay unwritten, out of place", ROPE,
      "_launch", "«in_place and →» call.eps is None"),
 ],
-"ra_triton/kernels/norm_rope_backward.py": [
+"ra_triton/kernels/lanes/norm_rope_backward.py": [
     ("rope gradient: lanes that were dropped have one", ROPE_GRADIENTS,
      "_store_gradient", "«tl.where(is_low, 0.0, value) → value»"),
     ("rope gradient: not turned back", ROPE_GRADIENTS,
@@ -449,13 +449,13 @@ TABLE: dict[str, list[tuple]] = {
     ("rope gradient: lanes of dO taken for neighbours", ROPE_GRADIENTS,
      "norm_rope_backward", "t« if t.stride(-1) == 1 else t.contiguous() →»"),
 ],
-"ra_triton/kernels/norm_rope_tiles.py": [
+"ra_triton/kernels/lanes/norm_rope_tiles.py": [
     ("rope: low lanes from the start of the row", ROPE, "packed_lanes", "lane «- (D - R) → % R»"),
     ("rope: a start without the token's place after it", ROPE, "angles", "at += «t → 0»"),
     ("rope: one row beyond the tables is read", BEYOND, "angles", "at «< → <=» T_max"),
     ("rope: beyond the tables lanes become 0", BEYOND, "angles", '«float("nan") → 0.0»'),
 ],
-"ra_triton/kernels/packing.py": [
+"ra_triton/kernels/lanes/packing.py": [
     ("pack: head in 32 bits", far("packing with a long head stride"),
      "_pack_rows", "«tl.cast →»(row % H«, tl.int64 →»)[:, None]"),
     ("pack: low lanes begin one late", PACK, "_pack_rows", "lane «>= → >» D - R"),
@@ -468,7 +468,7 @@ TABLE: dict[str, list[tuple]] = {
     ("pack: grid for the queries alone", "mutant_gaps::packing_more_key_heads_than_query_heads",
      "_plan", "«max(H, H_kv) → H»"),
 ],
-"ra_triton/kernels/plans.py": [
+"ra_triton/launch/plans.py": [
     ("plans: one plan serves every mask, and packing in place or not", ANOTHER_PLAN,
      "planned", one_plan("isinstance(arg, bool)")),
     ("plans: one plan serves every scale and dropout", ANOTHER_PLAN,
@@ -499,7 +499,7 @@ TABLE: dict[str, list[tuple]] = {
      "gluon::a_kernel_that_does_not_compile_gives_way_for_good",
      "plan_in_gluon", "«plan.instead = plain; →» return plan"),
 ],
-"ra_triton/kernels/projection.py": [
+"ra_triton/kernels/projection/forward.py": [
     ("tile order: the last group is full", SIZES,
      "_tile_of", "«tl.minimum(n_m - first, GROUP_M) → GROUP_M»"),
     ("x: batch in 32 bits", far("projection with a long batch stride"),
@@ -543,7 +543,7 @@ TABLE: dict[str, list[tuple]] = {
      "_plan", '"stride_wn": «w.strides[1] → 1»'),
     ("C taken for a multiple of the tile", SIZES, "_plan", "«C % config.block_k == 0 → True»"),
 ],
-"ra_triton/kernels/projection_backward.py": [
+"ra_triton/kernels/projection/backward.py": [
     ("dW: a split ends where the next one ends", SPLITS,
      "_weight_gradient_kernel", "split + «1 → 2»"),
     ("dW: row * stride in 32 bits",
@@ -579,7 +579,7 @@ TABLE: dict[str, list[tuple]] = {
     ("the rows of the last split are left out", f"{SPLITS} {SHARED_OUT}",
      "_splits", "«triton.cdiv(rows, split_rows) → max(1, rows // split_rows)»"),
 ],
-"ra_triton/kernels/projection_hopper.py": [
+"ra_triton/kernels/projection/forward_hopper.py": [
     ("Hopper: tiles of a transposed weight lie across", DESCRIBED,
      "projection_plan", "w_block«[::-1] →»"),
     ("Hopper: rows of x contiguous", DESCRIBED, "projection_plan", "«x.strides → (C, 1)»"),
@@ -590,7 +590,7 @@ TABLE: dict[str, list[tuple]] = {
     ("Hopper: a program for every tile", SEVERAL_TILES,
      "projection_plan", "«min( →»tiles«, processors) →»"),
 ],
-"ra_triton/kernels/projection_int8.py": [
+"ra_triton/kernels/projection/int8.py": [
     ("int8 projection: one channel too many", INT8_SUMS,
      "_int8_projection_kernel", "offs_k[None, :] «< → <=» C - k"),
     ("int8 projection: products rounded on their way into the sum", INT8_SUMS,
@@ -904,7 +904,7 @@ TABLE: dict[str, list[tuple]] = {
     ("compiler: an exchange of lanes is traced into its launch", "tracing::functions_are_one_graph",
      "pack_qk", "needs_grad(*tensors)« or observed(*tensors) →»"),
 ],
-"ra_triton/cache.py": [
+"ra_triton/nn/cache.py": [
     ("cache: a compiler looks at lengths",
      "kv_cache::a_compiled_decoding_step_is_compiled_once_for_all_tokens",
      "KVCache.known_lengths", "«None if tokens <= FEW_TOKENS else →» self._known"),
@@ -962,7 +962,7 @@ TABLE: dict[str, list[tuple]] = {
     ("kept: tensors of a captured graph", "nn_keeping::ordinary_calls_may_keep",
      "may_keep", '«device.type == "cuda" and torch.cuda.is_current_stream_capturing() → False»'),
 ],
-"ra_triton/flops.py": [
+"ra_triton/backend/triton/flops.py": [
     ("flops: padding between sequences counted",
      "observed::flops_are_counted_as_pytorch_counts_attention",
      "_scores", "«offsets and offsets[0] is not None → False»"),
@@ -995,7 +995,7 @@ TABLE: dict[str, list[tuple]] = {
      "new_seed", "torch.«randint(2**63 - 1, (1,), dtype=torch.int64, device=t.device) → "
      "zeros((1,), dtype=torch.int64, device=t.device)»"),
     ("dy taken for contiguous", "mutant_gaps::a_gradient_of_the_projection_in_another_layout",
-     "project_gradients", "from ra_triton.kernels.projection_backward import bias_gradient, "
+     "project_gradients", "from ra_triton.kernels.projection.backward import bias_gradient, "
      "weight_gradient«; dy = dy.contiguous() →»"),
     ("dx: weight read in its own order instead of transposed", WEIGHT_GRADIENTS,
      "project_gradients", "W_packed.«mT → reshape(W_packed.mT.shape)»"),
@@ -1021,7 +1021,7 @@ TABLE: dict[str, list[tuple]] = {
      "PreparedLayer.__init__", "(self.lse + lse.nbytes) // item «→ - 1»"),
     ("prepared: values where the keys are", PLACES, "PreparedLayer.__call__", "self.«value → key»"),
 ],
-"ra_triton/layout.py": [
+"ra_triton/weights/layout.py": [
     ("layout: Q_low and K_low sections swapped", "tests/test_layout.py", "RALayout.split_sections",
      '{"q_std": (H, self.d_std), "k_std": (H_kv, self.d_std), "v": (H_kv, self.head_dim), '
      '«"q_low": (H_kv, self.R), "k_low": (H, self.R) → "k_low": (H, self.R), "q_low": (H_kv, '
@@ -1183,7 +1183,7 @@ TABLE: dict[str, list[tuple]] = {
     ("tables: born in inference mode", "nn_rope::tables_made_in_inference_mode_serve_a_graph_later",
      "RotaryTables.rows", "with torch.«inference_mode(False), torch. →»no_grad():"),
 ],
-"ra_triton/norm_rope.py": [
+"ra_triton/call/norm_rope.py": [
     ("rope: tables of neighbouring lanes pass",
      "rope::tables_of_neighbouring_lanes_are_named_on_a_cpu",
      "_check_rope", "«cos.shape[1] == dims → False»"),
@@ -1192,7 +1192,7 @@ TABLE: dict[str, list[tuple]] = {
     ("rope: an int position is forgotten", ROPE,
      "_check_rope", "cos[«position : position + T → :T»], sin[«position : position + T → :T»]"),
 ],
-"ra_triton/offsets.py": [
+"ra_triton/call/offsets.py": [
     ("varlen: a longest sequence of nothing runs",
      "tail::a_number_that_no_compiler_knew_is_looked_at_when_the_call_runs", "Offsets.within",
      'check_longest«("max_seqlen_q", self.max_seqlen_q, queries); check_longest '
@@ -1236,7 +1236,7 @@ TABLE: dict[str, list[tuple]] = {
      "gradient_state::an_output_without_a_gradient_gives_its_inputs_zeros",
      "_Layer.backward", "torch.«zeros_like → empty_like»"),
 ],
-"ra_triton/options.py": [
+"ra_triton/call/options.py": [
     ("overloads: a keyword that they lack", "tests/test_types.py",
      "AttentionKeywords", "«dropout_p: float; →» backend: str"),
     ("options: a window as wide as an integer gets", "sdpa::options_have_one_name_for_no_window",
@@ -1263,7 +1263,7 @@ TABLE: dict[str, list[tuple]] = {
     ("prepared: calls without end", "prepared::no_more_calls_are_known_than_fit",
      "keep", "«_known.clear() →»"),
 ],
-"ra_triton/quantization.py": [
+"ra_triton/weights/quantization.py": [
     ("int8 weight: 128 steps, one more than int8 has", HALF_A_SCALE, "", "«127 → 128»"),
     ("int8 weight: a zero column has a scale of 0", HALF_A_SCALE, "quantize_rows",
      "«( →»absmax / torch.full_like(absmax, LARGEST)«).clamp_min(SMALLEST_SCALE) →»"),
@@ -1281,7 +1281,7 @@ TABLE: dict[str, list[tuple]] = {
     ("int8 weight: a tangent is dropped", "quantization::forward_mode_is_refused",
      "check_quantized_inputs", "needs_grad(t)« or _has_tangent(t) →»"),
 ],
-"ra_triton/sparsity.py": [
+"ra_triton/weights/sparsity.py": [
     ("sparse: three of four stay", PRUNED, "", "4, «2 → 3»"),
     ("sparse: a weight that is not finite", "sparsity::weights_that_cannot_be_pruned_are_refused",
      "sparsify_weight", "«not W_fused.isfinite().all() → False»"),
@@ -1307,7 +1307,7 @@ TABLE: dict[str, list[tuple]] = {
     ("sparse: columns that do not fit", SPARSE_LIMITS,
      "check_limits", "rows« % row_step or rows →» < row_step"),
 ],
-"ra_triton/weights.py": [
+"ra_triton/weights/fused.py": [
     ("compose: gates are not checked first", "api_errors::a_bad_argument_is_named",
      "compose_weights", "«_check_gate(name, gate, n_head, W_q.device) →»"),
     ("W_recip of the first head for all", COMPOSED,

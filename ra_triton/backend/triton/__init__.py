@@ -16,14 +16,14 @@ from ra_triton import internals
 from ra_triton.backend import sdpa
 from ra_triton.backend.triton import operators
 from ra_triton.backend.triton.operator import Call, refuse_tangents
+from ra_triton.call.norm_rope import NormRope
+from ra_triton.call.offsets import Offsets, flat
+from ra_triton.call.options import AttentionOptions, DecodeOptions
 from ra_triton.checks import DTYPES, distributed, in_dtype, needs_grad, observed
-from ra_triton.factors import TENSORS, Factors
-from ra_triton.layout import RALayout
-from ra_triton.norm_rope import NormRope
-from ra_triton.offsets import Offsets, flat
-from ra_triton.options import AttentionOptions, DecodeOptions
-from ra_triton.quantization import QuantizedWeight
-from ra_triton.recorded import Known, device_of
+from ra_triton.launch.recorded import Known, device_of
+from ra_triton.weights.factors import TENSORS, Factors
+from ra_triton.weights.layout import RALayout
+from ra_triton.weights.quantization import QuantizedWeight
 from ra_triton.workspace import Workspace
 
 MIN_CAPABILITY = (8, 0)
@@ -175,7 +175,7 @@ def pack_qk(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor,
     tensors = q, k, q_low, k_low
     if needs_grad(*tensors) or observed(*tensors):
         return sdpa.pack_qk(*tensors)  # the same copies, differentiable and visible
-    from ra_triton.kernels import packing
+    from ra_triton.kernels.lanes import packing
 
     refuse_tangents(*tensors)
     with device_of(q):
@@ -188,7 +188,7 @@ def pack_qk_(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> None:
     if observed(*tensors):
         sdpa.pack_qk_(*tensors)
         return
-    from ra_triton.kernels import packing
+    from ra_triton.kernels.lanes import packing
 
     refuse_tangents(*tensors)
     with device_of(q):
@@ -214,7 +214,7 @@ def norm_rope_(call: NormRope) -> None:
         call.q.copy_(q)
         call.k.copy_(k)
         return
-    from ra_triton.kernels import norm_rope as kernels
+    from ra_triton.kernels.lanes import norm_rope as kernels
 
     refuse_tangents(*call[:6])
     with device_of(call.q):

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from ra_triton import internals
+from ra_triton.backend.triton.flops import count, count_all
 from ra_triton.checks import in_dtype, needs_grad, observed, transformed
-from ra_triton.flops import count, count_all
-from ra_triton.recorded import Repeated, Tape, Tensors, device_of, record
+from ra_triton.launch.recorded import Repeated, Tape, Tensors, device_of, record
 
 NAMESPACE = "ra_triton"
 Dtypes = tuple[torch.dtype | None, ...]
@@ -32,7 +32,7 @@ SCORES = (
 )
 LONGEST = "SymInt max_seqlen_q, SymInt max_seqlen_k, bool complete"
 
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_libraries: list[torch.library.Library] = []  # which end with what holds them
 
 
 class Operator:
@@ -81,22 +81,19 @@ class Operator:
         self.tensors, self.outputs = tensors.split(", "), outputs.split(", ")
         self._repeated = Repeated(forward)
         self.repeated_backward = Repeated(self._gradients_of_all)
-        self.op = _register(name, self._schema(constants), self._run, self._fake_of(fake))
+        formula = () if backward is None else (self._formula, self._save)
+        schema = self._schema(constants)
+        self.op = _register(name, schema, self._run, self._fake_of(fake), *formula)
         if flops is not None:
             count(name, flops)
         if backward is None:
             return
         schema = self._backward_schema(constants)
         self.backward_op = _register(
-            f"{name}_backward", schema, self._run_backward, self._fake_backward
+            f"{name}_backward", schema, self._run_backward, self._fake_backward, _refuse
         )
         if flops_backward is not None:
             count(f"{name}_backward", partial(self._flops_backward, flops_backward))
-        qualified = f"{NAMESPACE}::{name}"
-        torch.library.register_autograd(
-            qualified, self._formula, setup_context=self._save, lib=_library
-        )
-        torch.library.register_autograd(f"{qualified}_backward", _refuse, lib=_library)
         self._function = self._transformable()
 
     # Calls
@@ -368,14 +365,24 @@ def each_slice(function: Callable[..., Any], info: Any, in_dims: Any, *args: Any
     return stacked, (0,) * len(stacked)
 
 
-def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """The operator of this name."""
-    qualified = f"{NAMESPACE}::{name}"
-    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, fake, lib=_library)
+def _register(
+    name: str,
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    formula: Callable[..., Any] | None = None,
+    save: Callable[..., None] | None = None,
+) -> Any:
+    """The operator of this name; ``formula`` of its gradient, after ``save``."""
+    qualified, library = f"{NAMESPACE}::{name}", internals.library_of(NAMESPACE, name)
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=library)
+    if formula is not None:
+        torch.library.register_autograd(qualified, formula, setup_context=save, lib=library)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    torch.library.register_vmap(qualified, partial(each_slice, op), lib=_library)
+    torch.library.register_vmap(qualified, partial(each_slice, op), lib=library)
+    _libraries.append(library)
     return op
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ra_triton.backend.triton.flops import gemm, scores
 from ra_triton.backend.triton.operator import (
     LONGEST,
     SCORES,
@@ -20,14 +21,13 @@ from ra_triton.backend.triton.operator import (
     gradient_like,
     is_transposed,
 )
+from ra_triton.call.norm_rope import NormRope
+from ra_triton.call.offsets import Offsets, unflat
+from ra_triton.call.options import Scores
 from ra_triton.checks import refuse_context_parallel
-from ra_triton.factors import TENSORS, Factors
-from ra_triton.flops import gemm, scores
-from ra_triton.layout import Columns, RALayout
-from ra_triton.norm_rope import NormRope
-from ra_triton.offsets import Offsets, unflat
-from ra_triton.options import Scores
-from ra_triton.quantization import QuantizedWeight
+from ra_triton.weights.factors import TENSORS, Factors
+from ra_triton.weights.layout import Columns, RALayout
+from ra_triton.weights.quantization import QuantizedWeight
 from ra_triton.workspace import Workspace
 
 OFFSETS = "cu_seqlens_q?, cu_seqlens_k?"
@@ -45,7 +45,7 @@ def launch_projection(
     """``x [B, T, C] @ W_packed [C, N] + bias``, into ``out`` if given."""
     if isinstance(W_packed, QuantizedWeight):
         return _launch_quantized(x, W_packed, bias, out, workspace)
-    from ra_triton.kernels.projection import projection
+    from ra_triton.kernels.projection.forward import projection
 
     return projection(x, W_packed, bias, out)
 
@@ -81,8 +81,8 @@ def _projection_gradients(
     dtypes: Dtypes,
 ) -> Results:
     """``(dx, dW, dbias)`` for a contiguous ``dy [B, T, N]``."""
-    from ra_triton.kernels.projection import projection
-    from ra_triton.kernels.projection_backward import bias_gradient, weight_gradient
+    from ra_triton.kernels.projection.backward import bias_gradient, weight_gradient
+    from ra_triton.kernels.projection.forward import projection
 
     return (
         projection(dy, W_packed.mT, None, stage="input_gradient") if needed[0] else None,
@@ -124,7 +124,7 @@ def launch_attention(
 
     A token behind the last sequence gives 0 and ``-inf``, as a query without keys.
     """
-    from ra_triton.kernels.attention_forward import attention_forward
+    from ra_triton.kernels.attention.forward import attention_forward
 
     refuse_context_parallel()  # here too, for a compiled call
     if offsets is not None and not offsets.complete:
@@ -196,7 +196,7 @@ def _attention_gradients(
     offsets: Offsets | None,
 ) -> None:
     """Write the gradients into those of dq, dk and dv that are not None."""
-    from ra_triton.kernels.attention_backward import attention_backward
+    from ra_triton.kernels.attention.backward import attention_backward
 
     (q, k, v), (out, lse), (do, dlse), (dq, dk, dv) = operands, outputs, incoming, grads
     do = torch.zeros_like(out) if do is None else do
@@ -368,7 +368,7 @@ layer = Operator(
 
 
 def _norm_rope(*call: Any) -> Results:
-    from ra_triton.kernels.norm_rope import norm_rope
+    from ra_triton.kernels.lanes.norm_rope import norm_rope
 
     return norm_rope(NormRope._make(call))
 
@@ -381,7 +381,7 @@ def _norm_rope_backward(
     dtypes: Dtypes,
     *constants: Any,
 ) -> Results:
-    from ra_triton.kernels.norm_rope_backward import norm_rope_backward
+    from ra_triton.kernels.lanes.norm_rope_backward import norm_rope_backward
 
     call = NormRope._make((*tensors, *constants))
     dq_pack, dk_pack = (
@@ -408,7 +408,7 @@ norm_rope = Operator(
 
 
 def _compose(*factors: Any) -> Results:
-    from ra_triton.kernels.compose import compose
+    from ra_triton.kernels.composition.forward import compose
 
     return compose(Factors._make(factors))
 
@@ -428,7 +428,7 @@ def _compose_backward(
     dtypes: Dtypes,
     *numbers: Any,
 ) -> Results:
-    from ra_triton.kernels.compose_backward import compose_gradients
+    from ra_triton.kernels.composition.backward import compose_gradients
 
     factors, (dW, dbias) = Factors._make((*tensors, *numbers)), incoming
     W_q, N, dtype = factors.W_q, factors.layout.columns, factors.dtype
@@ -499,7 +499,7 @@ def _decode(
     softcap: float,
     max_length: int,
 ) -> Results:
-    from ra_triton.kernels.decode import decode
+    from ra_triton.kernels.attention.decode import decode
 
     numbers: Any = {"left": left, "softmax_scale": softmax_scale, "softcap": softcap}
     return (decode(q_pack, k_pack, v, lengths.contiguous(), max_length=max_length, **numbers),)
@@ -525,7 +525,7 @@ def append_(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Ten
 
 def launch_append(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Tensor) -> None:
     """Overwrites the caches after ``lengths``, and lengths."""
-    from ra_triton.kernels import append
+    from ra_triton.kernels.lanes import append
 
     append.append_(k_cache, v_cache, lengths, k, v)
 
@@ -553,7 +553,7 @@ def _launch_quantized(
     workspace: Workspace | None,
 ) -> Tensor:
     """The int8 columns, then the others, into one buffer; int8 activations are rounded first."""
-    from ra_triton.kernels.projection_int8 import int8_projection, quantize_rows
+    from ra_triton.kernels.projection.int8 import int8_projection, quantize_rows
 
     B, T, _ = x.shape
     if out is None:

@@ -5,8 +5,8 @@ As in ``attention_arguments.py``, which says what a bundle may hold.
 
 from typing import Any, NamedTuple
 
-from ra_triton.kernels.configs import LaunchConfig
-from ra_triton.kernels.plans import Layout
+from ra_triton.launch.configs import LaunchConfig
+from ra_triton.launch.plans import Layout
 
 
 class Sizes(NamedTuple):

@@ -23,9 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ra_triton.kernels.configs import LaunchConfig, launch_config
-from ra_triton.kernels.plans import Bulk, Layout, Plan, layout_of, on_16_bytes, planned
-from ra_triton.kernels.projection_arguments import Sizes, Strides, as_one_batch, variant_of
+from ra_triton.kernels.projection.arguments import Sizes, Strides, as_one_batch, variant_of
 from ra_triton.kernels.tiles import (
     dot,
     dot_precision,
@@ -34,7 +32,9 @@ from ra_triton.kernels.tiles import (
     target_of,
     token_rows,
 )
-from ra_triton.layout import Columns
+from ra_triton.launch.configs import LaunchConfig, launch_config
+from ra_triton.launch.plans import Bulk, Layout, Plan, layout_of, on_16_bytes, planned
+from ra_triton.weights.layout import Columns
 
 FEW_ROWS = 16  # up to so many tokens the narrow tile is taken
 ROUNDING = tl.constexpr(1.5 * 2.0**23)  # x + this - this rounds |x| < 2²² to the nearest integer

@@ -23,7 +23,7 @@ from ra_triton.checks import (
     check_shape,
     needs_grad,
 )
-from ra_triton.layout import WEIGHT_LAYOUTS, RALayout
+from ra_triton.weights.layout import WEIGHT_LAYOUTS, RALayout
 
 WHICH = ("reciprocal", "all")
 ACTIVATIONS = ("none", "int8")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ra_triton.layout import RALayout
+from ra_triton.weights.layout import RALayout
 
 TENSORS = 9  # the first fields
 

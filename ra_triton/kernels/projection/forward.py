@@ -15,18 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ra_triton.kernels import gluon
-from ra_triton.kernels.configs import LaunchConfig, in_fewest_rounds, launch_config
-from ra_triton.kernels.plans import (
-    Bulk,
-    Layout,
-    Plan,
-    layout_of,
-    on_16_bytes,
-    plan_in_gluon,
-    planned,
-)
-from ra_triton.kernels.projection_arguments import Sizes, Strides, as_one_batch, variant_of
+from ra_triton.kernels.projection.arguments import Sizes, Strides, as_one_batch, variant_of
 from ra_triton.kernels.tiles import (
     dot,
     dot_precision,
@@ -36,6 +25,17 @@ from ra_triton.kernels.tiles import (
     processors_of,
     target_of,
     token_rows,
+)
+from ra_triton.launch import gluon
+from ra_triton.launch.configs import LaunchConfig, in_fewest_rounds, launch_config
+from ra_triton.launch.plans import (
+    Bulk,
+    Layout,
+    Plan,
+    layout_of,
+    on_16_bytes,
+    plan_in_gluon,
+    planned,
 )
 
 
@@ -213,6 +213,6 @@ def _plan_in_gluon(
     x: Layout, w: Layout, dtype: torch.dtype, processors: int, config: LaunchConfig
 ) -> Plan:
     """The launch of Hopper's own kernel; not even imported where Gluon is not as it was."""
-    from ra_triton.kernels.projection_hopper import projection_plan
+    from ra_triton.kernels.projection.forward_hopper import projection_plan
 
     return projection_plan(x, w, dtype, config, processors)

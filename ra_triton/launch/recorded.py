@@ -167,8 +167,8 @@ def record(
         constants: its other arguments.
         wanted: how many of its results a repetition returns; None: all.
     """
-    from ra_triton.kernels.launcher import hooked
-    from ra_triton.kernels.plans import recording
+    from ra_triton.launch.launcher import hooked
+    from ra_triton.launch.plans import recording
 
     outer, recording.log = recording.log, []
     try:

@@ -16,8 +16,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ra_triton.kernels import gluon
-from ra_triton.kernels.launcher import (
+from ra_triton.launch import gluon
+from ra_triton.launch.launcher import (
     Descriptors,
     Launch,
     OnAddresses,
@@ -47,7 +47,7 @@ def planned(derive: Planner) -> Planner:
 def forget_plans() -> None:
     """Derive every plan anew, for who has changed the config table or Triton's knobs.
 
-    Recorded calls hold plans of their own: ``ra_triton.recorded.forget()`` lets go of those.
+    Recorded calls hold plans of their own: ``ra_triton.launch.recorded.forget()`` lets go of those.
     """
     for clear in _kept:
         clear()

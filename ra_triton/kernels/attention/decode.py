@@ -28,14 +28,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ra_triton.kernels.attention_arguments import (
+from ra_triton.kernels.attention.arguments import (
     ForwardStrides,
     Variant,
     block_d_of,
     scores_of,
 )
-from ra_triton.kernels.configs import LaunchConfig, launch_config
-from ra_triton.kernels.plans import Layout, Plan, layout_of, on_16_bytes, planned
 from ra_triton.kernels.tiles import (
     dot,
     dot_precision,
@@ -48,6 +46,8 @@ from ra_triton.kernels.tiles import (
     strides_of,
     target_of,
 )
+from ra_triton.launch.configs import LaunchConfig, launch_config
+from ra_triton.launch.plans import Layout, Plan, layout_of, on_16_bytes, planned
 
 MAX_QUERIES = 16  # per sequence and call; more of them are a prefill
 MAX_SPLITS = 128  # enough for one sequence with one key head to fill a GPU

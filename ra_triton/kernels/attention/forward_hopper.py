@@ -25,10 +25,11 @@ import math
 import torch
 import triton
 
-from ra_triton.kernels import gluon
-from ra_triton.kernels.attention_arguments import rows_in_bulk
-from ra_triton.kernels.configs import LaunchConfig
-from ra_triton.kernels.gluon import (
+from ra_triton.kernels.attention.arguments import rows_in_bulk
+from ra_triton.kernels.tiles import LN2, LOG2E, follow
+from ra_triton.launch import gluon
+from ra_triton.launch.configs import LaunchConfig
+from ra_triton.launch.gluon import (
     async_load,
     async_store,
     fence_async_shared,
@@ -38,8 +39,7 @@ from ra_triton.kernels.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from ra_triton.kernels.plans import Bulk, Layout, Plan
-from ra_triton.kernels.tiles import LN2, LOG2E, follow
+from ra_triton.launch.plans import Bulk, Layout, Plan
 
 ROWS = gl.constexpr(64)  # queries of a warpgroup: what one WGMMA takes
 # Of a thread that computes, by warpgroups: what the 65536 of an SM leave, in steps of eight.

@@ -5,8 +5,9 @@
 per head, where ``Q_std, K_std`` are the first D - R lanes of W_q and W_k and the mean is over the
 query heads of a key head. W_q ``[C, H*D]``, W_k and W_v ``[C, H_kv*D]``, W_recip ``[D, R]`` or
 ``[H, D, R]``, gates numbers, ``[]`` or ``[H]`` → ``[C, (H + 2*H_kv)*D]`` in packed or split order
-(``ra_triton/layout.py``), and of b_q, b_k and b_v, which fold as one more row, ``[N]``. Grid
-``(row tiles * heads,)``, heads of the packed result and fastest; the biases are the last row tile.
+(:mod:`ra_triton.weights.layout`), and of b_q, b_k and b_v, which fold as one more row, ``[N]``.
+Grid ``(row tiles * heads,)``, heads of the packed result and fastest; the biases are the last row
+tile.
 Sums in float32, products of float32 factors in IEEE float32, one rounding to the result's dtype.
 Overwrites nothing.
 """
@@ -18,8 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ra_triton.factors import Factors
-from ra_triton.kernels.compose_tiles import (
+from ra_triton.kernels.composition.tiles import (
     Dtypes,
     Given,
     Layouts,
@@ -31,9 +31,10 @@ from ra_triton.kernels.compose_tiles import (
     variant_of,
     with_unit_strides,
 )
-from ra_triton.kernels.configs import LaunchConfig, launch_config
-from ra_triton.kernels.plans import Plan, planned
 from ra_triton.kernels.tiles import block_d_of, follow, target_of
+from ra_triton.launch.configs import LaunchConfig, launch_config
+from ra_triton.launch.plans import Plan, planned
+from ra_triton.weights.factors import Factors
 
 
 class Variant(NamedTuple):

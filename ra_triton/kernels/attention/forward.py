@@ -22,17 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ra_triton.kernels import gluon
-from ra_triton.kernels.attention_arguments import attention_of
-from ra_triton.kernels.configs import LaunchConfig, launch_config, warp_specialised
-from ra_triton.kernels.plans import (
-    Layout,
-    Plan,
-    layout_of,
-    on_16_bytes,
-    plan_in_gluon,
-    planned,
-)
+from ra_triton.call.offsets import Offsets, flat, lengths
+from ra_triton.kernels.attention.arguments import attention_of
 from ra_triton.kernels.tiles import (
     LN2,
     TRITON_VERSION,
@@ -52,7 +43,16 @@ from ra_triton.kernels.tiles import (
     store_rows,
     target_of,
 )
-from ra_triton.offsets import Offsets, flat, lengths
+from ra_triton.launch import gluon
+from ra_triton.launch.configs import LaunchConfig, launch_config, warp_specialised
+from ra_triton.launch.plans import (
+    Layout,
+    Plan,
+    layout_of,
+    on_16_bytes,
+    plan_in_gluon,
+    planned,
+)
 
 
 @triton.jit
@@ -300,7 +300,7 @@ def _plan_in_gluon(
     config: LaunchConfig,
 ) -> Plan:
     """The launch of Hopper's own kernel; not even imported where Gluon is not as it was."""
-    from ra_triton.kernels.attention_forward_hopper import forward_plan
+    from ra_triton.kernels.attention.forward_hopper import forward_plan
 
     processors = processors_of(device)
     return forward_plan(dtype, q, k, v, causal, softmax_scale, config, processors)

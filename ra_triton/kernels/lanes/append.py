@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ra_triton.kernels.configs import launch_config
-from ra_triton.kernels.plans import Layout, Plan, layout_of, on_16_bytes, planned
 from ra_triton.kernels.tiles import follow, row_at, strides_of, target_of
+from ra_triton.launch.configs import launch_config
+from ra_triton.launch.plans import Layout, Plan, layout_of, on_16_bytes, planned
 
 
 @triton.jit

@@ -16,9 +16,9 @@ stores while others multiply. No element's sum depends on how many groups there 
 import torch
 import triton
 
-from ra_triton.kernels import gluon
-from ra_triton.kernels.configs import LaunchConfig
-from ra_triton.kernels.gluon import (
+from ra_triton.launch import gluon
+from ra_triton.launch.configs import LaunchConfig
+from ra_triton.launch.gluon import (
     async_load,
     async_store,
     fence_async_shared,
@@ -30,7 +30,7 @@ from ra_triton.kernels.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from ra_triton.kernels.plans import Bulk, Layout, Plan
+from ra_triton.launch.plans import Bulk, Layout, Plan
 
 GROUP_M = 8
 STORED = gl.constexpr(64)  # columns of y that a group stores at a time

@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ra_triton.kernels.configs import LaunchConfig
-from ra_triton.kernels.plans import Layout
+from ra_triton.call.norm_rope import NormRope
 from ra_triton.kernels.tiles import Strides, strides_of
-from ra_triton.norm_rope import NormRope
+from ra_triton.launch.configs import LaunchConfig
+from ra_triton.launch.plans import Layout
 
 MIN_LANES = 16  # of a tile, so that no two threads of a CTA hold the same element
 

@@ -22,9 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ra_triton.kernels.attention_arguments import Attention, as_tokens, attention_of
-from ra_triton.kernels.configs import LaunchConfig, launch_config
-from ra_triton.kernels.plans import Layout, Plan, layout_of, on_16_bytes, planned
+from ra_triton.call.offsets import Offsets, flat, lengths
+from ra_triton.kernels.attention.arguments import Attention, as_tokens, attention_of
 from ra_triton.kernels.tiles import (
     LN2,
     LOG2E,
@@ -49,7 +48,8 @@ from ra_triton.kernels.tiles import (
     strides_of,
     target_of,
 )
-from ra_triton.offsets import Offsets, flat, lengths
+from ra_triton.launch.configs import LaunchConfig, launch_config
+from ra_triton.launch.plans import Layout, Plan, layout_of, on_16_bytes, planned
 
 Operands = tuple[Layout, Layout, Layout, Layout]  # q, k, v, do
 

@@ -13,9 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ra_triton.kernels.configs import LaunchConfig, launch_config
-from ra_triton.kernels.plans import Bulk, Layout, Plan, layout_of, on_16_bytes, planned
-from ra_triton.kernels.projection_arguments import Sizes, Strides, as_one_batch, variant_of
+from ra_triton.kernels.projection.arguments import Sizes, Strides, as_one_batch, variant_of
 from ra_triton.kernels.tiles import (
     dot,
     dot_precision,
@@ -24,6 +22,8 @@ from ra_triton.kernels.tiles import (
     target_of,
     token_rows,
 )
+from ra_triton.launch.configs import LaunchConfig, launch_config
+from ra_triton.launch.plans import Bulk, Layout, Plan, layout_of, on_16_bytes, planned
 
 TOKENS_PER_SPLIT = 1024  # at least
 MAX_SPLITS = 16

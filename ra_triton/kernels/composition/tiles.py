@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ra_triton.factors import Factors
-from ra_triton.kernels.plans import Layout, layout_of
 from ra_triton.kernels.tiles import dot
-from ra_triton.layout import RALayout
+from ra_triton.launch.plans import Layout, layout_of
+from ra_triton.weights.factors import Factors
+from ra_triton.weights.layout import RALayout
 
 Layouts = tuple[Layout | None, ...]  # of the tensors of Factors
 Dtypes = tuple[torch.dtype, torch.dtype | None, torch.dtype | None]  # of weights and gates

@@ -21,8 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ra_triton.factors import Factors
-from ra_triton.kernels.compose_tiles import (
+from ra_triton.kernels.composition.tiles import (
     Dtypes,
     Given,
     Layouts,
@@ -34,10 +33,11 @@ from ra_triton.kernels.compose_tiles import (
     variant_of,
     with_unit_strides,
 )
-from ra_triton.kernels.configs import launch_config
-from ra_triton.kernels.plans import Layout, Plan, layout_of, planned
 from ra_triton.kernels.tiles import block_d_of, follow, target_of
-from ra_triton.layout import RALayout
+from ra_triton.launch.configs import launch_config
+from ra_triton.launch.plans import Layout, Plan, layout_of, planned
+from ra_triton.weights.factors import Factors
+from ra_triton.weights.layout import RALayout
 
 MAX_PARTS = 16  # of C
 PROGRAMS = 256  # that cutting it into parts aims at

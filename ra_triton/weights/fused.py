@@ -9,7 +9,6 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from ra_triton import recorded
 from ra_triton.backend import choose
 from ra_triton.checks import (
     DTYPES,
@@ -18,8 +17,9 @@ from ra_triton.checks import (
     check_same,
     check_shape,
 )
-from ra_triton.factors import Factors
-from ra_triton.layout import WEIGHT_LAYOUTS, RALayout
+from ra_triton.launch import recorded
+from ra_triton.weights.factors import Factors
+from ra_triton.weights.layout import WEIGHT_LAYOUTS, RALayout
 
 
 @overload

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ra_triton.kernels.configs import LaunchConfig, launch_config
-from ra_triton.kernels.plans import Layout, Plan, layout_of, planned
 from ra_triton.kernels.tiles import Strides, follow, indices_of, row_at, strides_of, target_of
+from ra_triton.launch.configs import LaunchConfig, launch_config
+from ra_triton.launch.plans import Layout, Plan, layout_of, planned
 
 
 class PackStrides(NamedTuple):

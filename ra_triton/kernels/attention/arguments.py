@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from ra_triton.kernels.configs import LaunchConfig
-from ra_triton.kernels.plans import Bulk, Layout
 from ra_triton.kernels.tiles import LOG2E, Strides, block_d_of, is_aligned, is_wide, strides_of
+from ra_triton.launch.configs import LaunchConfig
+from ra_triton.launch.plans import Bulk, Layout
 
 # What the programs of one section of heads share. On an H200, whose L2 holds 60 MB, sections took
 # 6% to 8% off the forward over 50 and 100 MB; a second one over 25 MB would have cost 14%.

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ra_triton.kernels.configs import launch_config
-from ra_triton.kernels.norm_rope_tiles import (
+from ra_triton.call.norm_rope import NormRope
+from ra_triton.kernels.lanes.norm_rope_tiles import (
     angles,
     common_arguments,
     dtypes_of,
@@ -25,9 +25,9 @@ from ra_triton.kernels.norm_rope_tiles import (
     store_lanes,
     weight_lanes,
 )
-from ra_triton.kernels.plans import Layout, Plan, layout_of, planned
 from ra_triton.kernels.tiles import follow, indices_of, row_at, target_of
-from ra_triton.norm_rope import NormRope
+from ra_triton.launch.configs import launch_config
+from ra_triton.launch.plans import Layout, Plan, layout_of, planned
 
 
 @triton.jit

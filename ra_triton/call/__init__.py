@@ -1,0 +1,1 @@
+"""What a call is: options, offsets, norm and rotation, each checked once."""

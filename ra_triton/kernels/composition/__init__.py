@@ -1,0 +1,1 @@
+"""The kernels that compose a weight from its factors."""

@@ -1,0 +1,1 @@
+"""What stands between projection and attention: lane exchange, norm, rotation, cache."""

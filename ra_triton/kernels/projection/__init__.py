@@ -1,0 +1,1 @@
+"""The GEMMs of the projection and of its gradients."""

@@ -1,0 +1,1 @@
+"""How a kernel is launched: configs, plans, Triton's C launcher, recorded calls."""
