@@ -133,7 +133,7 @@ _ON_GPU = (
     "--device cuda --shape layers --seconds 2",
 )
 _ON_CPU = (
-    "tests/test_layout.py",
+    "tests/weights/test_layout.py",
     "--device cpu --shape call --seconds 0",
     "--device cpu --stage attention --shape call --T 8 16 --seconds 0",
     "--device cpu --stage attention --shape call --T 32 --seconds 0",

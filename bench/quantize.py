@@ -77,7 +77,7 @@ def markdown(document: dict[str, Any]) -> str:
 
 {accuracy.NOTE} "bytes" are those of the projections' weights over a bfloat16 weight's, scales
 included. The backend is `sdpa`, which computes what the kernels do
-(`tests/test_projection_int8.py`).
+(`tests/projection/test_projection_int8.py`).
 """
 
 

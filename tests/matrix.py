@@ -74,15 +74,23 @@ class Step:
 
 def steps(pair: str, quick: bool) -> list[Step]:
     """What is run for a pair; ``quick``: without the plain kernels, with fewer tests."""
-    tests = ["tests/test_projection.py", "tests/test_packing.py", "tests/test_compile.py"]
+    tests = [
+        "tests/projection/test_projection.py",
+        "tests/lanes/test_packing.py",
+        "tests/pytorch/test_compile.py",
+    ]
     if quick:
-        tests = ["tests/test_attention.py::test_lengths_around_tile_boundaries"]
+        tests = ["tests/attention/test_attention.py::test_lengths_around_tile_boundaries"]
     pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
     return [
         Step("imports", ("-c", IMPORTS, pair)),
         Step("sm_90", ("-c", AHEAD_OF_TIME, GLUON if quick else "")),
-        Step("tracing", (*pytest, "tests/test_tracing.py"), True),
-        Step("launcher", (*pytest, "tests/test_launcher.py", "tests/test_gluon.py"), True),
+        Step("tracing", (*pytest, "tests/pytorch/test_tracing.py"), True),
+        Step(
+            "launcher",
+            (*pytest, "tests/launch/test_launcher.py", "tests/launch/test_gluon.py"),
+            True,
+        ),
         Step("interpreter", (*pytest, *tests), True),
     ]
 

@@ -3,7 +3,7 @@
 import torch
 from mutants.planting import Fault
 
-# Tests that more than one fault names; ``gqa::groups`` is tests/test_gqa.py::test_groups.
+# Tests that more than one fault names; ``gqa::groups`` is tests/attention/test_gqa.py::test_groups.
 LENGTHS = "attention::lengths_around_tile_boundaries"
 T_Q_T_K = "attention::queries_and_keys_of_different_length"
 NO_KEYS = "attention::rows_without_keys_give_zero_and_minus_infinity"
@@ -1022,7 +1022,7 @@ TABLE: dict[str, list[tuple]] = {
     ("prepared: values where the keys are", PLACES, "PreparedLayer.__call__", "self.«value → key»"),
 ],
 "ra_triton/weights/layout.py": [
-    ("layout: Q_low and K_low sections swapped", "tests/test_layout.py", "RALayout.split_sections",
+    ("layout: Q_low and K_low sections swapped", "tests/weights/test_layout.py", "RALayout.split_sections",
      '{"q_std": (H, self.d_std), "k_std": (H_kv, self.d_std), "v": (H_kv, self.head_dim), '
      '«"q_low": (H_kv, self.R), "k_low": (H, self.R) → "k_low": (H, self.R), "q_low": (H_kv, '
      'self.R)»,}'),
@@ -1237,7 +1237,7 @@ TABLE: dict[str, list[tuple]] = {
      "_Layer.backward", "torch.«zeros_like → empty_like»"),
 ],
 "ra_triton/call/options.py": [
-    ("overloads: a keyword that they lack", "tests/test_types.py",
+    ("overloads: a keyword that they lack", "tests/project/test_types.py",
      "AttentionKeywords", "«dropout_p: float; →» backend: str"),
     ("options: a window as wide as an integer gets", "sdpa::options_have_one_name_for_no_window",
      "AttentionOptions.reach", "«-1 if side >= NO_LIMIT else →» side"),
@@ -1328,11 +1328,11 @@ TABLE: dict[str, list[tuple]] = {
      "Workspace.buffer", "device, «dtype → torch.float32»"),
 ],
 "README.md": [
-    ("README: the packed weight takes the split one's name", "tests/test_readme.py",
+    ("README: the packed weight takes the split one's name", "tests/project/test_readme.py",
      "", "«→ W_fused =» W_packed = ra_triton.compose_weights("),
 ],
 "bench/bench.py": [
-    ("scripts: the root is not on the path", "tests/test_scripts.py", "", "«1 → 0»"),
+    ("scripts: the root is not on the path", "tests/project/test_scripts.py", "", "«1 → 0»"),
 ],
 "bench/gpt.py": [
     ("GPT: every token at the position of the first",
@@ -1344,9 +1344,9 @@ TABLE: dict[str, list[tuple]] = {
      "", '«"gelu_pytorch_tanh" → "relu"»'),
     ("checkpoint: an untied head is dropped", "huggingface::an_untied_head_is_named", "load_gpt2",
      "«not torch.equal(head, state[EMBEDDING]) → head.shape != state[EMBEDDING].shape»"),
-    ("huggingface: dtypes of the source are lost", "tests/test_huggingface.py",
+    ("huggingface: dtypes of the source are lost", "tests/benchmarks/test_huggingface.py",
      "save_gpt2", "«dtypes.get(name, t.dtype) → t.dtype»"),
-    ("huggingface: writes over its source", "tests/test_huggingface.py",
+    ("huggingface: writes over its source", "tests/benchmarks/test_huggingface.py",
      "main", "«args.target.resolve() == args.source.resolve() → False»"),
 ],
 "bench/options.py": [

@@ -8,7 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 EDIT = re.compile("«(.*?) ?→ ?(.*?)»", re.DOTALL)
 HEADS = (ast.If, ast.While, ast.For, ast.With, ast.FunctionDef, ast.ClassDef, ast.ExceptHandler)
 NOT_OF_A_HEAD = ("body", "orelse", "decorator_list")
@@ -25,7 +27,7 @@ class Fault:
     Attributes:
         file: path from the repository's root.
         name: what is wrong.
-        tests: pytest arguments, where ``gqa::groups`` is ``tests/test_gqa.py::test_groups``.
+        tests: pytest arguments, where ``gqa::groups`` is ``tests/attention/test_gqa.py::test_groups``.
         function: qualified name, ``f``, ``Class.method`` or ``Class``; empty for the whole file.
         edit: what occurs once in the function, with ``«old → new»`` where it changes: an
             expression, ``a «+ → -» b``; neighbours in a call, a list or an ``and``, as they stand
@@ -78,7 +80,14 @@ class Fault:
 
 def _in_full(test: str) -> str:
     file, _, name = test.partition("::")
-    return test if file.startswith("tests/") else f"tests/test_{file}.py::test_{name}"
+    return test if file.startswith("tests/") else f"{_path_of(file)}::test_{name}"
+
+
+@cache
+def _path_of(name: str) -> str:
+    """``tests/attention/test_gqa.py`` for ``gqa``; a file that is none stays one."""
+    found = sorted((ROOT / "tests").rglob(f"test_{name}.py"))
+    return str(found[0].relative_to(ROOT)) if found else f"tests/test_{name}.py"
 
 
 @cache

@@ -1,0 +1,138 @@
+"""``bench/tune.py`` without a GPU: candidates, the gate before the clock, what it prints."""
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from strategies import DEVICE
+
+from bench import tune
+from ra_triton.launch.configs import LaunchConfig
+
+SMALL = {"block_k": 16, "block_n": 16}
+ROOT = Path(__file__).parents[2]
+
+
+def problem(stage, dtype="fp16"):
+    return tune.Problem(stage, dtype, D=16, T=1024, B=1, H=2)
+
+
+@pytest.mark.parametrize("stage", tune.CANDIDATES)
+def test_candidates_are_distinct_and_include_several_tiles(stage):
+    candidates = tune.CANDIDATES[stage]()
+    assert len(set(candidates)) == len(candidates) > 10
+    assert len({(c.block_m, c.block_n) for c in candidates}) > 2
+
+
+HOPPER = """
+from bench import tune
+from dataclasses import replace
+problem = tune.Problem("attention_forward", "bf16", D=64, T=1024, B=1, H=2)
+for config in tune.warp_specialised_candidates():
+    config = replace(config, use_tma=True, pdl=True)
+    reason = tune.compile_candidate(("sm_90", problem, config))
+    print((config.groups, config.block_n, config.num_stages), reason, sep=": ")
+"""
+
+
+@pytest.mark.slow
+def test_candidates_for_hoppers_own_forward_compile_or_say_why_not():
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", HOPPER],
+        env={**env, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    found = dict(line.split(": ", 1) for line in run.stdout.splitlines())
+    assert len(found) == 8
+    assert "does not compile" in found["(3, 64, 2)"]  # the copies would wait for a warpgroup
+    assert found["(3, 64, 3)"] == found["(2, 128, 3)"] == found["(3, 128, 2)"] == "None"
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A check that takes Triton's interpreter a second."""
+    monkeypatch.setattr(tune.Problem, "small", lambda p: replace(p, T=70, B=2, H=2))
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("stage", tune.CANDIDATES)
+def test_a_right_candidate_passes_the_gate(stage):
+    config = LaunchConfig(32, 4, **SMALL)
+    assert tune.failure(problem(stage), config, torch.device(DEVICE)) is None
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("stage", tune.CANDIDATES)
+def test_a_wrong_candidate_does_not(stage, monkeypatch):
+    right = tune.launcher
+
+    def launcher(*args):
+        launch, exact = right(*args)
+
+        def wrong(config):
+            results = [t.clone() for t in launch(config)]
+            results[0].view(-1)[-1] += 1.0  # one element
+            return results
+
+        return wrong, exact
+
+    monkeypatch.setattr(tune, "launcher", launcher)
+    reason = tune.failure(problem(stage), LaunchConfig(32, 4, **SMALL), torch.device(DEVICE))
+    assert "eager PyTorch's is" in reason
+
+
+@pytest.mark.slow
+def test_a_candidate_that_spills_or_does_not_compile_is_dropped_with_the_reason():
+    code = """
+from bench.tune import Problem, compile_candidate
+from ra_triton.launch.configs import LaunchConfig
+p = Problem("attention_forward", "bf16", 64, 1024, 1)
+for config in (
+    LaunchConfig(128, 4, 3, block_n=64),
+    LaunchConfig(256, 4, 2, block_n=128),
+    LaunchConfig(100, 4, 2, block_n=64),
+):
+    print(compile_candidate(("sm_80", p, config)))
+"""
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(Path.home())}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    good, spilling, broken = run.stdout.splitlines()
+    assert good == "None"
+    assert spilling.startswith("spills ")
+    assert broken.startswith("does not compile: ")
+
+
+@pytest.mark.parametrize("use_tma", [True, False])
+def test_a_row_is_python_for_the_table_with_its_measurement(use_tma):
+    config = LaunchConfig(128, 4, 3, block_n=64, use_tma=use_tma)
+    row = {
+        "problem": asdict(problem("attention_forward")),
+        "config": asdict(replace(config, pdl=use_tma)),
+        "shipped": True,
+        "dropped": None,
+        "ms": 0.1,
+        "p20": 0.09,
+        "p80": 0.12,
+        "tflops": 300.0,
+    }
+    line = tune.describe(row, "GPU")
+    assert eval(line, {"LaunchConfig": LaunchConfig}) == config
+    assert line.endswith("# GPU: 100.0 us (90.0..120.0), 300 TFLOP/s, shipped")
+    assert "dropped: spills" in tune.describe({**row, "dropped": "spills 8 bytes"}, "GPU")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would tune")
+def test_without_a_gpu_it_says_so(capsys):
+    with pytest.raises(SystemExit):
+        tune.main([])
+    assert "no CUDA device" in capsys.readouterr().err

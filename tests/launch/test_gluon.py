@@ -1,0 +1,161 @@
+"""Gluon's names as they are here, and what runs where one is missing or nothing compiles."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from ra_triton import internals
+from ra_triton.kernels.attention import forward as attention_forward
+from ra_triton.kernels.projection import forward as projection
+from ra_triton.launch import gluon
+from ra_triton.launch.plans import Layout, Plan, plan_in_gluon
+
+ROOT = Path(__file__).parents[2]
+STAGES = {"attention_forward": attention_forward, "projection": projection}
+stages = pytest.mark.parametrize("stage", STAGES)
+
+
+@pytest.fixture(autouse=True)
+def anew(monkeypatch):
+    monkeypatch.setattr(gluon, "_broken", set())
+    internals.warn_once.cache_clear()
+
+
+def hopper_plan(stage):
+    """What aligned operands take on Hopper."""
+    cpu, bf16 = torch.device("cpu"), torch.bfloat16
+    if stage == "projection":
+        x, w = Layout((1, 512, 64), (512 * 64, 64, 1), True), Layout((64, 192), (192, 1), True)
+        args = (cpu, bf16, x, w, (None, True), "ieee", "sm_90", "projection", None)
+    else:
+        rows = Layout((1, 512, 2, 64), (512 * 128, 128, 64, 1), True)
+        others = (None, None, None, True, True), None, True, (-1, 0), None, 0.0, 0.0
+        args = (cpu, bf16, rows, rows, rows, *others, "ieee", "sm_90", None)
+    return STAGES[stage]._plan.__wrapped__(*args)
+
+
+def in_gluon(plan):
+    return "hopper" in plan.kernel.__module__
+
+
+@stages
+def test_every_name_is_found_here(stage):
+    assert gluon.MISSING is None
+    assert all(getattr(gluon, name) is not None for name in gluon.__all__ if name != "MISSING")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert in_gluon(hopper_plan(stage))
+
+
+@stages
+def test_without_a_name_the_plain_kernel_runs_and_a_warning_says_so_once(stage, monkeypatch):
+    monkeypatch.setattr(gluon, "MISSING", "cannot import name 'jit'")
+    with pytest.warns(UserWarning, match=f"{stage} runs without its kernel.*name 'jit'"):
+        assert not in_gluon(hopper_plan(stage))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not in_gluon(hopper_plan(stage))
+
+
+@stages
+def test_where_no_plan_can_be_made_the_plain_kernel_runs(stage, monkeypatch):
+    def changed(*args, **options):
+        raise TypeError("get_default_for() takes 3 positional arguments")
+
+    monkeypatch.setattr(gluon.gl.NVMMASharedLayout, "get_default_for", changed)
+    with pytest.warns(UserWarning, match="takes 3 positional arguments"):
+        assert not in_gluon(hopper_plan(stage))
+    assert not gluon.works(stage)
+    assert gluon.works("another")
+
+
+class Kernel:
+    """A kernel that does not compile, or one that is launched."""
+
+    arg_names = ("a",)
+
+    def __init__(self, error=None):
+        self.error, self.launches = error, 0
+
+    def warmup(self, *args, grid, **options):
+        if self.error is not None:
+            raise self.error
+
+    def __getitem__(self, grid):
+        self.launches += 1
+        return lambda *args, **options: None
+
+
+def test_a_kernel_that_does_not_compile_gives_way_for_good():
+    broken, plain = (
+        Kernel(AttributeError("at 3:4:\n    x = y\n        ^\nno async_load\n ^")),
+        Kernel(),
+    )
+    made = []
+
+    def instead():
+        made.append(Plan(plain, (2,), {}))
+        return made[-1]
+
+    plan = plan_in_gluon("stage", lambda: Plan(broken, (1,), {}), instead)
+    assert plan.kernel is broken
+    with pytest.warns(UserWarning, match="no async_load$"):
+        plan(torch.zeros(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan(torch.zeros(1))
+    assert (plan.kernel, plan.grid, plain.launches, broken.launches) == (plain, (2, 1, 1), 2, 0)
+    assert len(made) == 1
+
+
+def test_errors_of_other_kernels_are_raised():
+    class Failing(Kernel):
+        def __getitem__(self, grid):
+            raise AttributeError("no async_load")
+
+    with pytest.raises(AttributeError, match="no async_load"):
+        Plan(Failing(), (1,), {})(torch.zeros(1))
+
+
+COMPILE = """
+import sys, warnings, torch
+from bench.aot import compile_for
+from ra_triton.kernels.attention import forward as attention_forward
+from ra_triton.kernels.attention import forward_hopper as hopper
+from ra_triton.kernels.projection import forward as projection
+from ra_triton.kernels.projection import forward_hopper as projection_hopper
+for stage in (attention_forward, projection):
+    stage.target_of = lambda device: "sm_90"
+if sys.argv[1] == "renamed":
+    del projection_hopper.async_load
+    del hopper.async_load
+q, x = torch.zeros(1, 512, 2, 64, dtype=torch.bfloat16), torch.zeros(1, 512, 64).bfloat16()
+with warnings.catch_warnings(record=True) as warned, compile_for("sm_90") as compiled:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        attention_forward.attention_forward(q, q, q, causal=True, softmax_scale=None)
+        projection.projection(x, x[0, :64], None)
+for kernel in compiled:
+    own = "hopper" in kernel.kernel.name or "GROUPS" in kernel.constants
+    print(own, kernel.kernel.metadata.enable_fp_fusion, len(warned))
+"""
+
+
+@pytest.mark.parametrize("names", ["renamed", "as they are"])
+def test_a_name_that_is_gone_is_found_by_the_compiler(names, tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE, names],
+        env={**env, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    own, warned = (names != "renamed"), 0 if names != "renamed" else 2
+    assert run.stdout.splitlines() == [f"{own} True {warned}"] * 4
