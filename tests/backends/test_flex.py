@@ -342,7 +342,9 @@ def test_the_rung_passes_its_gate():
 
 
 def test_every_backend_has_every_function():
-    names = ("project", "packed_attention", "layer", "pack_qk", "pack_qk_", "prepare_layer")
+    names = ("project", "packed_attention", "layer", "pack_qk", "pack_qk_", "compose", "norm_rope")
+    names += ("norm_rope_", "decode_attention", "append_", "known_project", "known_attention")
+    names += ("known_layer", "known_decode", "known_compose")
     for module in BACKENDS.values():
         for name in (*names, "unsupported"):
             assert callable(getattr(module, name))
