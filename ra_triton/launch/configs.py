@@ -139,7 +139,7 @@ def _config(
     if stage in ("norm_rope", "norm_rope_backward"):  # static: no spill
         return LaunchConfig(32 if head_dim <= 128 else 8, 4)
     if stage in ("compose", "compose_backward"):
-        return _composing(stage, head_dim, full_precision)
+        return _composing(stage, head_dim, full_precision, target, aligned)
     if stage == "decode":
         return _decode(head_dim, full_precision, aligned)
     return {
@@ -154,14 +154,19 @@ def _config(
     }[stage]
 
 
-def _composing(stage: str, head_dim: int, full_precision: bool) -> LaunchConfig:
-    """Static: no spill."""
+def _composing(
+    stage: str, head_dim: int, full_precision: bool, target: str, aligned: bool
+) -> LaunchConfig:
+    """Static: no spill; a gradient whose columns are far apart is not aligned."""
     if stage == "compose":
         return LaunchConfig(32, 4, 2, block_n=32, block_k=16 if full_precision else 32)
     if not full_precision:
         return LaunchConfig(32, 4, 2, block_n=32, block_k=16)
-    wide = head_dim > 64
-    return LaunchConfig(16, 8 if wide else 4, 1 if wide else 2, block_n=16, block_k=16)
+    if head_dim <= 64:
+        return LaunchConfig(16, 8, 2, block_n=16, block_k=16)
+    if aligned or target in ("sm_90", "sm_120"):
+        return LaunchConfig(16, 16, 1, block_n=16, block_k=16)
+    return LaunchConfig(32, 8 if target == "sm_100" else 16, 1, block_n=16, block_k=16)
 
 
 def _projection(stage: str, full_precision: bool, target: str, aligned: bool) -> LaunchConfig:

@@ -459,9 +459,9 @@ def _plans(
     layout, arguments = common_arguments(layouts, numbers)
     H, D, R = layout.n_head, layout.head_dim, layout.R
     C = arguments["sizes"].C
-    operands = dw_dtype if dw_dtype == dtypes[0] else torch.float32  # of the products
-    config = launch_config("compose_backward", D, operands, target, False)
     transposed = dw.strides[1] != 1
+    operands = dw_dtype if dw_dtype == dtypes[0] else torch.float32  # of the products
+    config = launch_config("compose_backward", D, operands, target, not transposed)
     block_r = min(config.block_n, block_d_of(R))
     needs = dict(
         zip(("Q", "K", "V", "RECIP", "STD", "REC", "BQ", "BK", "BV"), present, strict=True)
