@@ -45,6 +45,7 @@ from ra_triton.weights.factors import Factors
 from ra_triton.weights.layout import Columns, RALayout
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+SAME_PTX = {"sm_89": "sm_86"}  # but for the line that names the target, so it is made once
 STAGES = (
     *(attention_forward, attention_backward, packing, norm_rope, norm_rope_backward),
     *(projection, projection_backward, projection_int8),
@@ -61,7 +62,7 @@ class _CompileOnlyDriver:
     """Answers what the JIT asks of a driver before it launches."""
 
     def __init__(self, target: str) -> None:
-        self.target = target
+        self.target = SAME_PTX.get(target, target)
 
     def get_current_target(self) -> GPUTarget:
         if self.target.startswith("gfx"):
@@ -123,6 +124,10 @@ class Compiled:
         The assembler that Triton takes for the target, with Triton's options: the same bits.
         """
         ptx = self.kernel.asm["ptx"]
+        if self.target in SAME_PTX:
+            ptx = re.sub(
+                rf"^\.target {SAME_PTX[self.target]}\b", f".target {self.target}", ptx, flags=re.M
+            )
         arch = re.search(r"^\.target (\S+?)(,|$)", ptx, re.M)
         assert arch, "PTX names no target"
         with tempfile.TemporaryDirectory() as folder:

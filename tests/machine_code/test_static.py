@@ -99,6 +99,36 @@ def test_shipped_kernels_are_sound_and_within_their_budget(target, tmp_path):
         pytest.skip(f"the counts are of Triton {budget['triton']}, not {triton.__version__}")
 
 
+BOTH = """
+import json, re, sys
+from bench import aot
+
+same, aot.SAME_PTX = dict(aot.SAME_PTX), {}
+found = {}
+for target in {*same, *same.values()}:
+    for kernel in aot.shipped(target, only=sys.argv[1]):
+        code = re.split(r"\\.file|\\.section", kernel.kernel.asm["ptx"])[0]
+        code = re.sub(r"//.*|\\.loc.*|\\.target \\w+", "", code)
+        found.setdefault(target, {})[kernel.label] = code
+for target, other in same.items():
+    differ = [label for label in found[other] if found[target][label] != found[other][label]]
+    print(json.dumps([target, len(found[target]), len(found[other]), differ]))
+"""
+
+
+@pytest.mark.slow
+def test_targets_that_are_compiled_once_have_the_same_code():
+    """That of the pinned Triton; bench/aot.py lets the assembler alone tell them apart."""
+    only = (
+        "^(attention_forward|key_value_gradient|projection) bfloat16 (D=64 causal|transposed)=True$"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", BOTH, only]
+    run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert [json.loads(line) for line in run.stdout.splitlines()] == [["sm_89", 3, 3, []]]
+
+
 BAD_CONFIGS = [  # target, BLOCK_M, BLOCK_N, stages, what is wrong with them
     ("sm_80", 128, 128, 1, "spills"),
     ("sm_90", 64, 64, 2, "serialised WGMMA"),
