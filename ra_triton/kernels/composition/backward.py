@@ -489,7 +489,7 @@ def _plans(
         "partial": partial,
         "first_program": (row_tiles - tiles) * heads,
         "V": variant,
-        **{name: value for name, value in config.options.items() if name != "PDL"},
+        **config.compiler_options,
     }
     first = Plan(_compose_backward_kernel, (programs,), arguments) if programs else None
     if not (needs["RECIP"] or needs["STD"] or needs["REC"]):

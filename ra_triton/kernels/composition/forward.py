@@ -207,8 +207,9 @@ def _plan(
         BLOCK_K=config.block_k,
         PDL=config.pdl,
     )
-    options = {name: value for name, value in config.options.items() if name != "PDL"}
     tiles = triton.cdiv(arguments["sizes"].C, config.block_m) + variant.BIAS
     return Plan(
-        _compose_kernel, (tiles * layout.packed_heads,), {**arguments, "V": variant, **options}
+        _compose_kernel,
+        (tiles * layout.packed_heads,),
+        {**arguments, "V": variant, **config.compiler_options},
     )
