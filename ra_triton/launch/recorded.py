@@ -70,8 +70,10 @@ def key_of(
 
 def known(key: tuple[Any, ...] | None) -> Known | None:
     """What was kept for this key."""
+    if key is None:
+        return None
     try:
-        return _known.get(key)  # type: ignore[arg-type]
+        return _known.get(key)
     except TypeError:  # an option that cannot be hashed: the checks will say what is wrong with it
         return None
 

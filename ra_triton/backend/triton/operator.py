@@ -138,6 +138,8 @@ class Operator:
 
         ``tensors``: those of the call, the outputs if they are saved, the incoming gradients.
         """
+        if not torch.compiler.is_compiling():
+            count_all()
         grads = self.backward_op(*tensors, *constants, list(needed))
         grads = grads if self.inputs > 1 else (grads,)
         return tuple(t if need else None for t, need in zip(grads, needed, strict=True))
