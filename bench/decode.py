@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gate import Gate, admit
-from bench.options import (
+from bench.harness.gate import Gate, admit
+from bench.harness.options import (
     DTYPES,
     add_machine_options,
     check_outputs,
@@ -33,8 +33,8 @@ from bench.options import (
     parser_of,
     resolve_machine,
 )
-from bench.providers import NO_TRITON_HERE, Layer
-from bench.report import (
+from bench.harness.providers import NO_TRITON_HERE, Layer
+from bench.harness.report import (
     ERROR,
     FAILED_GATE,
     SKIPPED,
@@ -46,7 +46,7 @@ from bench.report import (
     times,
     write_json,
 )
-from bench.timing import FLUSH_BYTES, Entrant, Timing, measure
+from bench.harness.timing import FLUSH_BYTES, Entrant, Timing, measure
 from ra_triton import decode_attention
 from ref import reciprocal_attention as ref
 

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bench.data import VOCAB_SIZE, load_text
-from bench.gpt import GPT, GPTConfig
-from bench.options import check_outputs, parser_of, resolve_device, use_few_threads
-from bench.sampling import sampler
+from bench.harness.options import check_outputs, parser_of, resolve_device, use_few_threads
+from bench.models.data import VOCAB_SIZE, load_text
+from bench.models.gpt import GPT, GPTConfig
+from bench.models.sampling import sampler
 from bench.train_tiny import add_training_options, curve, train
 from ra_triton.nn import RACausalSelfAttention
 

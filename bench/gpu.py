@@ -24,7 +24,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from bench import record
-from bench.options import count, parser_of, resolve_device
+from bench.harness.options import count, parser_of, resolve_device
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"

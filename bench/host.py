@@ -29,10 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.attentions import ATTENTIONS, PLAIN, Stack, let_attention_matter, start_from
-from bench.gate import Gate, admit, answer
-from bench.gpt import GPTConfig
-from bench.options import (
+from bench.harness.gate import Gate, admit, answer
+from bench.harness.options import (
     DTYPES,
     add_machine_options,
     check_outputs,
@@ -41,8 +39,8 @@ from bench.options import (
     parser_of,
     resolve_machine,
 )
-from bench.providers import PROVIDERS, Layer, make_problem
-from bench.report import (
+from bench.harness.providers import PROVIDERS, Layer, make_problem
+from bench.harness.report import (
     ERROR,
     FAILED_GATE,
     aligned,
@@ -53,8 +51,10 @@ from bench.report import (
     times,
     write_json,
 )
-from bench.shapes import SHAPES, Shape
-from bench.timing import Entrant, Quantiles, turns, without_garbage_collection
+from bench.harness.shapes import SHAPES, Shape
+from bench.harness.timing import Entrant, Quantiles, turns, without_garbage_collection
+from bench.models.attentions import ATTENTIONS, PLAIN, Stack, let_attention_matter, start_from
+from bench.models.gpt import GPTConfig
 
 KINDS = {"forward": "forward", "recorded": "train", "train": "train"}  # and the problem's phase
 CALLS = 10  # of a burst: at most some 20 launches each, where a CUDA queue holds 1,000

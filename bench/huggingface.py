@@ -1,4 +1,4 @@
-"""Hugging Face's GPT-2 checkpoints: a directory into :class:`bench.gpt.GPT`, and back.
+"""Hugging Face's GPT-2 checkpoints: a directory into :class:`bench.models.gpt.GPT`, and back.
 
     python bench/huggingface.py gpt2 folded --attention composed -R 4
 
@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpt import GPT, CausalSelfAttention, GPTConfig
+from bench.models.gpt import GPT, CausalSelfAttention, GPTConfig
 from ra_triton.nn import RACausalSelfAttention, from_gpt2, to_gpt2
 from ra_triton.nn.attention import PARAMETRISATIONS
 
 ATTENTIONS = ("plain", *PARAMETRISATIONS)
 SIZES = {"n_positions": "block_size", "vocab_size": "vocab_size"}  # ours, by their names
 SIZES |= {name: name for name in ("n_layer", "n_head", "n_embd")}
-COMPUTES = {  # what bench.gpt computes; other values are another function
+COMPUTES = {  # what bench.models.gpt computes; other values are another function
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),

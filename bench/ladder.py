@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from bench.gate import Gate, admit, answer
-from bench.options import (
+from bench.harness.gate import Gate, admit, answer
+from bench.harness.options import (
     DTYPES,
     add_machine_options,
     check_outputs,
@@ -28,7 +28,7 @@ from bench.options import (
     parser_of,
     resolve_machine,
 )
-from bench.report import (
+from bench.harness.report import (
     ERROR,
     FAILED_GATE,
     SKIPPED,
@@ -42,9 +42,9 @@ from bench.report import (
     times,
     write_json,
 )
-from bench.rungs import RUNGS, Factors, Rung, Source
-from bench.shapes import PHASES, SHAPES, Case, Shape
-from bench.timing import Entrant, measure
+from bench.harness.rungs import RUNGS, Factors, Rung, Source
+from bench.harness.shapes import PHASES, SHAPES, Case, Shape
+from bench.harness.timing import Entrant, measure
 
 BASELINE = "baseline"
 SEED_GPU = "A10G"
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed = {"gpu": SEED_GPU, "figures": theirs}
         write_json(args.json, "ladder", env, rows, seed=seed)
     if args.plot:
-        from bench.plot import plot_ladder
+        from bench.harness.plot import plot_ladder
 
         plot_ladder(args.plot, title, rows)
     bad = [row for row in rows if row.status in (FAILED_GATE, ERROR)]

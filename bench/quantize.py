@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from bench import accuracy
-from bench.accuracy import Trained, Weight
+from bench.models import accuracy
+from bench.models.accuracy import Trained, Weight
 from ra_triton import SparseWeight
 from ra_triton.nn import RACausalSelfAttention
 

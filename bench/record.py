@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.decode import DecodeRow
+from bench.harness.options import check_outputs, parser_of
+from bench.harness.report import Row, header, number, remark, subject, summary
+from bench.harness.shapes import PHASES
 from bench.host import HostRow
-from bench.options import check_outputs, parser_of
-from bench.report import Row, header, number, remark, subject, summary
-from bench.shapes import PHASES
 from bench.train_speed import TrainRow, loss_share
 
 RESULTS = Path(__file__).parent / "results"
@@ -141,7 +141,7 @@ def write(record: Record, folder: Path, plots: bool) -> list[Path]:
 
 
 def _draw(record: Record, folder: Path) -> list[Path]:
-    from bench.plot import plot, plot_ladder
+    from bench.harness.plot import plot, plot_ladder
 
     drawn = []
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import accuracy
-from bench.accuracy import Trained
+from bench.models import accuracy
+from bench.models.accuracy import Trained
 from ra_triton import SparseWeight, sparsify_weight
 from ra_triton.nn import RACausalSelfAttention
 from ra_triton.nn.composed import ComposedLinear

@@ -7,9 +7,10 @@
     python bench/static.py --target sm_90 --spills-only            # under any Triton version
     python bench/static.py --update-budget                         # change the budget on purpose
 
-Registers, spills, CTAs per SM and their limit; of the hot loop (bench/sass.py says which one that
-is) the instructions and the clocks that each pipe of an SM needs for one tile (bench/pipes.py has
-the rates and what they leave out). The pipe with most clocks binds. "peak" is the share of the
+Registers, spills, CTAs per SM and their limit; of the hot loop (machine_code/sass.py says which one
+that is) the instructions and the clocks that each pipe of an SM needs for one tile
+(machine_code/pipes.py has the rates and what they leave out). The pipe with most clocks binds.
+"peak" is the share of the
 tensor peak (WGMMA's on sm_90) that the binding pipe leaves to the FLOP that the tile needs; "work"
 is how often the kernel computes them: 2 if two groups of warps compute the same products. Kernels
 without matrix instructions, or that multiply in tensor memory (sm_100), have no peak; without a
@@ -29,11 +30,11 @@ from typing import Any
 import torch
 import triton
 
-from bench import static_budget
-from bench.aot import TARGETS, Compiled, shipped
-from bench.pipes import ARCHITECTURES, PIPES
-from bench.sass import TENSOR_MEMORY, Loop, Program
-from bench.static_budget import Row
+from bench.machine_code import static_budget
+from bench.machine_code.aot import TARGETS, Compiled, shipped
+from bench.machine_code.pipes import ARCHITECTURES, PIPES
+from bench.machine_code.sass import TENSOR_MEMORY, Loop, Program
+from bench.machine_code.static_budget import Row
 from ra_triton.launch.configs import LaunchConfig, launch_config
 
 HOPPER = ("attention_forward_hopper",)  # stages of sm_90 alone

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from bench.gate import Gate, admit
-from bench.options import (
+from bench.harness.gate import Gate, admit
+from bench.harness.options import (
     DTYPES,
     add_machine_options,
     check_outputs,
@@ -29,8 +29,8 @@ from bench.options import (
     parser_of,
     resolve_machine,
 )
-from bench.providers import NO_TRITON_HERE, PROVIDERS, available, make_problem
-from bench.report import (
+from bench.harness.providers import NO_TRITON_HERE, PROVIDERS, available, make_problem
+from bench.harness.report import (
     ERROR,
     FAILED_GATE,
     Row,
@@ -43,8 +43,8 @@ from bench.report import (
     write_csv,
     write_json,
 )
-from bench.shapes import PHASES, SHAPES, STAGES, Case, chosen_cases, default_cases
-from bench.timing import Entrant, measure
+from bench.harness.shapes import PHASES, SHAPES, STAGES, Case, chosen_cases, default_cases
+from bench.harness.timing import Entrant, measure
 
 CPU_PROVIDERS = ("ra-sdpa", "plain-sdpa")
 SECONDS = {"cpu": 6.0, "cuda": 3.0}  # of timing per case
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.csv:
         write_csv(args.csv, env, rows)
     if args.plot:
-        from bench.plot import plot
+        from bench.harness.plot import plot
 
         plot(args.plot, title, rows)
     if device.type == "cpu":

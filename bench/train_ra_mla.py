@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.options import check_outputs
+from bench.harness.options import check_outputs
 from bench.study.arms import ARMS, count_parameters
 from bench.study.probe import NonFiniteError
 from bench.study.runlog import LOG, has_ended, read_log

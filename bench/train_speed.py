@@ -11,7 +11,7 @@ Models of one shape and mode live in one process and take turns; all start from 
 see equal batches.
 
 A model whose first losses and gradients are not those of plain PyTorch, within what bf16 rounds,
-gets no time: see bench/trainees.py.
+gets no time: see bench/models/trainees.py.
 
 ``first s`` is the first step with empty compile caches, so with all that Inductor compiles; this
 package's own kernels compile once in a process, in the first row that launches them. ``GB`` is the
@@ -33,11 +33,9 @@ from typing import Any
 
 import torch
 
-from bench.attentions import ATTENTIONS, PLAIN
-from bench.data import Text, load_text
-from bench.gate import why_it_broke
-from bench.options import check_outputs, count, parser_of, resolve_device, seconds
-from bench.report import (
+from bench.harness.gate import why_it_broke
+from bench.harness.options import check_outputs, count, parser_of, resolve_device, seconds
+from bench.harness.report import (
     ERROR,
     FAILED_GATE,
     OK,
@@ -50,8 +48,10 @@ from bench.report import (
     times,
     write_json,
 )
-from bench.timing import MIN_ROUNDS, Quantiles, turns, without_garbage_collection
-from bench.trainees import GATE_STEPS, MODES, Batch, Setting, Size, Trainee, distance
+from bench.harness.timing import MIN_ROUNDS, Quantiles, turns, without_garbage_collection
+from bench.models.attentions import ATTENTIONS, PLAIN
+from bench.models.data import Text, load_text
+from bench.models.trainees import GATE_STEPS, MODES, Batch, Setting, Size, Trainee, distance
 
 TURN_STEPS = 5  # timed steps of a turn, after one that is not
 TEXT_BYTES = 2**20  # of Python's standard library, bytes as tokens

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench.data import VOCAB_SIZE, Text, batch_of, load_text
-from bench.gpt import GPT, AttentionMaker, CausalSelfAttention, GPTConfig
-from bench.options import check_outputs, count, parser_of, use_few_threads
+from bench.harness.options import check_outputs, count, parser_of, use_few_threads
+from bench.models.data import VOCAB_SIZE, Text, batch_of, load_text
+from bench.models.gpt import GPT, AttentionMaker, CausalSelfAttention, GPTConfig
 from bench.study.probe import observe
 from ra_triton.backend import CHOICES
 from ra_triton.nn import RACausalSelfAttention

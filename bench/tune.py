@@ -26,10 +26,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.gate import RMS_FACTOR, ROW_FACTOR
-from bench.options import DTYPES, check_outputs, count, parser_of, seconds
-from bench.report import environment
-from bench.timing import Entrant, Timing, measure
+from bench.harness.gate import RMS_FACTOR, ROW_FACTOR
+from bench.harness.options import DTYPES, check_outputs, count, parser_of, seconds
+from bench.harness.report import environment
+from bench.harness.timing import Entrant, Timing, measure
 from ra_triton.kernels.tiles import target_of
 from ra_triton.launch.configs import LaunchConfig, launch_config, warp_specialised
 from ref import reciprocal_attention as ref
@@ -192,7 +192,7 @@ def _attention(problem: Problem, allocate: Allocate) -> tuple[Launch, Callable[.
 
 def compile_candidate(job: tuple[str, Problem, LaunchConfig]) -> str | None:
     """Compile for a target without touching the GPU; the reason to drop the candidate, or None."""
-    from bench.aot import STAGES, compile_for
+    from bench.machine_code.aot import STAGES, compile_for
 
     name, problem, config = job
     launch, _ = launcher(problem, torch.empty)

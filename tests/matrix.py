@@ -47,7 +47,7 @@ assert gluon.MISSING is None, gluon.MISSING
 # Triton compiles and assembles; what falls back to a plain kernel warns, which is an error here.
 AHEAD_OF_TIME = """
 import sys, warnings
-from bench.aot import shipped
+from bench.machine_code.aot import shipped
 warnings.simplefilter("error")
 in_gluon, plain = set(), set()
 for kernel in shipped("sm_90", only=sys.argv[1]):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.gpt import GPT, CausalSelfAttention, GPTConfig
+from bench.models.gpt import GPT, CausalSelfAttention, GPTConfig
 from bench.study.probe import reciprocal_share
 from ra_triton import compose_weights, pack_qk, packed_attention
 from ra_triton.nn import RACausalSelfAttention, from_gpt2

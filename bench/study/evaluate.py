@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from bench.data import count_places, pieces_at
-from bench.gpt import next_token_loss
-from bench.report import environment
+from bench.harness.report import environment
+from bench.models.data import count_places, pieces_at
+from bench.models.gpt import next_token_loss
 from bench.study.arms import count_parameters, parameter_count
 from bench.study.probe import observe
 from bench.study.speed import matmul_peak, peak_memory_mb

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bench.gpt import GPT
+from bench.models.gpt import GPT
 from bench.study.arms import parameter_count
 
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices

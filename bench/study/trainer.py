@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench.data import Corpus, count_places, pieces_at
-from bench.gpt import GPT, next_token_loss
+from bench.models.data import Corpus, count_places, pieces_at
+from bench.models.gpt import GPT, next_token_loss
 from bench.study.evaluate import evaluate, footer, header
 from bench.study.probe import NonFiniteError, all_finite, gate_parameters, name_non_finite
 from bench.study.runlog import CHECKPOINT, RunLog, load_checkpoint, save_checkpoint

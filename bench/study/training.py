@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
-from bench.data import Corpus, load_corpus
-from bench.gpt import GPT, GPTConfig
+from bench.models.data import Corpus, load_corpus
+from bench.models.gpt import GPT, GPTConfig
 from bench.study.arms import build_model
 from bench.study.settings import Settings
 from bench.study.world import World
@@ -60,7 +60,7 @@ class Training:
 
 
 def load_data(settings: Settings) -> Corpus:
-    """The texts of a run; raises what :func:`bench.data.load_corpus` raises."""
+    """The texts of a run; raises what :func:`bench.models.data.load_corpus` raises."""
     return load_corpus(
         [Path(name) for name in settings.data],
         [Path(name) for name in settings.val_data],

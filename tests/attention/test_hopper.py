@@ -194,8 +194,8 @@ def test_sections_stay_in_the_second_level_cache():
 LOOK = """
 import json
 import re
-from bench.aot import shipped
-from bench.sass import Program
+from bench.machine_code.aot import shipped
+from bench.machine_code.sass import Program
 
 found = {}
 for kernel in shipped("sm_90", only="attention_forward_hopper .* causal=True"):

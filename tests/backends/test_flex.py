@@ -19,11 +19,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import ra_triton
-from bench import ladder, providers
-from bench.gate import Gate, admit
-from bench.providers import PROVIDERS, make_problem
-from bench.rungs import RUNGS, Factors
-from bench.shapes import Shape
+from bench import ladder
+from bench.harness import providers
+from bench.harness.gate import Gate, admit
+from bench.harness.providers import PROVIDERS, make_problem
+from bench.harness.rungs import RUNGS, Factors
+from bench.harness.shapes import Shape
 from ra_triton.backend import BACKENDS, flex, sdpa
 from ra_triton.call.options import AttentionOptions
 from ra_triton.nn import Workspace

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import ra_triton
-from bench import providers, sweep, timing
-from bench.gate import Gate, reference
-from bench.providers import PROVIDERS, Layer, Provider, make_problem
-from bench.report import Row, add_ratios, environment, summary, table
-from bench.shapes import SHAPES, Case, Shape, default_cases, flops
-from bench.timing import Quantiles, Timing
+from bench import sweep
+from bench.harness import providers, timing
+from bench.harness.gate import Gate, reference
+from bench.harness.providers import PROVIDERS, Layer, Provider, make_problem
+from bench.harness.report import Row, add_ratios, environment, summary, table
+from bench.harness.shapes import SHAPES, Case, Shape, default_cases, flops
+from bench.harness.timing import Quantiles, Timing
 from ref import reciprocal_attention as ref
 
 ROOT = Path(__file__).parents[2]
@@ -261,7 +262,8 @@ def test_a_copy_without_git_names_its_commit(monkeypatch):
 def test_the_gate_measures_against_the_definition(stage, R, monkeypatch):
     p = problem(stage, torch.float64, R, phase="train")
     whole = reference(p, torch.float64)
-    monkeypatch.setattr("bench.gate.SCORES_PER_CHUNK", 5 * 2 * 3 * 24)  # five queries at a time
+    five_queries = 5 * 2 * 3 * 24
+    monkeypatch.setattr("bench.harness.gate.SCORES_PER_CHUNK", five_queries)
     torch.testing.assert_close(reference(p, torch.float64), whole)
     out, *grads = whole
     if stage == "attention":

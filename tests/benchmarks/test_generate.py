@@ -11,9 +11,10 @@ import torch
 from budget import assert_bitwise
 from strategies import DEVICE
 
-from bench import generate, sampling
-from bench.gate import Answer
-from bench.gpt import GPT, GPTConfig
+from bench import generate
+from bench.harness.gate import Answer
+from bench.models import sampling
+from bench.models.gpt import GPT, GPTConfig
 from ra_triton.nn import RACausalSelfAttention
 
 ROOT = Path(__file__).parents[2]

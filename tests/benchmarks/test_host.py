@@ -6,11 +6,11 @@ import torch
 from budget import assert_bitwise
 
 from bench import host
-from bench.attentions import PlainAttention, Stack
-from bench.gpt import GPTConfig
-from bench.providers import PROVIDERS, Layer, Provider
-from bench.shapes import SHAPES, Shape
-from bench.timing import Entrant, Quantiles
+from bench.harness.providers import PROVIDERS, Layer, Provider
+from bench.harness.shapes import SHAPES, Shape
+from bench.harness.timing import Entrant, Quantiles
+from bench.models.attentions import PlainAttention, Stack
+from bench.models.gpt import GPTConfig
 
 FAST = ["--device", "cpu", "--seconds", "0", "--shape", "tiny"]
 

@@ -9,8 +9,8 @@ from budget import assert_bitwise
 from layers import assert_rounded
 from strategies import DEVICE, normal
 
-from bench.gpt import GPT, GPTConfig
 from bench.huggingface import load_gpt2, main, save_gpt2
+from bench.models.gpt import GPT, GPTConfig
 from ra_triton.nn import RACausalSelfAttention
 
 safetensors = pytest.importorskip("safetensors.torch", reason="an optional extra")

@@ -5,10 +5,11 @@ from functools import partial
 import pytest
 import torch
 
-from bench import ladder, rungs
-from bench.gate import admit, answer
-from bench.rungs import RUNGS, Factors, routed_heads
-from bench.shapes import SHAPES, Shape, flops
+from bench import ladder
+from bench.harness import rungs
+from bench.harness.gate import admit, answer
+from bench.harness.rungs import RUNGS, Factors, routed_heads
+from bench.harness.shapes import SHAPES, Shape, flops
 from ref import reciprocal_attention as ref
 
 TINY = Shape("tiny", B=2, T=24, H=3, D=16)

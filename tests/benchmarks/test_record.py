@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from bench import gpu, record
+from bench.harness.report import Row, write_json
+from bench.harness.shapes import Case, Shape
+from bench.harness.timing import Quantiles, Timing
 from bench.host import HostRow
 from bench.record import Record
-from bench.report import Row, write_json
-from bench.shapes import Case, Shape
-from bench.timing import Quantiles, Timing
 
 ROOT = Path(__file__).parents[2]
 SHAPE = Shape("tiny", B=2, T=24, H=3, D=16)

@@ -14,8 +14,8 @@ from budget import assert_bitwise
 from strategies import quick
 
 from bench import train_ra_mla
-from bench.data import load_corpus
-from bench.gpt import GPTConfig
+from bench.models.data import load_corpus
+from bench.models.gpt import GPTConfig
 from bench.study import trainer
 from bench.study.arms import ARMS, build_model, count_parameters, latent_size
 from bench.study.probe import NonFiniteError, observe, reciprocal_share

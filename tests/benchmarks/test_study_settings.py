@@ -11,7 +11,7 @@ import torch
 from budget import assert_bitwise
 
 from bench import train_ra_mla
-from bench.data import Corpus, batch_of, count_places, load_corpus, pieces_at
+from bench.models.data import Corpus, batch_of, count_places, load_corpus, pieces_at
 from bench.study.arms import ARMS
 from bench.study.runlog import read_log
 from bench.study.settings import PRESETS, Settings, make_study, read_toml

@@ -9,9 +9,10 @@ import pytest
 import torch
 from budget import assert_bitwise
 
-from bench import data, train_tiny
-from bench.data import batch_of, load_text, split_of
-from bench.gpt import GPT, GPTConfig
+from bench import train_tiny
+from bench.models import data
+from bench.models.data import batch_of, load_text, split_of
+from bench.models.gpt import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[2]
 TINY = [

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from budget import assert_bitwise
 
-from bench import attentions, record, train_speed, trainees
-from bench.attentions import ATTENTIONS, PLAIN, REFERENCES
-from bench.data import load_text
-from bench.report import environment, write_json
+from bench import record, train_speed
+from bench.harness.report import environment, write_json
+from bench.models import attentions, trainees
+from bench.models.attentions import ATTENTIONS, PLAIN, REFERENCES
+from bench.models.data import load_text
+from bench.models.trainees import Answer, Setting, Size, Trainee
 from bench.train_speed import TrainRow
-from bench.trainees import Answer, Setting, Size, Trainee
 
 ROOT = Path(__file__).parents[2]
 SMALL = Size("small", B=2, T=48, layers=2, H=2, C=32, vocab=256)

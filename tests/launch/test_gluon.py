@@ -124,7 +124,7 @@ def test_errors_of_other_kernels_are_raised():
 
 COMPILE = """
 import sys, warnings, torch
-from bench.aot import compile_for
+from bench.machine_code.aot import compile_for
 from ra_triton.kernels.attention import forward as attention_forward
 from ra_triton.kernels.attention import forward_hopper as hopper
 from ra_triton.kernels.projection import forward as projection

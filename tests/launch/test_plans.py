@@ -413,7 +413,7 @@ def test_later_calls_pass_their_own_tensors_and_the_rest_in_the_kernels_order(mo
 
 DEPENDENT = """
 import re, torch
-from bench.aot import compile_for
+from bench.machine_code.aot import compile_for
 from ra_triton.weights.factors import Factors
 from ra_triton.kernels.lanes import append
 from ra_triton.kernels.attention import backward as attention_backward

@@ -78,7 +78,7 @@ def test_launches_go_through_tritons_own_launcher(monkeypatch):
 LOOK = """
 import json
 import sys
-from bench.aot import shipped
+from bench.machine_code.aot import shipped
 
 found = {}
 for compiled in shipped("gfx942", only=sys.argv[1]):

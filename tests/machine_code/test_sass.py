@@ -2,8 +2,8 @@
 
 import pytest
 
-from bench.pipes import ARCHITECTURES
-from bench.sass import Instruction, Program
+from bench.machine_code.pipes import ARCHITECTURES
+from bench.machine_code.sass import Instruction, Program
 
 # As ptxas writes a causal kernel on sm_90: an unmasked and a masked loop, each with a wait whose
 # spinning part lies behind the end; its way back is a backward branch that closes no loop.

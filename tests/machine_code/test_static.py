@@ -12,9 +12,10 @@ import pytest
 import triton
 from test_sass import AMPERE
 
-from bench import static, static_budget
-from bench.pipes import ARCHITECTURES
-from bench.sass import Program
+from bench import static
+from bench.machine_code import static_budget
+from bench.machine_code.pipes import ARCHITECTURES
+from bench.machine_code.sass import Program
 
 ROOT = Path(__file__).parents[2]
 WITH_PRODUCTS = {
@@ -101,7 +102,7 @@ def test_shipped_kernels_are_sound_and_within_their_budget(target, tmp_path):
 
 BOTH = """
 import json, re, sys
-from bench import aot
+from bench.machine_code import aot
 
 same, aot.SAME_PTX = dict(aot.SAME_PTX), {}
 found = {}
@@ -118,7 +119,7 @@ for target, other in same.items():
 
 @pytest.mark.slow
 def test_targets_that_are_compiled_once_have_the_same_code():
-    """That of the pinned Triton; bench/aot.py lets the assembler alone tell them apart."""
+    """That of the pinned Triton; the assembler alone tells them apart: see SAME_PTX of aot.py."""
     only = (
         "^(attention_forward|key_value_gradient|projection) bfloat16 (D=64 causal|transposed)=True$"
     )

@@ -1334,7 +1334,7 @@ TABLE: dict[str, list[tuple]] = {
 "bench/bench.py": [
     ("scripts: the root is not on the path", "tests/project/test_scripts.py", "", "«1 → 0»"),
 ],
-"bench/gpt.py": [
+"bench/models/gpt.py": [
     ("GPT: every token at the position of the first",
      "generate::logits_with_caches_are_those_without",
      "GPT.forward", "caches[0].lengths[:, None] «+ → + 0 *» positions"),
@@ -1349,7 +1349,7 @@ TABLE: dict[str, list[tuple]] = {
     ("huggingface: writes over its source", "tests/benchmarks/test_huggingface.py",
      "main", "«args.target.resolve() == args.source.resolve() → False»"),
 ],
-"bench/options.py": [
+"bench/harness/options.py": [
     ("--plot: any suffix goes", "bench::bad_options_say_what_is_available",
      "_check_picture", "«path.suffix[1:].lower() not in → not» formats"),
     ("a provider that cannot run here is not refused",
@@ -1357,7 +1357,7 @@ TABLE: dict[str, list[tuple]] = {
      "host::a_provider_without_a_gpu_is_an_error_at_once",
      "check_runnable", "reason is« not →» None"),
 ],
-"bench/sampling.py": [
+"bench/models/sampling.py": [
     ("generate: top_k keeps one fewer", "generate::temperature_and_top_k",
      "sampler.draw", "logits «< → <=» least"),
 ],

@@ -27,7 +27,7 @@ class Fault:
     Attributes:
         file: path from the repository's root.
         name: what is wrong.
-        tests: pytest arguments; ``gqa::groups`` is ``test_groups`` in the ``test_gqa.py`` of tests/.
+        tests: pytest arguments; ``gqa::groups`` is ``test_groups`` of a ``test_gqa.py``.
         function: qualified name, ``f``, ``Class.method`` or ``Class``; empty for the whole file.
         edit: what occurs once in the function, with ``«old → new»`` where it changes: an
             expression, ``a «+ → -» b``; neighbours in a call, a list or an ``and``, as they stand

@@ -9,7 +9,7 @@ from layers import C, D, H, R, assert_rounded, layer, parametrisations
 from strategies import DEVICE, normal
 
 import ra_triton
-from bench.gpt import GPT, GPTConfig
+from bench.models.gpt import GPT, GPTConfig
 from ra_triton.nn import from_gpt2, to_gpt2
 from ra_triton.weights.fused import factor_weight
 
@@ -85,7 +85,7 @@ def test_layers_exchange_exactly(parametrisation, target, orientation, bias):
 
 
 def test_a_folded_layer_is_plain_attention():
-    from bench.gpt import CausalSelfAttention
+    from bench.models.gpt import CausalSelfAttention
 
     source = layer("composed")
     plain = CausalSelfAttention(GPTConfig(n_head=H, n_embd=C)).to(DEVICE)

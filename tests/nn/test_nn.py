@@ -92,7 +92,7 @@ def test_gates_have_finite_gradients_at_zero_and_below(value):
 
 
 def test_nanogpt_computes_the_same_from_a_free_layer():
-    from bench.gpt import CausalSelfAttention, GPTConfig
+    from bench.models.gpt import CausalSelfAttention, GPTConfig
 
     plain = CausalSelfAttention(GPTConfig(n_head=H, n_embd=C)).to(DEVICE)
     module = layer("free")

@@ -18,12 +18,12 @@ PAGES = (*SCRIPT, "docs/results.md", "docs/status.md", "docs/flex.md", "CONTRIBU
 SURROUNDINGS = {
     "In nanoGPT": """
         from types import SimpleNamespace
-        from bench.gpt import GPTConfig
+        from bench.models.gpt import GPTConfig
         config = GPTConfig(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=32)
         self = SimpleNamespace()
         """,
     "In a GPT": """
-        from bench.gpt import GPT
+        from bench.models.gpt import GPT
         model = GPT(config, RACausalSelfAttention.from_config)
         hf_model = stock_gpt2(config)
         """,

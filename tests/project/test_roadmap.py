@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import ra_triton
-from bench.rungs import RUNGS
+from bench.harness.rungs import RUNGS
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 ROWS = [

@@ -56,7 +56,7 @@ def test_every_script_finds_what_it_imports(tmp_path):
 def test_a_script_takes_the_repository_that_it_lies_in(tmp_path):
     """Not an installed one, and not its own folder, whose names are nobody's top-level modules."""
     code = f"import sys; sys.path[0] = {str(ROOT / 'bench')!r}\n"
-    code += "import bench.options, ra_triton, importlib.util\n"
+    code += "import bench.harness.options, ra_triton, importlib.util\n"
     code += "print(bench.__file__, ra_triton.__file__, importlib.util.find_spec('sampling'))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ra_triton
-from bench.gpt import GPT, GPTConfig
+from bench.models.gpt import GPT, GPTConfig
 from ra_triton.backend import triton
 from ra_triton.checks import autocast_dtype
 from ra_triton.nn import RACausalSelfAttention

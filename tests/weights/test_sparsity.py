@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from strategies import DEVICE, few_examples, normal
 
 import ra_triton
-from bench import accuracy, ladder, rungs
+from bench import ladder
 from bench import sparsity as bench
-from bench.gate import admit
-from bench.rungs import RUNGS, Factors
-from bench.shapes import Shape
+from bench.harness import rungs
+from bench.harness.gate import admit
+from bench.harness.rungs import RUNGS, Factors
+from bench.harness.shapes import Shape
+from bench.models import accuracy
 from ra_triton.nn import Workspace
 from ra_triton.weights import sparsity
 from ra_triton.weights.layout import RALayout

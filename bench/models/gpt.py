@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from bench.sampling import generate, sampler
+from bench.models.sampling import generate, sampler
 from ra_triton.nn import KVCache, RACausalSelfAttention
 
 
@@ -219,7 +219,7 @@ class GPT(nn.Module):
         """``tokens [B, T]`` and ``count`` drawn ones after them; call ``eval()`` first.
 
         A text longer than ``block_size`` goes on with its last ``block_size`` tokens, and from
-        there on without a cache: see bench/sampling.py.
+        there on without a cache: see bench/models/sampling.py.
 
         Args:
             tokens: ``[B, T]``, at least one each.

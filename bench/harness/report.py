@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from bench.shapes import PHASES, Case, flops
-from bench.timing import Timing
+from bench.harness.shapes import PHASES, Case, flops
+from bench.harness.timing import Timing
 
 OK = "ok"
 SKIPPED = "skipped"

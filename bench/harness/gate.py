@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import ra_triton
-from bench.providers import Layer, Problem
-from bench.report import ERROR, FAILED_GATE, OK, SKIPPED
-from bench.timing import Entrant
+from bench.harness.providers import Layer, Problem
+from bench.harness.report import ERROR, FAILED_GATE, OK, SKIPPED
+from bench.harness.timing import Entrant
 from ref import reciprocal_attention as ref
 
 RMS_FACTOR = 2.0  # over all elements

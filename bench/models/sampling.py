@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from bench.gpt import GPT
+    from bench.models.gpt import GPT
 
 Draw = Callable[[Tensor], Tensor]
 

@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ra_triton
-from bench.gate import attention
-from bench.providers import (
+from bench.harness.gate import attention
+from bench.harness.providers import (
     NO_TRITON_HERE,
     Layer,
     causal_sdpa,
     compile_static,
     seed_layer,
 )
-from bench.shapes import Shape
+from bench.harness.shapes import Shape
 from ra_triton.weights import sparsity
 from ref import reciprocal_attention as ref
 

@@ -30,7 +30,7 @@ Rates per SM and clock:
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bench.sass import Instruction
+from bench.machine_code.sass import Instruction
 
 PIPES = ("tensor", "mufu", "fma", "imul", "alu", "shared", "issue")
 HMMA_ON_HOPPER = 0.62

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 
 import ra_triton
 from bench import train_tiny
-from bench.data import VOCAB_SIZE, batch_of, load_text
-from bench.gpt import GPT, GPTConfig
-from bench.options import check_outputs, count, parser_of, use_few_threads
-from bench.report import environment
+from bench.harness.options import check_outputs, count, parser_of, use_few_threads
+from bench.harness.report import environment
+from bench.models.data import VOCAB_SIZE, batch_of, load_text
+from bench.models.gpt import GPT, GPTConfig
 from ra_triton import QuantizedWeight, SparseWeight
 from ra_triton.nn import RACausalSelfAttention
 from ref import reciprocal_attention as ref
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 GROUPS = ("q_std", "k_low", "k_std", "q_low", "v")
 SIZES = ("steps", "batch", "block", "layers", "heads", "width", "R", "seed", "batches")
 NOTE = """\

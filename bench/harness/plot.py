@@ -5,8 +5,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bench.report import OK, Row
-from bench.shapes import PHASES
+from bench.harness.report import OK, Row
+from bench.harness.shapes import PHASES
 
 LINE_STYLES = ("-", "--", ":", "-.")
 FIELDS = ("provider", "shape", "D", "R", "T")

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.attentions import (
+from bench.harness.gate import RMS_FACTOR, ROW_FACTOR, why_it_broke
+from bench.harness.report import ERROR
+from bench.models.attentions import (
     ATTENTIONS,
     PLAIN,
     REFERENCES,
@@ -26,10 +28,8 @@ from bench.attentions import (
     let_attention_matter,
     start_from,
 )
-from bench.data import Text, batch_of
-from bench.gate import RMS_FACTOR, ROW_FACTOR, why_it_broke
-from bench.gpt import GPT, GPTConfig
-from bench.report import ERROR
+from bench.models.data import Text, batch_of
+from bench.models.gpt import GPT, GPTConfig
 
 GATE_STEPS = 10  # of the loss curves
 BATCHES = 16  # on the device before the first step

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.gpt import CausalSelfAttention, GPTConfig
+from bench.models.gpt import CausalSelfAttention, GPTConfig
 from ra_triton.nn import RACausalSelfAttention, from_gpt2
 
 PLAIN = "plain"

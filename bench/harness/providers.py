@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ra_triton
-from bench.shapes import STAGES, Shape
-from bench.timing import Outputs
+from bench.harness.shapes import STAGES, Shape
+from bench.harness.timing import Outputs
 
 Forward = Callable[[], Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]

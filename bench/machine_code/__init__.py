@@ -1,0 +1,1 @@
+"""Machine code of the kernels without a GPU: compiled ahead of time, read, kept to a budget."""
