@@ -1,4 +1,4 @@
-"""Rule D: precision may not get worse. Run ``python tests/gate/test_ratchet.py`` to record anew.
+"""Rule D: precision may not get worse. Run ``python tests/test_ratchet.py`` to record anew.
 
 The committed number is the global RMS of error over budget for one fixed case; a correct kernel
 varies by a few percent, and an accumulator in too small a dtype costs more than the limit.
@@ -101,8 +101,8 @@ def measure(case: str) -> float:
 def test_precision_is_no_worse_than_recorded(case):
     record = json.loads(RECORD.read_text())
     if case not in record and DEVICE.type == "cuda":
-        pytest.skip("no entry for this GPU: record one with python tests/gate/test_ratchet.py")
-    assert case in record, "no entry: record one with python tests/gate/test_ratchet.py"
+        pytest.skip("no entry for this GPU: record one with python tests/test_ratchet.py")
+    assert case in record, "no entry: record one with python tests/test_ratchet.py"
     error = measure(case)
     assert error <= LIMIT * record[case], f"{error:.4g} is over {LIMIT} times {record[case]:.4g}"
 
