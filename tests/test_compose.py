@@ -439,7 +439,12 @@ def flat(case: Case) -> tuple:
     ids=["all", "few", "no rank"],
 )
 def test_opcheck(case):
-    torch.library.opcheck(torch.ops.ra_triton.compose.default, flat(case))
+    args = flat(case)
+    torch.library.opcheck(torch.ops.ra_triton.compose.default, args)
+    needed = [isinstance(t, torch.Tensor) for t in args[: len(NAMES)]]
+    args = (*args[: len(NAMES)], *case.incoming(), *args[len(NAMES) :], needed)
+    backward = torch.ops.ra_triton.compose_backward.default  # strides of gradients too
+    torch.library.opcheck(backward, args, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("backend", ["triton", "sdpa"])

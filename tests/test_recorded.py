@@ -381,10 +381,10 @@ def test_a_training_step_launches_from_tapes_with_the_bits_of_the_first(taped, f
 def test_other_gradients_have_other_tapes(taped, needed):
     for _ in range(3):
         inputs = inputs_of(layer, 0)
-        everything = [t.clone().requires_grad_() for t in inputs]
-        expected = torch.autograd.grad(layer(*everything).sum(), everything)
         some = [t.clone().requires_grad_(i in needed) for i, t in enumerate(inputs)]
         got = torch.autograd.grad(layer(*some).sum(), [some[i] for i in needed])
+        everything = [t.clone().requires_grad_() for t in inputs]
+        expected = torch.autograd.grad(layer(*everything).sum(), everything)
         for grad, i in zip(got, needed, strict=True):
             assert_bitwise(grad, expected[i])
 
@@ -540,6 +540,13 @@ def test_what_does_more_than_launch_has_no_tape(taped):
         lambda t: (launches(t)[0].sum(),),
     ):
         assert recorded.record(function, (x,), ())[1] is None
+
+
+def test_what_is_not_compiled_has_no_tape(taped, monkeypatch):
+    monkeypatch.setattr(Plan, "on", lambda plan, places: None)
+    x = normal(1, 16, 16)
+    launches = lambda t: (triton.operators.launch_projection(t, t[0].mT, None),)  # noqa: E731
+    assert recorded.record(launches, (x,), ())[1] is None
 
 
 def test_scratch_is_one_allocation_apart_from_the_outputs(taped, monkeypatch):

@@ -1091,7 +1091,7 @@ TABLE: dict[str, list[tuple]] = {
     ("operator: operands saved past autograd's watch",
      "observed::a_layer_whose_operand_changes_is_noticed", "Operator._save",
      "self.saved(«inputs[:n] → [t if t is None else t.data for t in inputs[:n]]»)"),
-    ("operator: fake gradients contiguous", "compile::opcheck_of_projection_and_layer",
+    ("operator: fake gradients contiguous", "compile::fake_gradients_lie_as_the_kernels_write_them",
      "Operator._fake_backward", "«gradient_like(t) → t.new_empty(t.shape)» if need else "
      "like.new_empty(0)"),
     ("operator: an output always has a gradient", "compose::a_gradient_of_one_result_alone",
@@ -1123,8 +1123,8 @@ TABLE: dict[str, list[tuple]] = {
      "saved[:n])», *constants"),
     ("eager: a backward without the tensors that were left out", TRAINING,
      "_Eager.backward", "absent = «(None,) * (len(operator.tensors) - count) → ()»"),
-    ("eager: more gradients than inputs", TRAINING,
-     "_Eager.backward", "[None] * «(count - n) → count»"),
+    ("eager: fewer gradients than inputs", TRAINING,
+     "_Eager.backward", "[None] * «(count - n) → 0»"),
 ],
 "ra_triton/backend/triton/operators.py": [
     ("flops: a backward counts what nobody needs",
@@ -1156,7 +1156,7 @@ TABLE: dict[str, list[tuple]] = {
     ("operator: fake output at q's strides", OPCHECK,
      "_attention_fake", "«q_pack.new_empty(q_pack.shape) → torch.empty_like(q_pack)», "
      "q_pack.new_empty((B, H, T), dtype=torch.float32)"),
-    ("operator: dlse ignored", "compile::torch_func_grad_of_attention_and_projection",
+    ("attention: dlse ignored", GRADIENT_LSE,
      "_attention_gradients", "dv, «dlse=dlse, →» **keywords"),
     ("operator: backward forgets the seed", OPCHECK,
      "_attention_backward", "options, «seed → None», offsets"),
@@ -1423,8 +1423,7 @@ TABLE: dict[str, list[tuple]] = {
      "AttentionKeywords", "«dropout_p: float; →» backend: str"),
     ("options: a window as wide as an integer gets", "sdpa::options_have_one_name_for_no_window",
      "AttentionOptions.reach", "«-1 if side >= NO_LIMIT else →» side"),
-    ("operators: window not among the numbers",
-     "window_and_softcap::torch_func_grad_with_a_window_and_a_softcap",
+    ("options: no window among the scores", WINDOW_EDGES,
      "AttentionOptions.scores", "«*self.reach → -1, 0 if self.causal else -1»"),
 ],
 "ra_triton/quantization.py": [
@@ -1485,7 +1484,7 @@ TABLE: dict[str, list[tuple]] = {
     ("recorded: outputs that nobody wants are returned",
      "recorded::scratch_is_one_allocation_apart_from_the_outputs",
      "record", "results = outputs«[:wanted] →»"),
-    ("recorded: what is not compiled is repeated", ONCE,
+    ("recorded: what is not compiled is repeated", "recorded::what_is_not_compiled_has_no_tape",
      "record", "if «None in launches → False»:"),
     ("places: offset in a base dropped", "recorded::a_place_is_a_base_and_an_offset",
      "_Finder.place_of", "index, address« - base.data_ptr() →  * 0»"),
