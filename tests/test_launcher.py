@@ -305,13 +305,14 @@ def test_launches_on_places_find_their_tensors_by_base_and_offset(driver, bulk):
     launch = launcher(compiled, GRID, first, described(first[1]) if bulk else {}, REST)
     memory = torch.zeros(16, 8, dtype=torch.float16), torch.zeros(64)
     addresses = [t.data_ptr() for t in memory]
-    for run in launch.on([(1, 16), (0, 32), None]):
-        run(addresses)
-    direct, usual = (list(flat(call)) for call in calls)
-    assert direct == usual
-    assert addresses[1] + 16 in direct
-    places = driver.made[-1] if bulk else direct
-    assert addresses[0] + 32 in places
+    for offset in (0, 32, 64):
+        for run in launch.on([(1, 16), (0, offset), None]):
+            run(addresses)
+        direct, usual = (list(flat(call)) for call in calls)
+        assert direct == usual
+        assert addresses[1] + 16 in direct
+        assert addresses[0] + offset in (driver.made[-1] if bulk else direct)
+        calls.clear()
 
 
 @pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])

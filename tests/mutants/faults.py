@@ -1094,10 +1094,10 @@ TABLE: dict[str, list[tuple]] = {
     ("operator: fake gradients contiguous", "compile::fake_gradients_lie_as_the_kernels_write_them",
      "Operator._fake_backward", "«gradient_like(t) → t.new_empty(t.shape)» if need else "
      "like.new_empty(0)"),
-    ("operator: an output always has a gradient", "compose::a_gradient_of_one_result_alone",
+    ("operator: an output always has a gradient", "compile::schemas_say_what_may_be_none",
      "Operator._backward_schema", '[«f"Tensor? d_{name}" → f"Tensor d_{name}"» for name in '
      'self.outputs[: self.differentiable]]'),
-    ("schemas: what may be None may not", "compile::opcheck_of_projection_and_layer",
+    ("schemas: what may be None may not", "compile::schemas_say_what_may_be_none",
      "_argument", '«f"Tensor? {name[:-1]}" → f"Tensor {name[:-1]}"»'),
     ("operators: gradients of a transposed weight lie by rows",
      "gradient_state::the_gradient_of_a_transposed_weight_lies_as_the_weight_does",
