@@ -382,9 +382,9 @@ def test_other_gradients_have_other_tapes(taped, needed):
     for _ in range(3):
         inputs = inputs_of(layer, 0)
         some = [t.clone().requires_grad_(i in needed) for i, t in enumerate(inputs)]
-        got = torch.autograd.grad(layer(*some).sum(), [some[i] for i in needed])
+        got = torch.autograd.grad(layer(*some).square().sum(), [some[i] for i in needed])
         everything = [t.clone().requires_grad_() for t in inputs]
-        expected = torch.autograd.grad(layer(*everything).sum(), everything)
+        expected = torch.autograd.grad(layer(*everything).square().sum(), everything)
         for grad, i in zip(got, needed, strict=True):
             assert_bitwise(grad, expected[i])
 

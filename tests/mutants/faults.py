@@ -1172,7 +1172,8 @@ TABLE: dict[str, list[tuple]] = {
     ("compose: no dbias means garbage", "compose::a_gradient_of_one_result_alone",
      "_compose_backward", "W_q.«new_zeros → new_empty»(N, dtype=dtype)"),
     ("compose: gradients of transposed factors lie by rows", "compose::opcheck",
-     "_compose_backward", "g is None« or not is_transposed(t) →»"),
+     "_compose_backward", "g« if g is None or not is_transposed(t) else "
+     "gradient_like(t).copy_(g) →»"),
     ("compose: the fake weight in the factors' dtype", "compose::opcheck",
      "_compose_fake", "W_q.new_empty((W_q.shape[0], N)«, dtype=factors.dtype →»)"),
 ],
