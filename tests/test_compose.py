@@ -229,6 +229,7 @@ def cases(draw, **fixed):
 @example(Case(C=33, H_kv=2, D=32, R=0, arriving="column_major", gates=("apart", "scalar")))
 @example(Case(C=33, dtype=torch.float16, into=torch.float32, arriving="expanded"))
 @example(Case(C=40, into=torch.float16, gates=("number", "none"), arriving="column_major"))
+@example(Case(C=21, arriving="lanes_apart", seed=1))
 def test_composition_and_gradients_pass_the_gate(case):
     check(case)
 
