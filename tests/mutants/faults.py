@@ -327,8 +327,8 @@ TABLE: dict[str, list[tuple]] = {
 "ra_triton/kernels/compose_tiles.py": [
     ("compose: the gate of the first head for all", COMPOSE,
      "gate", "ptr« + tl.cast(h, tl.int64) * stride →»"),
-    ("compose: keys begin behind too few queries", COMPOSE,
-     "columns", "first = «(H + h) * D → (H_kv + h) * D»"),
+    ("compose: K_low over Q_std in packed order", COMPOSE,
+     "columns", "first = «h * D + STD → h * D»"),
     ("compose: K_low over Q_low in split order", COMPOSE, "columns", "H_kv * «(D + V.R) → D»"),
     ("compose: strided factors read as they lie", COMPOSE,
      "with_unit_strides", "«t.stride(-1) == 1 → True»"),
