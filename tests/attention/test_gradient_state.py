@@ -132,6 +132,19 @@ def test_a_layer_computes_the_gradients_that_are_needed(launched, needed):
     assert [name for name in launched if name in stages] == ["projection", *asked]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_gradient_of_a_transposed_weight_lies_as_the_weight_does(dtype):
+    """Whatever the layout of x; sums of integers are exact."""
+    x, grad = ((4 * normal(2, 17, *shape)).round().to(dtype) for shape in ((C,), (3 * H, D)))
+    exact = (x.float().flatten(0, 1).mT @ grad.float().flatten(2).flatten(0, 1)).to(dtype)
+    W = layer_inputs()[1].to(dtype).mT.contiguous().mT.requires_grad_()
+    for layout in (x, torch.cat((x, x), 2)[..., :C], torch.cat((x, x), 1)[:, :17]):
+        y = ra_triton.project(layout, W, n_head=H, weight_layout="packed", backend="triton")
+        (dW,) = torch.autograd.grad(torch.cat(y, 2), W, grad)
+        assert_bitwise(dW, exact)
+        assert dW.mT.is_contiguous()
+
+
 @backends
 def test_nothing_is_recorded_where_no_gradient_is_wanted(backend):
     tensors = [t.requires_grad_() for t in CASE.tensors()]

@@ -297,13 +297,32 @@ def test_a_new_thread_encodes_descriptors_too(driver, hooked):
     assert driver.made[-1][0] == later[1].data_ptr()
 
 
-def test_a_profilers_hook_takes_tritons_path(driver):
+@pytest.mark.parametrize("bulk", [False, True])
+def test_launches_on_places_find_their_tensors_by_base_and_offset(driver, bulk):
+    signature = SIGNATURE if bulk else {**SIGNATURE, 1: "*fp16"}
+    compiled, calls = kernel(signature, (META,) if bulk else ())
+    first = tensors()
+    launch = launcher(compiled, GRID, first, described(first[1]) if bulk else {}, REST)
+    memory = torch.zeros(16, 8, dtype=torch.float16), torch.zeros(64)
+    addresses = [t.data_ptr() for t in memory]
+    for offset in (0, 32, 64):
+        for run in launch.on([(1, 16), (0, offset), None]):
+            run(addresses)
+        direct, usual = (list(flat(call)) for call in calls)
+        assert direct == usual
+        assert addresses[1] + 16 in direct
+        assert addresses[0] + offset in (driver.made[-1] if bulk else direct)
+        calls.clear()
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_profilers_hook_takes_tritons_path(driver, name):
     compiled, calls = kernel()
     first = tensors()
     launch = launcher(compiled, GRID, first, described(first[1]), REST)
     seen = []
     hook = seen.append
-    chain = triton.knobs.runtime.launch_enter_hook
+    chain = getattr(triton.knobs.runtime, name)
     chain.add(hook)
     try:
         launch(*first)

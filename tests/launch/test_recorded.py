@@ -231,6 +231,48 @@ def test_dropout_draws_anew_in_a_known_call(spied, backend):
     assert not torch.equal(first, second)
 
 
+def test_a_known_call_over_sequences_has_the_bits_of_the_first(spied):
+    x, W = problem(B=1, T=7)
+    cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32, device=DEVICE)
+    options = {"cu_seqlens": cu_seqlens, "max_seqlen": 3, "check": False}
+    first = run(x, W, **options)
+    for _ in range(2):
+        assert_bitwise(run(x.clone(), W, **options), first)
+    assert (spied.checked, spied.known) == (1, 2)
+    assert not first[:, 5:].any()  # tokens of no sequence
+    run(x, W, **{**options, "max_seqlen": 4})
+    with pytest.raises(ValueError, match="must end with the number of tokens 7, got 5"):
+        run(x, W, **{**options, "check": True})
+    assert spied.known == 2
+
+
+DECODING = ({"max_length": 5}, {"window_size": (2, 0)}, {"softcap": 2.0}, {"softmax_scale": 0.5})
+
+
+def test_a_known_decoding_call_has_the_bits_of_the_first(spied):
+    q, k, v = (normal(2, T, H, 16, seed=i) for i, T in enumerate((1, 9, 9)))
+    lengths = torch.tensor([4, 5], dtype=torch.int32, device=DEVICE)
+
+    def decode(**options):
+        options = {"max_length": 9, "backend": "triton", **options}
+        return ra_triton.decode_attention(q, k, v, lengths, **options)
+
+    first = decode()
+    assert_bitwise(decode(), first)
+    assert spied.known == 1
+    for other in DECODING:
+        decode(**other)
+    for _ in range(2):
+        with torch.autocast(DEVICE.type, torch.float16):
+            assert decode().dtype is torch.float16
+    assert spied.known == 1
+    lengths -= 1  # is read by the kernel alone
+    later = decode()
+    assert spied.known == 2
+    recorded.forget()
+    assert_bitwise(later, decode())
+
+
 def test_no_more_calls_are_known_than_fit(spied, monkeypatch):
     monkeypatch.setattr(recorded, "CALLS", 2)
     x, W = problem()
@@ -340,10 +382,10 @@ def test_a_training_step_launches_from_tapes_with_the_bits_of_the_first(taped, f
 def test_other_gradients_have_other_tapes(taped, needed):
     for _ in range(3):
         inputs = inputs_of(layer, 0)
-        everything = [t.clone().requires_grad_() for t in inputs]
-        expected = torch.autograd.grad(layer(*everything).sum(), everything)
         some = [t.clone().requires_grad_(i in needed) for i, t in enumerate(inputs)]
-        got = torch.autograd.grad(layer(*some).sum(), [some[i] for i in needed])
+        got = torch.autograd.grad(layer(*some).square().sum(), [some[i] for i in needed])
+        everything = [t.clone().requires_grad_() for t in inputs]
+        expected = torch.autograd.grad(layer(*everything).square().sum(), everything)
         for grad, i in zip(got, needed, strict=True):
             assert_bitwise(grad, expected[i])
 
@@ -397,6 +439,94 @@ def test_views_of_one_buffer_are_told_apart(taped):
         assert_bitwise(attention(apart[0], apart[1], apart[1]), attention(*apart[:2], apart[1] * 1))
 
 
+def test_operands_that_are_one_tensor_leave_no_tape_for_others(taped):
+    q, k, v = inputs_of(attention, 0)
+    expected = attention(q, k, v)
+    recorded.forget()
+    for _ in range(3):
+        attention(q, k, k)
+    assert_bitwise(attention(q, k, v), expected)
+
+
+def test_a_place_is_a_base_and_an_offset():
+    x, out = torch.zeros(4, 8), torch.zeros(2, 8)
+    finder = recorded._Finder((out, None), (None, x))
+    assert finder.place_of(None) is None
+    assert finder.place_of(x) == (4, 0)
+    assert finder.place_of(x[1, 2:]) == (4, 40)
+    assert finder.place_of(out[1]) == (0, 32)
+    first, second = torch.zeros(3), torch.zeros(100)
+    assert finder.place_of(first) == (2, 0)
+    assert finder.place_of(second[5:]) == (2, recorded.UNIT + 20)
+    assert finder.place_of(first[1:]) == (2, 4)
+    assert finder.scratch == 3 * recorded.UNIT
+    upper, lower = x[:2], x[2:]
+    finder = recorded._Finder((), (upper, lower))
+    assert finder.place_of(lower) == (2, 0)
+    for t in (x[1:2], lower[1:], torch.zeros(0)):
+        with pytest.raises(LookupError):
+            finder.place_of(t)
+    with pytest.raises(LookupError):
+        recorded._Finder((), (x, x)).place_of(x)
+
+
+def test_a_tape_hands_over_the_addresses_of_outputs_scratch_and_inputs():
+    seen, x = [], torch.zeros(4, device=DEVICE)
+    outputs = [((2, 3), (1, 2), torch.float16), None]
+    tape = recorded.Tape([(seen.append, None)], lambda: False, outputs, 512, x.device)
+    out, absent = tape(x, None)
+    (addresses,) = seen
+    assert (out.shape, out.stride(), out.dtype, absent) == (*outputs[0], None)
+    assert addresses[:2] == [out.data_ptr(), 0]
+    assert addresses[2] not in (0, out.data_ptr(), x.data_ptr())
+    assert addresses[3:] == [x.data_ptr(), 0]
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_profilers_hooks_see_the_launches_of_a_tape(hooked):
+    seen = []
+
+    def launch(i):
+        return (lambda _: seen.append(("direct", i))), (lambda _: seen.append(("usual", i)))
+
+    tape = recorded.Tape([launch(0), launch(1)], lambda: hooked, [], 0, DEVICE)
+    assert tape(torch.zeros(1, device=DEVICE)) == ()
+    assert seen == [("usual" if hooked else "direct", i) for i in range(2)]
+
+
+def test_only_calls_of_equal_layouts_constants_and_precision_are_repeated(monkeypatch):
+    monkeypatch.setattr(recorded, "DEVICE", DEVICE.type)
+    monkeypatch.setattr(recorded, "record", lambda f, ts, cs: (f(*ts, *cs), lambda *ts: "taped"))
+    run = recorded.Repeated(lambda *_: "new")
+    x = normal(4, 8)
+    calls = [((x,), (1, 0)), ((x,), (2, 0)), ((x,), (1, 1)), ((x.half(),), (1, 0))]
+    calls += [((t,), (1, 0)) for t in (x[:2], x[:, ::2], x.mT.contiguous().mT, _shifted(x))]
+    calls += [((x, t), (1, 0)) for t in (None, x, x.half(), _shifted(x))]
+    for expected in ("new", "taped"):
+        assert [run(*call) for call in calls] == [expected] * len(calls)
+    monkeypatch.setattr(recorded, "allows_tf32", lambda: True)
+    assert [run(*call) for call in calls[:4]] == ["new"] * 3 + ["taped"]
+    with monkeypatch.context() as patch:
+        patch.setattr(recorded, "context_parallel", lambda: True)
+        assert run(*calls[0]) == "new"
+    assert run(*calls[0]) == "taped"
+    recorded.forget()
+    assert run(*calls[0]) == "new"
+    monkeypatch.setattr(recorded, "CALLS", 2)
+    for call in calls:
+        run(*call)
+        assert len(run._tapes) <= 2
+
+
+def test_what_has_no_tape_runs_each_time(taped):
+    seen = []
+    run = recorded.Repeated(lambda t, number: seen.append(number) or (t + number,))
+    x = normal(4, 8)
+    for i in range(3):
+        assert_bitwise(run((x,), (2,))[0], x + 2)
+        assert len(seen) == i + 1
+
+
 def test_what_does_more_than_launch_has_no_tape(taped):
     def launches(t):
         return (triton.operators.launch_projection(t, t[0].mT, None),)
@@ -411,6 +541,13 @@ def test_what_does_more_than_launch_has_no_tape(taped):
         lambda t: (launches(t)[0].sum(),),
     ):
         assert recorded.record(function, (x,), ())[1] is None
+
+
+def test_what_is_not_compiled_has_no_tape(taped, monkeypatch):
+    monkeypatch.setattr(Plan, "on", lambda plan, places: None)
+    x = normal(1, 16, 16)
+    launches = lambda t: (triton.operators.launch_projection(t, t[0].mT, None),)  # noqa: E731
+    assert recorded.record(launches, (x,), ())[1] is None
 
 
 def test_scratch_is_one_allocation_apart_from_the_outputs(taped, monkeypatch):

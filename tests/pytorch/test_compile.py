@@ -83,6 +83,23 @@ def test_opcheck_of_projection_and_layer(layout):
     check_operator("layer", x, transposed, bias, heads=(2, 2))
 
 
+def test_schemas_say_what_may_be_none():
+    """A call with None would not show it, but exported programs and other languages read them."""
+    may_be_none = {"bias", "cu_seqlens_q", "cu_seqlens_k", "seed", "softmax_scale"}
+    for name, more in (("layer", set()), ("layer_backward", {"d_out"})):
+        schema = getattr(torch.ops.ra_triton, name).default._schema
+        optional = {a.name for a in schema.arguments if isinstance(a.type, torch.OptionalType)}
+        assert optional == may_be_none | more
+
+
+@pytest.mark.parametrize("layout", [contiguous, lambda t: t.mT.contiguous().mT])
+def test_fake_gradients_lie_as_the_kernels_write_them(layout):
+    x, W, bias = normal(2, 7, 24), layout(normal(24, 96)), normal(96)
+    args = (x, W, bias, normal(2, 7, 96), [True] * 3)
+    backward = torch.ops.ra_triton.project_backward.default
+    torch.library.opcheck(backward, args, test_utils=("test_schema", "test_faketensor"))
+
+
 def run(function, x, *others):
     """Output and gradients of a sum of squares."""
     inputs = [leaf(t) for t in (x, *others)]

@@ -1,5 +1,6 @@
 """Calls that something besides autograd has to see: modes, traces, ``torch.func``, subclasses."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -568,10 +569,22 @@ def test_integers_that_are_not_dense_are_refused(call):
 
 @pytest.mark.parametrize("function", [layer, project, norm_rope], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("changed", range(2))
-def test_a_layer_whose_operand_changes_is_noticed(function, changed):
+@pytest.mark.parametrize("mode", [nullcontext, Operators])
+def test_a_layer_whose_operand_changes_is_noticed(function, changed, mode):
     leaves = [t.requires_grad_() for t in inputs_of(function)]
     operands = [t * 1 for t in leaves]
-    out = function(*operands, backend="triton")
+    with mode():
+        out = function(*operands, backend="triton")
     operands[changed].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+def test_operators_get_what_autocast_multiplies():
+    inputs = inputs_of(layer)
+    with torch.autocast(DEVICE.type, torch.float16):
+        expected = layer(*inputs, backend="triton")
+        with Operators():
+            got = layer(*inputs, backend="triton")
+    assert expected.dtype is torch.float16
+    assert_bitwise(got, expected)

@@ -229,6 +229,7 @@ def cases(draw, **fixed):
 @example(Case(C=33, H_kv=2, D=32, R=0, arriving="column_major", gates=("apart", "scalar")))
 @example(Case(C=33, dtype=torch.float16, into=torch.float32, arriving="expanded"))
 @example(Case(C=40, into=torch.float16, gates=("number", "none"), arriving="column_major"))
+@example(Case(C=21, arriving="lanes_apart", seed=1))
 def test_composition_and_gradients_pass_the_gate(case):
     check(case)
 
@@ -439,7 +440,12 @@ def flat(case: Case) -> tuple:
     ids=["all", "few", "no rank"],
 )
 def test_opcheck(case):
-    torch.library.opcheck(torch.ops.ra_triton.compose.default, flat(case))
+    args = flat(case)
+    torch.library.opcheck(torch.ops.ra_triton.compose.default, args)
+    needed = [isinstance(t, torch.Tensor) for t in args[: len(NAMES)]]
+    args = (*args[: len(NAMES)], *case.incoming(), *args[len(NAMES) :], needed)
+    backward = torch.ops.ra_triton.compose_backward.default  # strides of gradients too
+    torch.library.opcheck(backward, args, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("backend", ["triton", "sdpa"])
