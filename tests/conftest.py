@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 
 import pytest
 from hypothesis import HealthCheck, settings
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import _disable_current_modes
 
 _COMMON = {
@@ -39,6 +40,7 @@ ALLOCATORS = [
 @pytest.fixture(autouse=True, scope="session")
 def poisoned_allocations():
     """Every uninitialised float tensor starts as NaN, so reading one cannot go unnoticed."""
+    _device_constructors()  # what ``with torch.device`` knows, by its own functions
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ALLOCATORS:
             patch.setattr(owner, name, _poisoned(getattr(owner, name)))

@@ -1265,7 +1265,8 @@ TABLE: dict[str, list[tuple]] = {
      "OperatorLog.__torch_dispatch__", "«self.only_allocated = False →»"),
 ],
 "ra_triton/weights/layout.py": [
-    ("layout: Q_low and K_low sections swapped", "tests/weights/test_layout.py", "RALayout.split_sections",
+    ("layout: Q_low and K_low sections swapped", "tests/weights/test_layout.py",
+     "RALayout.split_sections",
      '{"q_std": (H, self.d_std), "k_std": (H_kv, self.d_std), "v": (H_kv, self.head_dim), '
      '«"q_low": (H_kv, self.R), "k_low": (H, self.R) → "k_low": (H, self.R), "q_low": (H_kv, '
      'self.R)»,}'),

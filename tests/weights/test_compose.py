@@ -596,6 +596,7 @@ def test_a_step_of_a_composed_weight_is_three_kernels():
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         step()
     kernels = [e.name for e in seen.events() if e.device_type == DeviceType.CUDA]
+    kernels = [name for name in kernels if "FillFunctor" not in name]  # allocations are poisoned
     assert kernels == ["_compose_kernel", FIRST, SECOND]
 
 
