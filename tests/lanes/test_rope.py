@@ -460,9 +460,9 @@ def test_opcheck_of_the_operator():
     inputs = [t.requires_grad_() for t in (*case.tensors(), *case.weights())]
     options, _ = case.options(inputs[4:])
     call = (*inputs, *options["rope"], options["position"], 16, EPS)
-    torch.library.opcheck(torch.ops.ra_triton.call.norm_rope, call)
+    torch.library.opcheck(torch.ops.ra_triton.norm_rope, call)
     bare = (*Case(R=None).tensors()[:2], *[None] * 4, *options["rope"], None, 16, None)
-    torch.library.opcheck(torch.ops.ra_triton.call.norm_rope, bare)
+    torch.library.opcheck(torch.ops.ra_triton.norm_rope, bare)
 
 
 @backends
