@@ -23,10 +23,13 @@ _COMMON = {
     "deadline": None,  # compilation and interpreter times vary
     "suppress_health_check": [HealthCheck.too_slow],
 }
-settings.register_profile("dev", max_examples=8, **_COMMON)
+settings.register_profile("dev", max_examples=8, derandomize=True, database=None, **_COMMON)
 settings.register_profile("ci", max_examples=25, derandomize=True, database=None, **_COMMON)
 settings.register_profile("nightly", max_examples=1000, print_blob=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores already
+    torch.set_num_threads(1)
 
 ALLOCATORS = [
     (torch, "empty"),

@@ -116,6 +116,7 @@ def short_stack(monkeypatch):
 LAYERS = ["--device", "cpu", "--seconds", "0", "--shape", "layers"]
 
 
+@pytest.mark.slow
 def test_layers_are_timed_compiled_or_not_in_both_precisions(short_stack, tmp_path):
     file = tmp_path / "host.json"
     assert host.main([*LAYERS, "--json", str(file)]) == 0

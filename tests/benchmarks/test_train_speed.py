@@ -249,6 +249,7 @@ def test_every_attention_has_a_row_in_each_mode(tmp_path, capsys):
         assert column in title
 
 
+@pytest.mark.slow
 def test_a_wrong_model_gets_no_time_and_the_others_do(monkeypatch, capsys):
     class Wrong(attentions.PlainAttention):
         def forward(self, x):
@@ -274,7 +275,7 @@ def test_a_wrong_model_gets_no_time_and_the_others_do(monkeypatch, capsys):
         (RuntimeError("it broke\nbadly"), "error", "RuntimeError: it broke"),
     ],
 )
-@pytest.mark.parametrize("calls", [0, 15])
+@pytest.mark.parametrize("calls", [pytest.param(0, marks=pytest.mark.slow), 15])
 def test_a_model_that_breaks_takes_no_other_with_it(calls, error, status, note, monkeypatch):
     """While it is built, or while it is timed."""
 

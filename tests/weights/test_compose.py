@@ -448,7 +448,7 @@ def test_opcheck(case):
     torch.library.opcheck(backward, args, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+@pytest.mark.parametrize("backend", ["triton", pytest.param("sdpa", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_it_compiles_to_one_graph_and_the_bits_of_eager(with_bias, backend):
     """Also where the sizes are symbols."""
