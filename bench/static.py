@@ -10,11 +10,10 @@
 Registers, spills, CTAs per SM and their limit; of the hot loop (machine_code/sass.py says which one
 that is) the instructions and the clocks that each pipe of an SM needs for one tile
 (machine_code/pipes.py has the rates and what they leave out). The pipe with most clocks binds.
-"peak" is the share of the
-tensor peak (WGMMA's on sm_90) that the binding pipe leaves to the FLOP that the tile needs; "work"
-is how often the kernel computes them: 2 if two groups of warps compute the same products. Kernels
-without matrix instructions, or that multiply in tensor memory (sm_100), have no peak; without a
-loop, the clocks are those of the whole CTA.
+"peak" is the share of the tensor peak (WGMMA's on sm_90) that the binding pipe leaves to the FLOP
+that the tile needs; "work" is how often the kernel computes them: 2 if two groups of warps compute
+the same products. Kernels without matrix instructions, or that multiply in tensor memory (sm_100),
+have no peak; without a loop, the clocks are those of the whole CTA.
 """
 
 import argparse

@@ -146,7 +146,7 @@ def _patterns(old: str) -> dict[str, list[ast.AST]]:
         found[";"] = ast.parse(old).body
     with suppress(SyntaxError):
         ((_, found[":"]), _) = _lists(ast.parse(f"{{\n{old}\n}}", mode="eval").body)
-    with suppress(SyntaxError):
+    with suppress(SyntaxError, ValueError):  # a bare generator is no list of arguments
         ((_, parts), _) = _lists(ast.parse(f"_(\n{old}\n)", mode="eval").body)
         found |= {",": parts, "alone": parts}
         if len(parts) == 1 and isinstance(parts[0], ast.BoolOp):
