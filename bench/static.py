@@ -64,8 +64,9 @@ def tile_of(stage: str, sizes: dict[str, Any]) -> tuple[int, int]:
         products, rows = ATTENTION[stage]
         flops = 2 * products * sizes["BLOCK_M"] * sizes["BLOCK_N"] * sizes["BLOCK_D"]
         return flops, 2 * sizes[rows] * sizes["BLOCK_D"]
-    if "BLOCK_K" in sizes:
-        m, n, k = (sizes[f"BLOCK_{axis}"] for axis in "MNK")
+    axes = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
+    if all(axis in sizes for axis in axes):
+        m, n, k = (sizes[axis] for axis in axes)
         m *= sizes.get("GROUPS", 1)  # of warps, with the same loop each
         return 2 * m * n * k, (m + n) * k
     return 0, 0
