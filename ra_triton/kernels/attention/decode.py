@@ -161,7 +161,9 @@ def _decode_combine_kernel(
     stats_ptr,  # [B, H_kv, splits, 2, rows]
     lengths_ptr,
     o_ptr,  # [B, T_q, H, D]
-    heads,
+    H_kv,
+    group,
+    T_q,
     max_len,
     n_splits,
     left,
@@ -173,7 +175,6 @@ def _decode_combine_kernel(
     PDL: tl.constexpr,
 ):
     """One row of o: Σ_s w_s acc_s / Σ_s w_s l_s, w_s = 2^(c(m_s - max m))."""
-    _, H_kv, group, T_q = heads
     rows = T_q * group
     r = tl.program_id(0) % rows
     head = tl.program_id(0) // rows
@@ -291,14 +292,10 @@ def _plans(
     n_splits = triton.cdiv(longest, split)
     block_m = min(config.block_m, max(16, triton.next_power_of_2(rows)))
     scores, BLOCK_D = scores_of(D, softmax_scale, softcap), block_d_of(D)
-    shared = {
-        "heads": Heads(B, H_kv, group, T_q),
-        "max_len": longest,
-        "n_splits": n_splits,
-        "left": left,
-    }
+    shared = {"max_len": longest, "n_splits": n_splits, "left": left}
     arguments = {
         **shared,
+        "heads": Heads(B, H_kv, group, T_q),
         "strides": ForwardStrides(strides_of(q), *(strides_of(t, alignment) for t in (k, v))),
         "scores": scores,
         "V": Variant(
@@ -317,6 +314,9 @@ def _plans(
     }
     combined = {
         **shared,
+        "H_kv": H_kv,
+        "group": group,
+        "T_q": T_q,
         "scale_log2": scores.scale_log2,
         "D": D,
         "SPLIT": split,
