@@ -207,8 +207,8 @@ def _attention_forward(
         if small:
             if dropout and not aligned:
                 return LaunchConfig(32, 16 if target == "sm_120" else 8, 2, block_n=16)
-            warps = 16 if target == "sm_90" else 8
-            return LaunchConfig(32, warps if dropout else 4, 2, block_n=32)
+            many = target == "sm_90" or (target == "sm_120" and head_dim <= 32)
+            return LaunchConfig(32, (16 if many else 8) if dropout else 4, 2, block_n=32)
         if dropout:
             return LaunchConfig(32, 8, 2, block_n=16)
         return LaunchConfig(32, 16, 2, block_n=32)
