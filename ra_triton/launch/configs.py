@@ -206,7 +206,8 @@ def _attention_forward(
     if full_precision:  # static: no spill with IEEE products and with TF32
         if small:
             if dropout and not aligned:
-                return LaunchConfig(32, 16 if target == "sm_120" else 8, 2, block_n=16)
+                many = target == "sm_120" or (target == "sm_100" and head_dim <= 32)
+                return LaunchConfig(32, 16 if many else 8, 2, block_n=16)
             many = target == "sm_90" or (target == "sm_120" and head_dim <= 32)
             return LaunchConfig(32, (16 if many else 8) if dropout else 4, 2, block_n=32)
         if dropout:
