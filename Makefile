@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
-TEST_TIME := 6 minutes on two cores without a GPU
+TEST_TIME := 6 and a half minutes on two cores without a GPU
 TEST_ALL_TIME := 24 minutes on two cores without a GPU
 
 .PHONY: sweep test test-all matrix gpu ladder study generate static mutants lint types clean

@@ -115,7 +115,7 @@ def key_of(tensors: tuple[Tensor | None, ...], factors: Factors) -> tuple[Dtypes
 
 
 def common_arguments(layouts: Layouts, numbers: Given) -> tuple[RALayout, dict[str, Any]]:
-    """The columns, and what the kernels of both directions are told of factors."""
+    """The columns, and the kernel arguments that forward and backward share."""
     q, k, v, recip, w_std, w_rec = layouts[:6]
     std, rec, H, H_kv, _ = numbers
     assert q is not None
