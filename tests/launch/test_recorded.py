@@ -315,6 +315,11 @@ def dropped(x, W, bias):
     return layer(x, W, bias, dropout_p=0.3)
 
 
+def dropped_attention(q, k, v):
+    torch.manual_seed(3)
+    return attention(q, k, v, dropout_p=0.3)
+
+
 def windowed(x, W, bias):
     return layer(x, W, bias, window_size=(2, 0), softcap=3.0)
 
@@ -325,12 +330,13 @@ def halves(x, W, bias):
 
 
 OF_WEIGHTS = (layer, transposed, grouped, project, dropped, windowed, halves)
-FUNCTIONS = (*OF_WEIGHTS, attention, with_lse)
+OF_OPERANDS = (attention, with_lse, dropped_attention)
+FUNCTIONS = (*OF_WEIGHTS, *OF_OPERANDS)
 functions = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 
 
 def inputs_of(function, seed):
-    if function in (attention, with_lse):
+    if function in OF_OPERANDS:
         return [normal(2, 5, H, 16, seed=seed + i) for i in range(3)]
     shapes = (2, 5, C), (C, 6 * 16), (6 * 16,)
     return [normal(*s, seed=seed + i, scale=0.3) for i, s in enumerate(shapes)]

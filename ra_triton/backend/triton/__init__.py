@@ -167,7 +167,13 @@ def _seeded(call: Call, options: AttentionOptions) -> Call | Known:
     """With a new seed for each call, if there is dropout."""
     if not options.dropout_p:
         return call
-    return Known(lambda *tensors: call.run(*tensors, _new_seed(tensors[0], options)))
+    before = len(call.operator.tensors) - 1  # the seed is the last tensor
+
+    def run(*tensors: Tensor | None) -> Any:
+        absent = (None,) * (before - len(tensors))
+        return call.run(*tensors, *absent, _new_seed(tensors[0], options))  # type: ignore[arg-type]
+
+    return Known(run)
 
 
 def pack_qk(q: Tensor, k: Tensor, q_low: Tensor, k_low: Tensor) -> tuple[Tensor, Tensor]:
