@@ -1057,9 +1057,11 @@ TABLE: dict[str, list[tuple]] = {
     ("recorded: dropout without a seed", "recorded::dropout_draws_anew_in_a_known_call",
      "_seeded", "if «not options.dropout_p → True»:"),
     ("recorded: dropout's seed is drawn once", "recorded::dropout_draws_anew_in_a_known_call",
-     "_seeded", "«lambda *tensors: call.run(*tensors, _new_seed(tensors[0], options)) → lambda "
-     "*tensors, seeds=[]: call.run(*tensors, (seeds or [seeds.append(_new_seed(tensors[0], "
-     "options)), *seeds][1:])[0])»"),
+     "_seeded", "«_new_seed(tensors[0], options) → vars(run).setdefault(0, _new_seed(tensors[0], "
+     "options))»"),
+    ("recorded: the seed of packed_attention where its offsets belong",
+     "recorded::a_repeated_call_launches_from_its_tape_with_the_bits_of_the_first",
+     "_seeded", "call.run(*tensors, «*absent, →» _new_seed(tensors[0], options))"),
 ],
 "ra_triton/backend/triton/operator.py": [
     ("operators: taken as they are inside torch.func",
