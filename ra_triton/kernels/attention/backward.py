@@ -370,7 +370,8 @@ def attention_backward(
     ``q [B, T_q, H, D]``, ``k, v [B, T_k, H_kv, D]``; ``o``, contiguous, and ``lse [B, H, T_q]``
     from the forward; ``do`` like o and ``dlse`` like lse in any layout. dq, dk and dv have the
     shapes of q, k and v and unit last stride. Options, seed and offsets are the forward's.
-    ``config`` replaces the table's for both gradient kernels.
+    ``config`` replaces the table's for both gradient kernels; one with two groups is that of
+    Hopper's own kernel, ``backward_hopper.py``, which has no row in the table before it is timed.
     """
     if q.numel() == 0 or k.numel() == 0:
         for t in (dq, dk, dv):
@@ -379,24 +380,31 @@ def attention_backward(
         return
     if do.stride(-1) != 1:  # e.g. the gradient of a sum: one number, expanded
         do = do.contiguous()
-    delta = torch.empty_like(lse)
+    dlse = None if dlse is None else dlse.contiguous()
     device, dtype, target = q.device, q.dtype, target_of(q.device)
-    if dq is not None or dk is not None:
-        dlse = None if dlse is None else dlse.contiguous()
-        others = on_16_bytes(o, dlse, delta)
-        _delta_plan(device, dtype, layout_of(do), others, target)(o, do, dlse, delta)
     operands = (layout_of(q), layout_of(k), layout_of(v), layout_of(do))
+    gradients = tuple(None if t is None else layout_of(t) for t in (dq, dk, dv))
     sequences = None if offsets is None else lengths(offsets)
     scores = (softmax_scale, float(softcap), float(dropout_p), dot_precision(dtype))
     options = (sequences, causal, window_size, *scores, target, config)
+    if config is not None and config.groups > 1:
+        from ra_triton.kernels.attention.backward_hopper import attention_backward_hopper
+
+        others = on_16_bytes(o, lse, dlse)
+        plans = _hopper_plans(device, dtype, operands, gradients, others, *options)
+        attention_backward_hopper(plans, q, k, v, o, lse, do, dlse, dq, dk, dv)
+        return
+    delta = torch.empty_like(lse)
+    if dq is not None or dk is not None:
+        others = on_16_bytes(o, dlse, delta)
+        _delta_plan(device, dtype, operands[3], others, target)(o, do, dlse, delta)
     inputs = (q, k, v, do, lse, delta, seed, *flat(offsets)[:2])
     others = on_16_bytes(*inputs[4:])
     if dk is not None or dv is not None:
-        dk_layout, dv_layout = (None if t is None else layout_of(t) for t in (dk, dv))
-        layouts = (operands, dk_layout, dv_layout)
+        layouts = (operands, *gradients[1:])
         _key_value_plan(device, dtype, *layouts, others, *options)(*inputs, dk, dv)
     if dq is not None:
-        _query_plan(device, dtype, operands, layout_of(dq), others, *options)(*inputs, dq)
+        _query_plan(device, dtype, operands, gradients[0], others, *options)(*inputs, dq)
 
 
 @planned
@@ -421,6 +429,22 @@ def _delta_plan(
         **config.options,
     }
     return Plan(_delta_kernel, (triton.cdiv(B * T * H, config.block_m),), arguments)
+
+
+@planned
+def _hopper_plans(
+    device: torch.device,
+    dtype: torch.dtype,
+    operands: Operands,
+    gradients: Operands,
+    others: tuple[bool | None, ...],
+    *options: Any,
+) -> Any:
+    """The launches of Hopper's own kernel; not even imported where Gluon is not as it was."""
+    from ra_triton.kernels.attention.backward_hopper import backward_plans
+
+    call, config = _call("attention_backward", dtype, operands, *options)
+    return backward_plans(call, *gradients, config, options[-2])
 
 
 @planned

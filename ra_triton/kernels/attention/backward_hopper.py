@@ -1,0 +1,579 @@
+"""Gradients of flash attention on Hopper (sm_90): one pass over the scores, and deterministic.
+
+What ``backward.py`` computes, whose kernels are its specification, for 16-bit operands that suit
+bulk copies, heads of 64 or 128 lanes, and neither softcap, dropout nor variable lengths. Scores
+are computed once for all three gradients, five products instead of seven:
+
+    p = exp(softmax_scale * qkᵀ - lse)    ds = p (do vᵀ - delta)    delta = Σ_d o do - dlse
+    dv = pᵀ do    dk = c dsᵀ q    dq = c ds k    c = softmax_scale
+
+Three launches. The first writes delta, and lse in powers of 2, both in whole tiles. The second has
+one program for 128 keys of a key/value head, which goes through the queries of its group of heads.
+Two warpgroups compute, 64 keys each; one warp copies; one warp adds tiles of dq to a workspace in
+float32. Scores are transposed, so that pᵀ and dsᵀ are operands in registers of dv and dk; ds also
+goes to shared memory, where the warpgroups meet once a tile, for each computes half of a tile of
+dq: half of the lanes, or of the queries. The third launch scales and rounds dq.
+
+Sums have one order, so that the same call gives the same bits. All programs of a head that see a
+tile of queries add to it, in turns: that of the last keys first, as causal masks let it come first
+by itself. A counter for each tile says whose turn it is. The first one stores instead of adding, so
+that the workspace need not be zero.
+
+No deadlock: a program takes the next ticket when it begins, and its keys by the ticket; later keys
+of a head have earlier tickets. So a program only ever waits for programs that have begun before it,
+and the earliest one that runs waits for none, however few run at once and in whatever order they
+were launched.
+
+After FlashAttention-3 (arXiv:2407.08608). Overwrites only dq, dk and dv.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ra_triton.kernels.attention.arguments import Attention, heads_per_section, rows_in_bulk
+from ra_triton.kernels.tiles import LN2, LOG2E, follow, row_at, strides_of
+from ra_triton.launch import gluon
+from ra_triton.launch.configs import LaunchConfig, launch_config
+from ra_triton.launch.gluon import (
+    arrive_at,
+    async_load,
+    async_reduce_add,
+    async_store,
+    await_at,
+    fence_async_shared,
+    gl,
+    mbarrier,
+    opaque_zero,
+    store_wait,
+    store_wait_written,
+    swizzled,
+    unswizzled,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from ra_triton.launch.plans import Bulk, Layout, Plan
+
+HALF = gl.constexpr(64)  # keys of a warpgroup: what one WGMMA takes
+KEYS = gl.constexpr(128)  # of a program
+# Of a thread that computes: what two warpgroups and one of 24 leave of the 65536 of an SM.
+REGISTERS = gl.constexpr(240)
+COPIER_REGISTERS = gl.constexpr(24)  # of one that copies or adds: the least there is
+COMPUTING = gl.constexpr(256)  # threads
+WITH_ONE_WARP = gl.constexpr(256 + 32)
+# Named barriers: those before are Triton's, and there are 16.
+EMPTY = gl.constexpr(5)  # one for each stage of q and do
+DS_READY = gl.constexpr(9)
+DQ_FULL = gl.constexpr(10)
+DQ_EMPTY = gl.constexpr(11)
+RESULTS_READY = gl.constexpr(12)
+
+
+class Sizes(NamedTuple):
+    """Of q ``[B, T_q, H_kv * group, D]``, and k and v ``[B, T_k, H_kv, D]``."""
+
+    T_q: int
+    T_k: int
+    H_kv: int
+    group: int
+    left: int  # keys seen before a query's own, and after; more than there are without a limit
+    right: int
+
+
+class Buffers(NamedTuple):
+    """Shared memory, and the mbarriers that count what copies have filled."""
+
+    k: gl.shared_memory_descriptor
+    v: gl.shared_memory_descriptor
+    q: gl.shared_memory_descriptor  # one for each stage, as the next two
+    do: gl.shared_memory_descriptor
+    rows: gl.shared_memory_descriptor  # lse and delta
+    ds: gl.shared_memory_descriptor
+    dq: gl.shared_memory_descriptor  # one for each warpgroup
+    k_full: gl.shared_memory_descriptor
+    q_full: gl.shared_memory_descriptor
+    do_full: gl.shared_memory_descriptor
+
+
+class Place(NamedTuple):
+    """The keys of a program: batch, key/value head, and tile."""
+
+    b: int
+    h: int
+    n: int
+
+
+class Queries(NamedTuple):
+    """Tiles of queries that see any of a program's keys."""
+
+    begin: int
+    end: int
+
+
+@triton.jit
+def _rows_kernel(
+    o_ptr,  # contiguous [B, T, H, D]
+    do_ptr,
+    lse_ptr,  # contiguous [B, H, T], as the next
+    dlse_ptr,  # or None
+    rows_ptr,  # [B * H, 2, whole tiles]
+    turns_ptr,  # [1 + B * H * tiles]
+    do_strides,
+    T,
+    H,
+    tiles,  # of queries of a head
+    n_rows,  # B * H whole tiles
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """``delta = Σ_d o do - dlse`` and lse in powers of 2; the first ticket, and all turns, 0.
+
+    A row behind the queries, and one that sees no key, gets lse = inf, so that its p and ds are 0.
+    """
+    follow(PDL)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    whole = tiles * BLOCK_M
+    head, t = row // whole, row % whole
+    there = (row < n_rows) & (t < T)
+    b, h, t_wide = (head // H).to(tl.int64), (head % H).to(tl.int64), t.to(tl.int64)
+    offs_d = tl.arange(0, D)
+    o_rows = o_ptr + ((b * T + t_wide) * H + h) * D
+    o = tl.load(o_rows[:, None] + offs_d[None, :], there[:, None], other=0.0)
+    do_rows = row_at(do_ptr, do_strides, b, t_wide, h)
+    do = tl.load(do_rows[:, None] + offs_d[None, :], there[:, None], other=0.0)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    lse = tl.load(lse_ptr + head * T + t, there, other=float("inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + head * T + t, there, other=0.0)
+    out = rows_ptr + head * (2 * whole) + t
+    tl.store(out, lse * LOG2E, row < n_rows)
+    tl.store(out + whole, delta, row < n_rows)
+    tl.store(turns_ptr + 1 + row // BLOCK_M, 0, (row < n_rows) & (t % BLOCK_M == 0))
+    tl.store(turns_ptr + row, 0, row == 0)
+
+
+@triton.jit(do_not_specialize=["left", "right"])
+def _rounding_kernel(
+    sums_ptr,  # contiguous [B, H, T_q, D]
+    dq_ptr,
+    dq_strides,  # in elements
+    T_q,
+    T_k,
+    H,
+    left,
+    right,
+    softmax_scale,
+    n_rows,  # B * H * T_q
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """``dq = c sums``; 0 for a tile of queries that sees no key, whose sums nobody has written."""
+    follow(PDL)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head, t = row // T_q, row % T_q
+    first = t // BLOCK_M * BLOCK_M + (T_k - T_q)  # the key of the first query in the tile
+    seen = tl.minimum(first + BLOCK_M + right, T_k) > tl.maximum(first - left, 0)
+    there = row < n_rows
+    offs_d = tl.arange(0, D)
+    sums = sums_ptr + (row.to(tl.int64) * D)[:, None] + offs_d[None, :]
+    dq = tl.load(sums, (there & seen)[:, None], other=0.0) * softmax_scale
+    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    dq_rows = row_at(dq_ptr, dq_strides, b, t.to(tl.int64), h)
+    tl.store(dq_rows[:, None] + offs_d[None, :], dq.to(dq_ptr.dtype.element_ty), there[:, None])
+
+
+@gluon.jit
+def _place(ticket, n_heads, section, sizes) -> Place:
+    """What a program computes: heads fastest, the last keys first, ``section`` heads at a time.
+
+    The last keys have fewest queries where the mask is causal, and a program's first tile of
+    queries is one to which no other program adds before.
+    """
+    n_n = gl.cdiv(sizes.T_k, KEYS)
+    first = ticket // (section * n_n) * section
+    heads = gl.minimum(section, n_heads - first)
+    rest = ticket - first * n_n
+    head = first + rest % heads
+    return Place(head // sizes.H_kv, head % sizes.H_kv, n_n - 1 - rest // heads)
+
+
+@gluon.jit
+def _queries(n, sizes, BLOCK_M: gl.constexpr) -> Queries:
+    """The tiles of queries of key tile ``n``."""
+    own = sizes.T_k - sizes.T_q  # the key of query 0
+    first = n * KEYS
+    end = gl.minimum(first + KEYS, sizes.T_k)
+    n_m = gl.cdiv(sizes.T_q, BLOCK_M)
+    return Queries(
+        gl.minimum(gl.maximum(first - own - sizes.right, 0) // BLOCK_M, n_m),
+        gl.minimum(gl.cdiv(gl.maximum(end - own + sizes.left, 0), BLOCK_M), n_m),
+    )
+
+
+@gluon.jit
+def _turn(m, n, sizes, BLOCK_M: gl.constexpr):
+    """How many programs add to query tile ``m`` before that of key tile ``n``."""
+    end = (m + 1) * BLOCK_M + (sizes.T_k - sizes.T_q) + sizes.right  # of the keys that it sees
+    return (gl.minimum(end, sizes.T_k) - 1) // KEYS - n
+
+
+@gluon.jit
+def _copy(buffers, sources, results, place, sizes):
+    """The copying warp: k and v, q, do, lse and delta tile after tile, and in the end dk and dv."""
+    q_source, k_source, v_source, do_source, rows_source = sources
+    STAGES: gl.constexpr = buffers.q.shape[0]
+    BLOCK_M: gl.constexpr = buffers.q.shape[3]
+    mbarrier.expect(buffers.k_full.index(0), 2 * k_source.block_type.nbytes)
+    async_load(
+        k_source, [place.b, place.h, place.n * KEYS, 0], buffers.k_full.index(0), buffers.k.index(0)
+    )
+    for w in gl.static_range(2):
+        row = place.n * KEYS + w * HALF
+        async_load(
+            v_source, [place.b, place.h, row, 0], buffers.k_full.index(0), buffers.v.index(w)
+        )
+    queries = _queries(place.n, sizes, BLOCK_M)
+    step = 0
+    for g in range(sizes.group):
+        h = place.h * sizes.group + g
+        head = place.b * sizes.H_kv * sizes.group + h
+        for m in range(queries.begin, queries.end):
+            stage = step % STAGES
+            if step >= STAGES:
+                await_at(EMPTY + stage, WITH_ONE_WARP)
+            row = m * BLOCK_M
+            full = buffers.q_full.index(stage)
+            mbarrier.expect(full, q_source.block_type.nbytes + rows_source.block_type.nbytes)
+            async_load(q_source, [place.b, h, row, 0], full, buffers.q.index(stage))
+            async_load(rows_source, [head, 0, row], full, buffers.rows.index(stage))
+            full = buffers.do_full.index(stage)
+            mbarrier.expect(full, do_source.block_type.nbytes)
+            async_load(do_source, [place.b, h, row, 0], full, buffers.do.index(stage))
+            step += 1
+    for i in range(gl.maximum(step - STAGES, 0), step):  # every arrival is awaited
+        await_at(EMPTY + i % STAGES, WITH_ONE_WARP)
+    await_at(RESULTS_READY, WITH_ONE_WARP)
+    dk_source, dv_source = results
+    async_store(dk_source, [place.b, place.h, place.n * KEYS, 0], buffers.k.index(0))
+    for w in gl.static_range(2):
+        row = place.n * KEYS + w * HALF
+        async_store(dv_source, [place.b, place.h, row, 0], buffers.v.index(w))
+    store_wait(0)
+
+
+@gluon.jit
+def _add(buffers, dq_source, turns_ptr, place, sizes):
+    """The adding warp: every tile of dq to the workspace, when the programs before have added."""
+    BLOCK_M: gl.constexpr = buffers.q.shape[3]
+    D: gl.constexpr = buffers.q.shape[4]
+    ROWS_APART: gl.constexpr = buffers.dq.shape[3] % BLOCK_M  # 0 if both halves have all of them
+    LANES_APART: gl.constexpr = buffers.dq.shape[4] % D
+    queries = _queries(place.n, sizes, BLOCK_M)
+    n_m = gl.cdiv(sizes.T_q, BLOCK_M)
+    for g in range(sizes.group):
+        h = place.h * sizes.group + g
+        head_turns = turns_ptr + (place.b * sizes.H_kv * sizes.group + h) * n_m
+        for m in range(queries.begin, queries.end):
+            turn = _turn(m, place.n, sizes, BLOCK_M)
+            await_at(DQ_FULL, WITH_ONE_WARP)
+            done = gl.atomic_add(head_turns + m, 0, sem="acquire")
+            while done != turn:
+                done = gl.atomic_add(head_turns + m, 0, sem="acquire")
+            for w in gl.static_range(2):
+                at = [place.b, h, m * BLOCK_M + w * ROWS_APART, w * LANES_APART]
+                if turn == 0:
+                    async_store(dq_source, at, buffers.dq.index(w))
+                else:
+                    async_reduce_add(dq_source, at, buffers.dq.index(w))
+            store_wait(0)
+            arrive_at(DQ_EMPTY, WITH_ONE_WARP)
+            store_wait_written()
+            gl.atomic_add(head_turns + m, 1, sem="release")
+
+
+@gluon.jit
+def _seen(p, first, limit, WINDOW: gl.constexpr, BLOCK_M: gl.constexpr):
+    """``p`` where the column is at least its row's ``first``, and less than ``limit``; else 0.
+
+    A thread holds two of every eight columns. With those eight as a dim of their own its columns
+    are constants of the code plus one number, where a plain comparison takes 32 registers.
+    """
+    LAYOUT: gl.constexpr = p.type.layout
+    p = p.reshape([HALF, BLOCK_M // 8, 8])
+    SPLIT: gl.constexpr = p.type.layout
+    ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, SPLIT))
+    eights = gl.arange(0, BLOCK_M // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, SPLIT))) * 8
+    within = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, SPLIT)))
+    left = gl.convert_layout(first, ROW)[:, None, None] - within[None, None, :]
+    p = gl.where(eights[None, :, None] >= left, p, 0.0)
+    if WINDOW:
+        left = gl.convert_layout(limit, ROW)[:, None, None] - within[None, None, :]
+        p = gl.where(eights[None, :, None] < left, p, 0.0)
+    return gl.convert_layout(p.reshape([HALF, BLOCK_M]), LAYOUT)
+
+
+@gluon.jit
+def _compute(
+    buffers,
+    n,
+    sizes,
+    scale_log2,
+    WHICH: gl.constexpr,
+    WINDOW: gl.constexpr,
+):
+    """One warpgroup: dk and dv of 64 of the keys in tile n, and its half of every tile of dq."""
+    STAGES: gl.constexpr = buffers.q.shape[0]
+    BLOCK_M: gl.constexpr = buffers.q.shape[3]
+    D: gl.constexpr = buffers.q.shape[4]
+    DTYPE: gl.constexpr = buffers.q.dtype
+    DQ_ROWS: gl.constexpr = buffers.dq.shape[3]
+    DQ_LANES: gl.constexpr = buffers.dq.shape[4]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_LANES, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, ACC_LAYOUT, 2)
+    queries = _queries(n, sizes, BLOCK_M)
+    key = n * KEYS + WHICH * HALF
+    keys = sizes.T_k - key  # that there are, from this warpgroup's first on
+    # The first key is seen from this column of a tile of queries on: in the first tile, and so on.
+    first_column = key - (sizes.T_k - sizes.T_q) - sizes.right - queries.begin * BLOCK_M
+    column = first_column
+    width = sizes.left + 1 + sizes.right  # of what sees a key
+
+    s_zero = gl.zeros([HALF, BLOCK_M], gl.float32, layout=S_LAYOUT)
+    dq_zero = gl.zeros([DQ_ROWS, DQ_LANES], gl.float32, layout=DQ_LAYOUT)
+    dk = gl.zeros([HALF, D], gl.float32, layout=ACC_LAYOUT)
+    dv = gl.zeros([HALF, D], gl.float32, layout=ACC_LAYOUT)
+    mbarrier.wait(buffers.k_full.index(0), 0)
+    tiles = gl.maximum(queries.end - queries.begin, 0)
+    last_column = first_column - (tiles - 1) * BLOCK_M
+    total = sizes.group * tiles
+    for step in range(total):
+        # Else the descriptors of k and v, one for each step of a product, stay in registers.
+        zero = opaque_zero()
+        k_all = buffers.k.index(zero).reshape((KEYS, D))
+        k = k_all.slice(WHICH * HALF, HALF, 0)
+        v = buffers.v.index(WHICH + zero).reshape((HALF, D))
+        stage = step % STAGES
+        phase = step // STAGES & 1
+        q = buffers.q.index(stage).reshape((BLOCK_M, D))
+        do = buffers.do.index(stage).reshape((BLOCK_M, D))
+        rows = buffers.rows.index(stage).reshape((2, BLOCK_M))
+        mbarrier.wait(buffers.q_full.index(stage), phase)
+        s = warpgroup_mma(k, q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+        mbarrier.wait(buffers.do_full.index(stage), phase)
+        dp = warpgroup_mma(v, do.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s])
+        # Loaded after the wait: before it they would hold registers while products run.
+        p = gl.exp2(s * scale_log2 - rows.slice(0, 1, 0).load(S_LAYOUT))
+        cut = (column > 1 - HALF) | (keys < HALF)
+        if WINDOW:
+            cut = cut | (column + width < BLOCK_M)
+        if cut:  # computed inside, from what no register holds outside: few tiles come this way
+            rows_n = gl.arange(0, HALF, layout=gl.SliceLayout(1, S_LAYOUT)) + zero
+            first = gl.where(rows_n < keys, rows_n + column, BLOCK_M)
+            p = _seen(p, first, rows_n + (column + width), WINDOW, BLOCK_M)
+        p_narrow = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+        dv = warpgroup_mma(p_narrow, do, dv, is_async=True)
+        if BLOCK_M == 128:  # else registers spill
+            dp, dv, p_narrow = warpgroup_mma_wait(0, deps=[dp, dv, p_narrow])
+        else:
+            dp = warpgroup_mma_wait(1, deps=[dp])
+        ds = (p * (dp - rows.slice(1, 1, 0).load(S_LAYOUT))).to(DTYPE)
+        # Queries are rows in shared memory, so that addresses of the last stores differ from these,
+        # and are not kept in registers all along.
+        ds_tile = buffers.ds.index(step % 2)
+        ds_tile.slice(WHICH * HALF, HALF, 1).permute((1, 0)).store(ds)
+        fence_async_shared()
+        await_at(DS_READY, COMPUTING)
+        if DQ_ROWS < BLOCK_M:
+            dq = warpgroup_mma(
+                ds_tile.slice(WHICH * DQ_ROWS, DQ_ROWS, 0), k_all, dq_zero,
+                use_acc=False, is_async=True,
+            )  # fmt: skip
+        else:
+            dq = warpgroup_mma(
+                ds_tile, k_all.slice(WHICH * DQ_LANES, DQ_LANES, 1), dq_zero,
+                use_acc=False, is_async=True,
+            )  # fmt: skip
+        ds_narrow = gl.convert_layout(ds, P_LAYOUT)
+        dk = warpgroup_mma(ds_narrow, q, dk, is_async=True)
+        dq, dv, p_narrow = warpgroup_mma_wait(1, deps=[dq, dv, p_narrow])
+        if step > 0:
+            await_at(DQ_EMPTY, WITH_ONE_WARP)
+        buffers.dq.index(WHICH + zero).reshape((DQ_ROWS, DQ_LANES)).store(dq)
+        fence_async_shared()
+        arrive_at(DQ_FULL, WITH_ONE_WARP)
+        dk, ds_narrow = warpgroup_mma_wait(0, deps=[dk, ds_narrow])
+        arrive_at(EMPTY + stage, WITH_ONE_WARP)
+        column = gl.where(column == last_column, first_column, column - BLOCK_M)
+    if total > 0:  # every arrival is awaited
+        await_at(DQ_EMPTY, WITH_ONE_WARP)
+    await_at(DS_READY, COMPUTING)  # the other warpgroup has read k too
+    zero = opaque_zero()
+    k = buffers.k.index(zero).reshape((KEYS, D)).slice(WHICH * HALF, HALF, 0)
+    k.store((dk * (scale_log2 * LN2)).to(DTYPE))
+    buffers.v.index(WHICH + zero).reshape((HALF, D)).store(dv.to(DTYPE))
+    fence_async_shared()
+    arrive_at(RESULTS_READY, WITH_ONE_WARP)
+
+
+@gluon.jit(do_not_specialize=["B", "H_kv", "group", "T_q", "T_k", "left", "right", "section"])
+def _attention_backward_hopper_kernel(
+    q_source,  # descriptors of [B, H, T, D]
+    k_source,
+    v_source,
+    do_source,
+    rows_source,  # descriptor of fp32 [B * H, 2, whole tiles]: lse in powers of 2, delta
+    dq_source,  # descriptor of an fp32 workspace [B, H, T_q, D]
+    dk_source,
+    dv_source,
+    turns_ptr,  # int32 [1 + B * H * query tiles], zeros: the next ticket, and the turns
+    B,
+    H_kv,
+    group,  # H // H_kv
+    T_q,
+    T_k,
+    left,
+    right,
+    section,  # key/value heads at a time
+    scale_log2,  # softmax_scale * log2(e)
+    WINDOW: gl.constexpr,  # whether keys long before a query's own are not seen
+    STAGES: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    """One key tile of one key/value head."""
+    DTYPE: gl.constexpr = q_source.dtype
+    BLOCK_M: gl.constexpr = q_source.block_type.shape[2]
+    D: gl.constexpr = q_source.block_type.shape[3]
+    DQ_ROWS: gl.constexpr = dq_source.block_type.shape[2]
+    DQ_LANES: gl.constexpr = dq_source.block_type.shape[3]
+    DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, KEYS], DTYPE)
+    gl.static_assert(EMPTY + STAGES <= DS_READY)
+    gl.static_assert(2 * DQ_ROWS * DQ_LANES == BLOCK_M * D)
+    buffers = Buffers(
+        gl.allocate_shared_memory(DTYPE, [1, 1, 1, KEYS, D], k_source.layout),
+        gl.allocate_shared_memory(DTYPE, [2, 1, 1, HALF, D], v_source.layout),
+        gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, D], q_source.layout),
+        gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, D], do_source.layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, 2, BLOCK_M], rows_source.layout),
+        gl.allocate_shared_memory(DTYPE, [2, BLOCK_M, KEYS], DS_LAYOUT),
+        gl.allocate_shared_memory(gl.float32, [2, 1, 1, DQ_ROWS, DQ_LANES], dq_source.layout),
+        gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
+    )
+    mbarrier.init(buffers.k_full.index(0), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(buffers.q_full.index(stage), count=1)
+        mbarrier.init(buffers.do_full.index(stage), count=1)
+    follow(PDL)
+    ticket = gl.atomic_add(turns_ptr, 1, sem="relaxed")
+    sizes = Sizes(T_q, T_k, H_kv, group, left, right)
+    place = _place(ticket, B * H_kv, section, sizes)
+    sources = (q_source, k_source, v_source, do_source, rows_source)
+    results = (dk_source, dv_source)
+    gl.warp_specialize(
+        [
+            (_compute, (buffers, place.n, sizes, scale_log2, 0, WINDOW)),
+            (_compute, (buffers, place.n, sizes, scale_log2, 1, WINDOW)),
+            (_copy, (buffers, sources, results, place, sizes)),
+            (_add, (buffers, dq_source, turns_ptr + 1, place, sizes)),
+        ],
+        [4, 1, 1],
+        [REGISTERS, COPIER_REGISTERS, COPIER_REGISTERS],
+    )
+
+
+class Plans(NamedTuple):
+    """The launches of one backward, in their order."""
+
+    rows: Plan  # on (o, do, lse, dlse, rows, turns)
+    gradients: Plan  # on (q, k, v, do, rows, sums, dk, dv, turns)
+    rounding: Plan  # on (sums, dq)
+
+
+def backward_plans(
+    call: Attention, dq: Layout, dk: Layout, dv: Layout, config: LaunchConfig, target: str
+) -> Plans:
+    """The launches for operands and gradients that suit bulk copies."""
+    q, k, v, do = call.inputs
+    (B, T_q, T_k, H, H_kv, group), D, dtype = call.sizes, q.shape[3], call.dtype
+    M, options = config.block_m, config.options
+    tiles = triton.cdiv(T_q, M)
+    whole = tiles * M
+    by_row = launch_config("delta", D, dtype, target, True)
+    row = {"H": H, "D": D, "ROWS": by_row.block_m, "BLOCK_M": M, **by_row.options}
+    window = {"left": call.mask.left, "right": call.mask.right}
+
+    n_rows = B * H * whole
+    of_rows = {"do_strides": strides_of(do), "T": T_q, "tiles": tiles, "n_rows": n_rows}
+    rows = Plan(_rows_kernel, (triton.cdiv(n_rows, by_row.block_m),), of_rows | row)
+
+    bulk = {
+        i: swizzled(rows_in_bulk(t, n), dtype)
+        for i, t, n in (
+            *((0, q, M), (1, k, KEYS.value), (2, v, HALF.value), (3, do, M)),
+            *((6, dk, KEYS.value), (7, dv, HALF.value)),
+        )
+    }
+    bulk[4] = unswizzled(Bulk((B * H, 2, whole), (2 * whole, whole, 1), (1, 2, M)), torch.float32)
+    sums_strides = (H * T_q * D, T_q * D, D, 1)
+    # Half of a tile: of its lanes, or of its rows where those are more than one WGMMA takes.
+    bulk[5] = swizzled(Bulk((B, H, T_q, D), sums_strides, (1, 1, 64, M * D // 128)), torch.float32)
+    # Read again and again: q, do and, in float32, dq.
+    head_bytes = 2 * T_q * D * (dtype.itemsize + 2) * group
+    arguments = {
+        "B": B,
+        "H_kv": H_kv,
+        "group": group,
+        "T_q": T_q,
+        "T_k": T_k,
+        **window,
+        "section": heads_per_section(B * H_kv, head_bytes),
+        "scale_log2": call.scores.scale_log2,
+        "WINDOW": call.mask.WINDOW,
+        "STAGES": config.num_stages,
+        **options,
+    }
+    grid = (B * H_kv * triton.cdiv(T_k, KEYS.value),)
+    gradients = Plan(_attention_backward_hopper_kernel, grid, arguments, bulk)
+
+    n_rows = B * H * T_q
+    of_sums = {"dq_strides": strides_of(dq), "T_q": T_q, "T_k": T_k, **window, "n_rows": n_rows}
+    of_sums["softmax_scale"] = call.scores.scale_log2 * LN2.value
+    rounding = Plan(_rounding_kernel, (triton.cdiv(n_rows, by_row.block_m),), of_sums | row)
+    return Plans(rows, gradients, rounding)
+
+
+def attention_backward_hopper(
+    plans: Plans,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """Write dq, dk and dv, by way of a workspace of ``4 B T_q H D`` bytes and some for each row."""
+    (B, T_q, H, D), bulk = q.shape, plans.gradients.bulk
+    scratch = {"dtype": torch.float32, "device": q.device}
+    rows = torch.empty(bulk[4].shape, **scratch)
+    sums = torch.empty(bulk[5].shape, **scratch)
+    tiles = rows.shape[2] // bulk[4].block[2]
+    turns = torch.empty(1 + B * H * tiles, dtype=torch.int32, device=q.device)
+    plans.rows(o, do, lse, dlse, rows, turns)
+    plans.gradients(q, k, v, do, rows, sums, dk, dv, turns)
+    plans.rounding(sums, dq)
