@@ -12,6 +12,7 @@ from strategies import DEVICE, NAN, normal
 
 from ra_triton.kernels.projection import forward as stage
 from ra_triton.kernels.projection import forward_hopper as projection_hopper
+from ra_triton.launch import gluon
 from ra_triton.launch.configs import in_fewest_rounds, launch_config
 from ra_triton.launch.plans import Bulk, Layout
 
@@ -157,8 +158,7 @@ def test_a_bias_may_lie_anywhere():
 def test_a_layout_in_shared_memory_makes_a_descriptor_for_gluon():
     t = torch.zeros(64, 128, dtype=torch.bfloat16)
     bulk = Bulk(t.shape, t.stride(), (16, 64))
-    layout = projection_hopper._bulk(*bulk[:3], t.dtype).layout
-    for described in (bulk, bulk._replace(layout=layout)):
+    for described in (bulk, gluon.swizzled(bulk, t.dtype)):
         descriptor = described.of(t)
         assert descriptor.base is t
         assert tuple(descriptor.block_shape) == (16, 64)

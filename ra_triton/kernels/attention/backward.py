@@ -383,14 +383,15 @@ def attention_backward(
     dlse = None if dlse is None else dlse.contiguous()
     device, dtype, target = q.device, q.dtype, target_of(q.device)
     operands = (layout_of(q), layout_of(k), layout_of(v), layout_of(do))
-    gradients = tuple(None if t is None else layout_of(t) for t in (dq, dk, dv))
     sequences = None if offsets is None else lengths(offsets)
     scores = (softmax_scale, float(softcap), float(dropout_p), dot_precision(dtype))
     options = (sequences, causal, window_size, *scores, target, config)
     if config is not None and config.groups > 1:
         from ra_triton.kernels.attention.backward_hopper import attention_backward_hopper
 
-        others = on_16_bytes(o, lse, dlse)
+        if dq is None or dk is None or dv is None:
+            raise ValueError("one pass computes all of dq, dk and dv")
+        gradients, others = (layout_of(dq), layout_of(dk), layout_of(dv)), on_16_bytes(o, lse, dlse)
         plans = _hopper_plans(device, dtype, operands, gradients, others, *options)
         attention_backward_hopper(plans, q, k, v, o, lse, do, dlse, dq, dk, dv)
         return
@@ -401,10 +402,11 @@ def attention_backward(
     inputs = (q, k, v, do, lse, delta, seed, *flat(offsets)[:2])
     others = on_16_bytes(*inputs[4:])
     if dk is not None or dv is not None:
-        layouts = (operands, *gradients[1:])
+        dk_layout, dv_layout = (None if t is None else layout_of(t) for t in (dk, dv))
+        layouts = (operands, dk_layout, dv_layout)
         _key_value_plan(device, dtype, *layouts, others, *options)(*inputs, dk, dv)
     if dq is not None:
-        _query_plan(device, dtype, operands, gradients[0], others, *options)(*inputs, dq)
+        _query_plan(device, dtype, operands, layout_of(dq), others, *options)(*inputs, dq)
 
 
 @planned
@@ -436,7 +438,7 @@ def _hopper_plans(
     device: torch.device,
     dtype: torch.dtype,
     operands: Operands,
-    gradients: Operands,
+    gradients: tuple[Layout, Layout, Layout],
     others: tuple[bool | None, ...],
     *options: Any,
 ) -> Any:
@@ -444,7 +446,7 @@ def _hopper_plans(
     from ra_triton.kernels.attention.backward_hopper import backward_plans
 
     call, config = _call("attention_backward", dtype, operands, *options)
-    return backward_plans(call, *gradients, config, options[-2])
+    return backward_plans(call, gradients, config, target=options[-2])
 
 
 @planned

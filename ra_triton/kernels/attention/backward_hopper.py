@@ -27,7 +27,7 @@ were launched.
 After FlashAttention-3 (arXiv:2407.08608). Overwrites only dq, dk and dv.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -497,21 +497,24 @@ class Plans(NamedTuple):
     """The launches of one backward, in their order."""
 
     rows: Plan  # on (o, do, lse, dlse, rows, turns)
-    gradients: Plan  # on (q, k, v, do, rows, sums, dk, dv, turns)
+    one_pass: Plan  # on (q, k, v, do, rows, sums, dk, dv, turns)
     rounding: Plan  # on (sums, dq)
 
 
 def backward_plans(
-    call: Attention, dq: Layout, dk: Layout, dv: Layout, config: LaunchConfig, target: str
+    call: Attention,
+    gradients: tuple[Layout, Layout, Layout],
+    config: LaunchConfig,
+    target: str,
 ) -> Plans:
-    """The launches for operands and gradients that suit bulk copies."""
-    q, k, v, do = call.inputs
+    """The launches for operands and ``(dq, dk, dv)`` that suit bulk copies."""
+    (q, k, v, do), (dq, dk, dv) = call.inputs, gradients
     (B, T_q, T_k, H, H_kv, group), D, dtype = call.sizes, q.shape[3], call.dtype
     M, options = config.block_m, config.options
     tiles = triton.cdiv(T_q, M)
     whole = tiles * M
     by_row = launch_config("delta", D, dtype, target, True)
-    row = {"H": H, "D": D, "ROWS": by_row.block_m, "BLOCK_M": M, **by_row.options}
+    row: dict[str, Any] = {"H": H, "D": D, "ROWS": by_row.block_m, "BLOCK_M": M, **by_row.options}
     window = {"left": call.mask.left, "right": call.mask.right}
 
     n_rows = B * H * whole
@@ -545,13 +548,13 @@ def backward_plans(
         **options,
     }
     grid = (B * H_kv * triton.cdiv(T_k, KEYS.value),)
-    gradients = Plan(_attention_backward_hopper_kernel, grid, arguments, bulk)
+    one_pass = Plan(_attention_backward_hopper_kernel, grid, arguments, bulk)
 
     n_rows = B * H * T_q
     of_sums = {"dq_strides": strides_of(dq), "T_q": T_q, "T_k": T_k, **window, "n_rows": n_rows}
     of_sums["softmax_scale"] = call.scores.scale_log2 * LN2.value
     rounding = Plan(_rounding_kernel, (triton.cdiv(n_rows, by_row.block_m),), of_sums | row)
-    return Plans(rows, gradients, rounding)
+    return Plans(rows, one_pass, rounding)
 
 
 def attention_backward_hopper(
@@ -568,12 +571,10 @@ def attention_backward_hopper(
     dv: Tensor,
 ) -> None:
     """Write dq, dk and dv, by way of a workspace of ``4 B T_q H D`` bytes and some for each row."""
-    (B, T_q, H, D), bulk = q.shape, plans.gradients.bulk
-    scratch = {"dtype": torch.float32, "device": q.device}
-    rows = torch.empty(bulk[4].shape, **scratch)
-    sums = torch.empty(bulk[5].shape, **scratch)
-    tiles = rows.shape[2] // bulk[4].block[2]
-    turns = torch.empty(1 + B * H * tiles, dtype=torch.int32, device=q.device)
+    bulk, device = plans.one_pass.bulk, q.device
+    rows, sums = (torch.empty(bulk[i].shape, dtype=torch.float32, device=device) for i in (4, 5))
+    tiles = rows[:, 0].numel() // bulk[4].block[2]
+    turns = torch.empty(1 + tiles, dtype=torch.int32, device=device)
     plans.rows(o, do, lse, dlse, rows, turns)
-    plans.gradients(q, k, v, do, rows, sums, dk, dv, turns)
+    plans.one_pass(q, k, v, do, rows, sums, dk, dv, turns)
     plans.rounding(sums, dq)

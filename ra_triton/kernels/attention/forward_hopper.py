@@ -30,16 +30,19 @@ from ra_triton.kernels.tiles import LN2, LOG2E, follow
 from ra_triton.launch import gluon
 from ra_triton.launch.configs import LaunchConfig
 from ra_triton.launch.gluon import (
+    arrive_at,
     async_load,
     async_store,
+    await_at,
     fence_async_shared,
     gl,
     mbarrier,
     store_wait,
+    swizzled,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from ra_triton.launch.plans import Bulk, Layout, Plan
+from ra_triton.launch.plans import Layout, Plan
 
 ROWS = gl.constexpr(64)  # queries of a warpgroup: what one WGMMA takes
 # Of a thread that computes, by warpgroups: what the 65536 of an SM leave, in steps of eight.
@@ -51,24 +54,6 @@ TURN = gl.constexpr(5)  # one for each warpgroup
 EMPTY = gl.constexpr(8)  # one for each buffer of k, then of v, then one for each of Q_BUFFERS
 SECTION_BYTES = 17 * 2**20  # of k and v: what stays in L2 while all SMs read it
 SECTION_ROUNDS = 4  # more would be no better balanced
-
-
-@gluon.jit
-def _arrive(barrier, threads):
-    """Count the calling threads at a named barrier, and go on."""
-    gl.inline_asm_elementwise(
-        "bar.arrive $1, $2; // $0", "=r,r,r", [barrier, threads],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _await(barrier, threads):
-    """Count the calling threads at a named barrier, and wait until ``threads`` have come."""
-    gl.inline_asm_elementwise(
-        "bar.sync $1, $2; // $0", "=r,r,r", [barrier, threads],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -133,7 +118,7 @@ def _copy(buffers, sources, sizes, schedule, group, CAUSAL: gl.constexpr, PDL: g
             n_tiles = _key_tiles(m, BLOCK_M, T_q, T_k, CAUSAL, BLOCK_N)
             h_kv = h // group
             if tiles >= Q_BUFFERS:
-                _await(Q_EMPTY + tiles % Q_BUFFERS, threads)
+                await_at(Q_EMPTY + tiles % Q_BUFFERS, threads)
             for w in gl.static_range(WARPGROUPS):
                 buffer = tiles % Q_BUFFERS * WARPGROUPS + w
                 mbarrier.expect(q_full.index(buffer), q_source.block_type.nbytes)
@@ -143,13 +128,13 @@ def _copy(buffers, sources, sizes, schedule, group, CAUSAL: gl.constexpr, PDL: g
             for n in range(n_tiles):
                 stage = step % STAGES
                 if step >= STAGES:
-                    _await(EMPTY + stage, threads)
+                    await_at(EMPTY + stage, threads)
                 mbarrier.expect(k_full.index(stage), k_source.block_type.nbytes)
                 async_load(
                     k_source, [b, h_kv, n * BLOCK_N, 0], k_full.index(stage), k_tiles.index(stage)
                 )
                 if step >= STAGES:
-                    _await(EMPTY + STAGES + stage, threads)
+                    await_at(EMPTY + STAGES + stage, threads)
                 mbarrier.expect(v_full.index(stage), v_source.block_type.nbytes)
                 async_load(
                     v_source, [b, h_kv, n * BLOCK_N, 0], v_full.index(stage), v_tiles.index(stage)
@@ -157,10 +142,10 @@ def _copy(buffers, sources, sizes, schedule, group, CAUSAL: gl.constexpr, PDL: g
                 step += 1
             tiles += 1
     for n in range(gl.maximum(step - STAGES, 0), step):  # every arrival is awaited
-        _await(EMPTY + n % STAGES, threads)
-        _await(EMPTY + STAGES + n % STAGES, threads)
+        await_at(EMPTY + n % STAGES, threads)
+        await_at(EMPTY + STAGES + n % STAGES, threads)
     for n in range(gl.maximum(tiles - Q_BUFFERS, 0), tiles):
-        _await(Q_EMPTY + n % Q_BUFFERS, threads)
+        await_at(Q_EMPTY + n % Q_BUFFERS, threads)
 
 
 @gluon.jit
@@ -219,7 +204,7 @@ def _compute(
     nothing = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=S_LAYOUT)
     o_tile = o_tiles.index(WHICH)
     if NEXT == 0:
-        _arrive(TURN, 256)  # the first may begin
+        arrive_at(TURN, 256)  # the first may begin
     tiles = 0  # of this program so far, and key tiles of all of them, in the same buffers
     step = 0
     for i in range(schedule[3]):
@@ -241,11 +226,11 @@ def _compute(
             stage = step % STAGES
             mbarrier.wait(k_full.index(stage), step // STAGES & 1)
             k = k_tiles.index(stage).reshape((BLOCK_N, D)).permute((1, 0))
-            _await(TURN + WHICH, 256)
+            await_at(TURN + WHICH, 256)
             s = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
-            _arrive(TURN + NEXT, 256)
+            arrive_at(TURN + NEXT, 256)
             s = warpgroup_mma_wait(0, deps=[s])
-            _arrive(EMPTY + stage, threads)
+            arrive_at(EMPTY + stage, threads)
             if whole == 0:
                 s = _masked(s, limit, BLOCK_N)
             p_wide, alpha, m_i, l_i = _softmax(s, m_i, scale_log2, BLOCK_N)
@@ -259,14 +244,14 @@ def _compute(
                 stage = n % STAGES
                 before = (n - 1) % STAGES
                 k = k_tiles.index(stage).reshape((BLOCK_N, D)).permute((1, 0))
-                _await(TURN + WHICH, 256)
+                await_at(TURN + WHICH, 256)
                 s = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
                 mbarrier.wait(v_full.index(before), (n - 1) // STAGES & 1)
                 v = v_tiles.index(before).reshape((BLOCK_N, D))
                 acc = warpgroup_mma(p, v, acc, is_async=True)
-                _arrive(TURN + NEXT, 256)
+                arrive_at(TURN + NEXT, 256)
                 s = warpgroup_mma_wait(1, deps=[s])
-                _arrive(EMPTY + stage, threads)
+                arrive_at(EMPTY + stage, threads)
                 if n >= whole:
                     s = _masked(s, limit - n * BLOCK_N, BLOCK_N)
                 p_wide, alpha, m_i, sums = _softmax(s, m_i, scale_log2, BLOCK_N)
@@ -277,23 +262,23 @@ def _compute(
                 after = n + 1
                 mbarrier.wait(k_full.index(after % STAGES), after // STAGES & 1, pred=n < last)
                 acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-                _arrive(V_EMPTY + before, threads)
+                arrive_at(V_EMPTY + before, threads)
                 acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
                 p = gl.convert_layout(p_wide.to(DTYPE), P_LAYOUT)
-            _arrive(Q_EMPTY + tiles % Q_BUFFERS, threads)
+            arrive_at(Q_EMPTY + tiles % Q_BUFFERS, threads)
             mbarrier.wait(v_full.index(last % STAGES), last // STAGES & 1)
             v = v_tiles.index(last % STAGES).reshape((BLOCK_N, D))
             acc = warpgroup_mma(p, v, acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            _arrive(V_EMPTY + last % STAGES, threads)
+            arrive_at(V_EMPTY + last % STAGES, threads)
             for n in range(last + 1, step + all_tiles):  # what only other warpgroups see
                 stage = n % STAGES
                 mbarrier.wait(k_full.index(stage), n // STAGES & 1)
-                _await(TURN + WHICH, 256)
-                _arrive(TURN + NEXT, 256)
-                _arrive(EMPTY + stage, threads)
+                await_at(TURN + WHICH, 256)
+                arrive_at(TURN + NEXT, 256)
+                arrive_at(EMPTY + stage, threads)
                 mbarrier.wait(v_full.index(stage), n // STAGES & 1)
-                _arrive(V_EMPTY + stage, threads)
+                arrive_at(V_EMPTY + stage, threads)
             step += all_tiles
             tiles += 1
 
@@ -310,7 +295,7 @@ def _compute(
             gl.store(lse_ptr + head * T_q + offs_m, lse, mask=(offs_m >= 0) & (offs_m < T_q))
     store_wait(0)
     if WHICH == 0:
-        _await(TURN, 256)  # the last arrival
+        await_at(TURN, 256)  # the last arrival
 
 
 @gluon.jit(do_not_specialize=["B", "H", "group", "T_q", "T_k", "section", "per_section", "rounds"])
@@ -440,7 +425,7 @@ def forward_plan(
         "REGISTERS": REGISTERS[config.groups],
         **config.options,
     }
-    bulk = {i: _in_shared_memory(rows_in_bulk(t, n), dtype) for i, (t, n) in rows.items()}
+    bulk = {i: swizzled(rows_in_bulk(t, n), dtype) for i, (t, n) in rows.items()}
     return Plan(_attention_forward_hopper_kernel, (programs,), arguments, bulk)
 
 
@@ -457,9 +442,3 @@ def heads_filling_rounds(n_heads: int, n_m: int, bytes_per_head: int, programs: 
             heads = max(heads, full)
     sections = max(1, round(n_heads / heads))
     return min(n_heads, max(heads, triton.cdiv(n_heads, sections)))
-
-
-def _in_shared_memory(bulk: Bulk, dtype: torch.dtype) -> Bulk:
-    """With how a block lies in shared memory."""
-    kind = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[dtype]
-    return bulk._replace(layout=gl.NVMMASharedLayout.get_default_for(list(bulk.block), kind))

@@ -27,6 +27,7 @@ from ra_triton.launch.gluon import (
     gl,
     mbarrier,
     store_wait,
+    swizzled,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -35,7 +36,6 @@ from ra_triton.launch.plans import Bulk, Layout, Plan
 GROUP_M = 8
 STORED = gl.constexpr(64)  # columns of y that a group stores at a time
 BUFFERS = gl.constexpr(2)  # that it stores from, in turns
-_GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 @gluon.jit
@@ -266,10 +266,11 @@ def projection_plan(
     if w_transposed:
         w, w_block = Layout(w.shape[::-1], w.strides[::-1], w.on_16_bytes), w_block[::-1]
     bulk = {
-        0: _bulk(x.shape, x.strides, (config.block_m, config.block_k), dtype),
-        1: _bulk(w.shape, w.strides, w_block, dtype),
-        3: _bulk((M, N), (N, 1), (config.block_m, STORED.value), dtype),
+        0: Bulk(x.shape, x.strides, (config.block_m, config.block_k)),
+        1: Bulk(w.shape, w.strides, w_block),
+        3: Bulk((M, N), (N, 1), (config.block_m, STORED.value)),
     }
+    bulk = {i: swizzled(b, dtype) for i, b in bulk.items()}
     arguments = {
         "M": M,
         "N": N,
@@ -285,11 +286,3 @@ def projection_plan(
     }
     tiles = triton.cdiv(M, config.groups * config.block_m) * triton.cdiv(N, config.block_n)
     return Plan(_projection_kernel, (min(tiles, processors),), arguments, bulk)
-
-
-def _bulk(
-    shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...], dtype: torch.dtype
-) -> Bulk:
-    """A descriptor whose tiles lie in shared memory as the tensor cores read them."""
-    layout = gl.NVMMASharedLayout.get_default_for(list(block), _GLUON_DTYPES[dtype])
-    return Bulk(shape, strides, block, layout)
