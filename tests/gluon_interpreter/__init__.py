@@ -1,0 +1,142 @@
+"""Runs the package's Gluon kernels on a CPU: their numbers, barriers and races.
+
+A kernel is run as Python, with other functions behind Gluon's names. A seed decides who goes on
+when: partitions and programs, and what copies and tensor cores do on their own. What goes wrong in
+an order that did not come up is mostly found too, see :mod:`.scheduler`.
+
+Not modelled: layouts, registers, clusters, and time.
+"""
+
+import builtins
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+import triton.language as tl
+from triton.runtime.jit import KernelInterface
+
+from ra_triton.launch import gluon
+from ra_triton.launch.plans import Plan
+
+from . import hopper, scheduler
+from .hopper import Program, to_the_end
+from .language import Language, Range
+from .memory import Descriptor
+from .scheduler import Agent, Deadlock, Hazard, Scheduler
+from .values import Pointer, Tensor, integer
+
+__all__ = ["Deadlock", "Hazard", "interpret", "interpreted"]
+
+LANGUAGE = Language()
+MODULES = (gluon.gl, tl)
+# What the package calls by the names of launch/gluon.py
+NAMES = {id(getattr(gluon, n)): getattr(hopper, n) for n in gluon.__all__ if hasattr(hopper, n)}
+
+
+def interpret(plan: Plan, tensors: Sequence[Any], *, seed: int = 0, processors: int = 4) -> None:
+    """Launch a plan of a Gluon kernel.
+
+    Args:
+        plan: the launch.
+        tensors: as the plan would be called with, on the CPU.
+        seed: of the order in which things happen.
+        processors: programs that run at a time; they begin in their order.
+    """
+    kernel: Any = plan.kernel
+    names = [p.name for p in kernel.params]
+    values = dict(zip(names, tensors, strict=False)) | plan.arguments
+    for position, bulk in plan.bulk.items():
+        values[names[position]] = Descriptor(tensors[position], bulk)
+    values = {
+        p.name: values[p.name] if p.is_constexpr else _argument(values[p.name])
+        for p in kernel.params
+    }
+    run = Scheduler(seed)
+    count = plan.grid[0] * plan.grid[1] * plan.grid[2]
+    ids = iter(range(count))
+    options = plan.arguments
+
+    def work(program: Program) -> None:
+        to_the_end(_python(kernel.fn), (), values)
+        program.end()
+        start()
+
+    def start() -> None:
+        for id in ids:
+            program = Program(id, plan.grid, bool(options.get("launch_pdl")))
+            agent = Agent(program, kernel.__name__, options.get("num_warps", 4), run.weight())
+            run.start(agent, partial(work, program))
+            return
+
+    for _ in range(processors):
+        start()
+    before, scheduler.run = scheduler.run, run
+    try:
+        run.run()
+    finally:
+        scheduler.run = before
+
+
+@contextmanager
+def interpreted(seed: int = 0, processors: int = 4) -> Iterator[list[Plan]]:
+    """Plans of Gluon kernels that are launched in here are interpreted; yields them."""
+    launch, plans = Plan.__call__, []
+
+    def call(plan: Plan, *tensors: Any) -> None:
+        if not isinstance(plan.kernel, type(gluon.jit(_nothing))):
+            return launch(plan, *tensors)
+        plans.append(plan)
+        interpret(plan, tensors, seed=seed, processors=processors)
+
+    Plan.__call__ = call  # type: ignore[method-assign]
+    try:
+        yield plans
+    finally:
+        Plan.__call__ = launch  # type: ignore[method-assign]
+
+
+def _nothing() -> None:
+    pass
+
+
+def _argument(value: Any) -> Any:
+    """As a kernel gets it."""
+    if isinstance(value, torch.Tensor):
+        return Pointer.to(value)
+    if isinstance(value, tuple):
+        items = map(_argument, value)
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, float):
+        return Tensor(torch.tensor(value, dtype=torch.float32))
+    if isinstance(value, int):
+        return integer(value, torch.int32 if -(2**31) <= value < 2**31 else torch.int64)
+    return value
+
+
+@cache
+def _python(f: FunctionType) -> Callable[..., Any]:
+    """A jit function as a function of Python, by the names of this interpreter."""
+    scope = {n: _replaced(f.__globals__[n]) for n in _names(f.__code__) if n in f.__globals__}
+    scope |= {"__builtins__": vars(builtins) | {"range": Range}}
+    python = FunctionType(f.__code__, scope, f.__name__, f.__defaults__, f.__closure__)
+    python.__kwdefaults__ = f.__kwdefaults__
+    return python
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = (c for c in code.co_consts if isinstance(c, CodeType))
+    return {*code.co_names, *(name for c in inner for name in _names(c))}
+
+
+def _replaced(value: Any) -> Any:
+    """What a global of a kernel is here."""
+    if any(value is module for module in MODULES):
+        return LANGUAGE
+    if id(value) in NAMES:
+        return NAMES[id(value)]
+    if isinstance(value, KernelInterface):
+        return _python(value.fn)
+    return value.value if isinstance(value, tl.constexpr) else value
