@@ -24,7 +24,7 @@ from ra_triton.launch.plans import Plan
 from . import hopper, scheduler
 from .hopper import Program, to_the_end
 from .language import Language, Range
-from .memory import Descriptor
+from .memory import Accessed, Descriptor
 from .scheduler import Agent, Deadlock, Hazard, Scheduler
 from .values import Pointer, Tensor, integer
 
@@ -48,12 +48,15 @@ def interpret(plan: Plan, tensors: Sequence[Any], *, seed: int = 0, processors: 
     kernel: Any = plan.kernel
     names = [p.name for p in kernel.params]
     values = dict(zip(names, tensors, strict=False)) | plan.arguments
+    memories: dict[int, Accessed] = {}
     for position, bulk in plan.bulk.items():
-        values[names[position]] = Descriptor(tensors[position], bulk)
-    values = {
-        p.name: values[p.name] if p.is_constexpr else _argument(values[p.name])
-        for p in kernel.params
-    }
+        name, t = names[position], tensors[position]
+        memory = memories.setdefault(t.untyped_storage().data_ptr(), Accessed(name))
+        values[name] = Descriptor(bulk.of(t), memory)
+    for p in kernel.params:
+        if not p.is_constexpr:
+            values[p.name] = _argument(p.name, values[p.name], memories)
+    values = {name: values[name] for name in names}
     run = Scheduler(seed)
     count = plan.grid[0] * plan.grid[1] * plan.grid[2]
     ids = iter(range(count))
@@ -74,9 +77,12 @@ def interpret(plan: Plan, tensors: Sequence[Any], *, seed: int = 0, processors: 
     for _ in range(processors):
         start()
     before, scheduler.run = scheduler.run, run
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # or every partition starts some of its own
     try:
         run.run()
     finally:
+        torch.set_num_threads(threads)
         scheduler.run = before
 
 
@@ -102,12 +108,13 @@ def _nothing() -> None:
     pass
 
 
-def _argument(value: Any) -> Any:
+def _argument(name: str, value: Any, memories: dict[int, Accessed]) -> Any:
     """As a kernel gets it."""
     if isinstance(value, torch.Tensor):
-        return Pointer.to(value)
+        memory = memories.setdefault(value.untyped_storage().data_ptr(), Accessed(name))
+        return Pointer(value, memory)
     if isinstance(value, tuple):
-        items = map(_argument, value)
+        items = (_argument(name, item, memories) for item in value)
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, float):
         return Tensor(torch.tensor(value, dtype=torch.float32))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import scheduler
-from .memory import Barrier, Descriptor, Shared
+from .memory import Barrier, Descriptor, Shared, region_of
 from .scheduler import Agent, Hazard, Known
 from .values import Int, Tensor, integer
 
@@ -21,7 +21,7 @@ class Program:
 
     Attributes:
         follows: events after which the kernel before has ended; None if nothing has to wait for it.
-        copying: bulk copies into shared memory that have not arrived.
+        copies: events of bulk copies into shared memory.
     """
 
     def __init__(self, id: int, grid: tuple[int, ...], follows: bool) -> None:
@@ -30,15 +30,15 @@ class Program:
         self.memory: list[Any] = []
         self.named: dict[int, Barrier] = {}
         self.follows = 0 if follows else None
-        self.copying = self.workers = 0
+        self.copies = self.workers = 0
 
     def end(self) -> None:
         """What may not be left over."""
         for barrier in self.named.values():
             if barrier.left < barrier.count:
                 raise Hazard(f"program {self.id} ends with arrivals at {barrier.name} unawaited")
-        if self.copying:
-            raise Hazard(f"program {self.id} ends while copies write to its shared memory")
+        if unknown := self.copies & ~scheduler.run.current.known:
+            raise Hazard(f"program {self.id} ends while {scheduler.run.first(unknown)}")
 
 
 def to_the_end(
@@ -49,8 +49,9 @@ def to_the_end(
     """A partition."""
     function(*args, **options)
     me = scheduler.run.current
-    if any(not copy.read for copy in me.copies):
-        raise Hazard(f"{me} ends while copies read its shared memory")
+    for copy in me.copies:
+        if not me.known & copy.events["read"]:
+            raise Hazard(f"{me} ends while {scheduler.run.first(copy.events['read'])}")
     if me.products:
         raise Hazard(f"{me} ends while products run")
 
@@ -80,10 +81,10 @@ def gdc_launch_dependents() -> None:
 
 
 class Copy:
-    """Out of shared memory; ``read`` and ``written`` say how far it is."""
+    """Out of shared memory: the events of its read and write, and whether they have happened."""
 
-    def __init__(self, event: int) -> None:
-        self.event, self.read, self.written = event, False, False
+    def __init__(self, reads: int, writes: int) -> None:
+        self.events, self.read, self.written = {"read": reads, "written": writes}, False, False
 
 
 def async_load(
@@ -99,48 +100,24 @@ def async_load(
         return
     touch()
     run = scheduler.run
-    me, counter = run.current, _barrier(barrier)
+    program, counter = run.current.program, _barrier(barrier)
     event = run.event(f"copies to {result.name}")
-    if result.shape != source.block_shape:
-        raise Hazard(f"{result.name} is no block of {source.block_shape}, at {scheduler.line()}")
-    result.memory.write(result.name, result.region, event, by_engine=True)
+    inside, part = source.part(coord, result)
+    result.memory.write(region_of(result.data), event, by_engine=True)
+    if inside.numel():
+        source.memory.read(region_of(inside), event)
     result.data.fill_(float("nan"))
-    knows = Known(me.known | event, me.fenced)
-    inside, places = source.part(coord)
-    me.program.copying += 1
+    knows = Known(run.current.known | event, run.current.fenced)
+    program.copies |= event
 
     def arrive() -> None:
         result.data.zero_()
-        result.data[places] = inside
-        me.program.copying -= 1
+        part.copy_(inside)
         counter.bytes -= source.block_type.nbytes
         counter.gathered.learn(knows)
         counter.settle()
 
     run.later(arrive)
-
-
-def _copy_out(target: Descriptor, coord: Sequence[Any], src: Shared, add: bool) -> None:
-    touch()
-    run = scheduler.run
-    event = run.event(f"copies from {src.name}")
-    if src.shape != target.block_shape:
-        raise Hazard(f"{src.name} is no block of {target.block_shape}, at {scheduler.line()}")
-    src.memory.read(src.name, src.region, event, by_engine=True)
-    inside, places = target.part(coord)
-    copy = Copy(event)
-    run.current.copies.append(copy)
-
-    def read() -> None:
-        data = src.data[places].clone()
-        copy.read = True
-        run.later(partial(write, data))
-
-    def write(data: torch.Tensor) -> None:
-        inside.copy_(inside + data if add else data)
-        copy.written = True
-
-    run.later(read)
 
 
 def async_store(target: Descriptor, coord: Sequence[Any], src: Shared) -> None:
@@ -151,6 +128,31 @@ def async_store(target: Descriptor, coord: Sequence[Any], src: Shared) -> None:
 def async_reduce_add(target: Descriptor, coord: Sequence[Any], src: Shared) -> None:
     """:func:`async_store` that adds to what is there."""
     _copy_out(target, coord, src, add=True)
+
+
+def _copy_out(target: Descriptor, coord: Sequence[Any], src: Shared, add: bool) -> None:
+    touch()
+    run = scheduler.run
+    inside, part = target.part(coord, src)
+    reads, writes = (run.event(f"copies from {src.name}") for _ in range(2))
+    src.memory.read(region_of(src.data), reads, by_engine=True)
+    if add and inside.numel():
+        target.memory.add(region_of(inside), writes)
+    elif inside.numel():
+        target.memory.write(region_of(inside), writes, by_engine=True)
+    copy = Copy(reads, writes)
+    run.current.copies.append(copy)
+
+    def read() -> None:
+        data = part.clone()
+        copy.read = True
+        run.later(partial(write, data))
+
+    def write(data: torch.Tensor) -> None:
+        inside.copy_(inside + data if add else data)
+        copy.written = True
+
+    run.later(read)
 
 
 def store_wait(pendings: int) -> None:
@@ -164,8 +166,9 @@ def _await_copies(pendings: int, what: str) -> None:
     waits = f"copies to have {what}"
     scheduler.run.pause(lambda: all(getattr(copy, what) for copy in first), waits)
     for copy in first:
-        me.known |= copy.event
-    me.copies = [copy for copy in me.copies if not copy.written or copy not in first]
+        me.known |= copy.events["read"] | copy.events[what]
+    if what == "written":
+        me.copies = me.copies[len(first) :]
 
 
 def fence_async_shared(cluster: bool = False) -> None:
@@ -193,6 +196,9 @@ class Product:
                 self.result += acc.product.result if isinstance(acc, Unready) else acc.data
 
 
+UNREADY = "a product is used before a wait has returned it, at "
+
+
 class Unready(Tensor):
     """What a product will be; a wait makes a tensor of it."""
 
@@ -203,7 +209,7 @@ class Unready(Tensor):
 
     @property
     def data(self) -> torch.Tensor:  # type: ignore[override]
-        raise Hazard(f"a product is used before a wait returned it, at {scheduler.line()}")
+        raise Hazard(UNREADY + scheduler.line())
 
 
 def warpgroup_mma(
@@ -223,11 +229,9 @@ def warpgroup_mma(
     event = run.event("multiplies")
     for operand in (a, b):
         if isinstance(operand, Shared):
-            operand.memory.read(operand.name, operand.region, event, by_engine=True)
-        elif isinstance(operand, Unready):
-            operand.data  # raises
-    if isinstance(acc, Unready) and use_acc and acc.product not in me.products:
-        acc.data  # raises
+            operand.memory.read(region_of(operand.data), event, by_engine=True)
+    if isinstance(a, Unready) or (isinstance(acc, Unready) and acc.product not in me.products):
+        raise Hazard(UNREADY + scheduler.line())
     product = Product(a, b, acc, bool(use_acc), event)
     me.products.append(product)
     run.later(partial(_run_next, me, product))
@@ -280,7 +284,7 @@ def _barrier(place: Shared) -> Barrier:
 
 
 def _init(place: Shared, count: int) -> None:
-    place.memory.barriers[place.data.storage_offset()] = Barrier(place.name, count)
+    place.memory.barriers[place.data.storage_offset()] = Barrier(place.name, int(count))
 
 
 def _expect(place: Shared, nbytes: int, pred: Any = True) -> None:

@@ -42,6 +42,20 @@ def _nothing(*_: Any, **__: Any) -> None:
     pass
 
 
+def _access(pointer: Pointer, mask: Any, what: str) -> tuple[torch.Tensor, ...]:
+    """See :meth:`Pointer.places`; the order of accesses is seen where they are contiguous."""
+    hopper.touch()
+    run = scheduler.run
+    elements, offsets, mask = pointer.places(mask)
+    if count := int(mask.sum()):
+        first, last = (int(end) for end in offsets[mask].aminmax())
+        if last - first == count - 1:
+            event = run.event(f"{what}s it")
+            getattr(pointer.memory, what)((first, (count,), (1,)), event)
+            run.current.known |= event
+    return elements, offsets, mask
+
+
 class Range:
     """``range`` whose numbers are those of a kernel."""
 
@@ -127,28 +141,29 @@ class Language:
 
     @staticmethod
     def load(pointer: Pointer, mask: Any = None, other: Any = None, **_: Any) -> Any:
-        hopper.touch()
-        offsets, mask = pointer.places(mask)
-        found = pointer.memory[offsets]
-        missing = memory.poison(found.dtype) if other is None else raw(other)
-        return wrapped(found.masked_fill(~mask, missing))
+        elements, offsets, mask = _access(pointer, mask, "read")
+        missing = memory.poison(elements.dtype) if other is None else raw(other)
+        return wrapped(elements[offsets].masked_fill(~mask, missing))
 
     @staticmethod
     def store(pointer: Pointer, value: Any, mask: Any = None) -> None:
-        hopper.touch()
-        offsets, mask = pointer.places(mask)
-        value = torch.as_tensor(raw(value)).to(pointer.memory.dtype).broadcast_to(offsets.shape)
-        pointer.memory[offsets[mask]] = value[mask]
+        elements, offsets, mask = _access(pointer, mask, "write")
+        value = torch.as_tensor(raw(value)).to(elements.dtype).broadcast_to(offsets.shape)
+        elements[offsets[mask]] = value[mask]
 
     @staticmethod
-    def atomic_add(
-        pointer: Pointer, value: Any, mask: Any = None, sem: str = "acq_rel", scope: str = "gpu"
-    ) -> Any:
-        hopper.touch(idle=isinstance(value, int) and value == 0)
-        offsets, mask = pointer.places(mask)
-        before = pointer.memory[offsets]
-        value = torch.as_tensor(raw(value)).to(before.dtype).broadcast_to(offsets.shape)
-        pointer.memory.index_put_((offsets[mask],), value[mask], accumulate=True)
+    def atomic_add(pointer: Pointer, value: int, sem: str = "acq_rel", scope: str = "gpu") -> Any:
+        """Of a scalar; hands on what the partition knows, as ``sem`` says."""
+        hopper.touch(idle=value == 0)
+        me = scheduler.run.current
+        elements, offset, _ = pointer.places(None)
+        place = pointer.memory.atomics.setdefault(int(offset), scheduler.Known())
+        if sem in ("acquire", "acq_rel"):
+            me.learn(place)
+        if sem in ("release", "acq_rel"):
+            place.learn(me)
+        before = elements[offset].clone()
+        elements[offset] += int(value)
         return wrapped(before)
 
     @staticmethod
@@ -161,7 +176,7 @@ class Language:
         run = scheduler.run
         me, ((function, args), *others) = run.current, functions_and_args
         workers = []
-        for (f, a), warps in zip(others, worker_num_warps, strict=True):
+        for (f, _), warps in zip(others, worker_num_warps, strict=True):
             name = f"{f.__name__} {len(workers) + 1}"
             workers.append(Agent(me.program, name, int(warps), run.weight()))
             workers[-1].learn(me)

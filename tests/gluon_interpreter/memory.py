@@ -10,73 +10,88 @@ import torch
 
 from . import scheduler
 from .scheduler import Hazard, Known
-from .values import GLUON, TORCH, Tensor, flat, raw
+from .values import GLUON, TORCH, Tensor, flat
 
 SHARED_BYTES = 227 * 1024  # that a program may have on Hopper
 
 Region = tuple[int, tuple[int, ...], tuple[int, ...]]  # offset, shape, strides
 
 
+def region_of(t: torch.Tensor) -> Region:
+    return t.storage_offset(), tuple(t.shape), t.stride()
+
+
 @lru_cache(None)
-def _overlap(size: int, a: Region, b: Region) -> bool:
-    elements = torch.zeros(size, dtype=torch.bool)
-    for (offset, shape, strides), value in ((a, True), (b, False)):
-        part = elements.as_strided(shape, strides, offset)
-        if not value:
-            return bool(part.any())
-        part.fill_(True)
-    raise AssertionError
+def _overlap(*regions: Region) -> bool:
+    """Of two of them, of one memory."""
+    spans = [(r[0], r[0] + sum((n - 1) * s for n, s in zip(*r[1:], strict=True))) for r in regions]
+    (a, a_last), (b, b_last) = spans
+    if a_last < b or b_last < a:
+        return False
+    begin = min(a, b)
+    elements = torch.zeros(max(a_last, b_last) - begin + 1, dtype=torch.bool)
+    first, second = (elements.as_strided(r[1], r[2], r[0] - begin) for r in regions)
+    first.fill_(True)
+    return bool(second.any())
 
 
 class _Accesses:
-    """Of a region: events of the last write, of reads since, and whether registers wrote it."""
+    """Events of a region: its last write, additions and reads since; ``stored``: by registers."""
 
-    __slots__ = ("by_registers", "reads", "writes")
+    __slots__ = ("adds", "reads", "stored", "writes")
 
     def __init__(self) -> None:
-        self.writes = self.reads = self.by_registers = 0
+        self.writes = self.adds = self.reads = self.stored = 0
 
 
-class Memory:
-    """An allocation, full of NaN, and the accesses to its parts."""
+class Accessed:
+    """Memory, and which accesses to its parts are ordered."""
 
-    def __init__(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
-        self.name, self.size = name, prod(shape)
-        self.data = torch.full(tuple(shape), poison(dtype), dtype=dtype)
-        self.barriers: dict[int, Barrier] = {}
-        self._accesses: dict[Region, _Accesses] = {}
+    def __init__(self, name: str) -> None:
+        self.name, self.atomics = name, dict[int, Known]()
+        self._regions: dict[Region, list[_Accesses]] = {}  # a region's, then those that overlap
 
-    def _others(self, region: Region) -> list[_Accesses]:
-        found = self._accesses
-        if region not in found:
-            found[region] = _Accesses()
-        return [a for r, a in found.items() if r == region or _overlap(self.size, r, region)]
+    def _at(self, region: Region) -> list[_Accesses]:
+        found = self._regions.get(region)
+        if found is None:
+            found = [_Accesses()]
+            for other, accesses in self._regions.items():
+                if _overlap(other, region):
+                    found.append(accesses[0])
+                    accesses.append(found[0])
+            self._regions[region] = found
+        return found
 
-    def read(self, name: str, region: Region, event: int, by_engine: bool) -> None:
+    def read(self, region: Region, event: int, by_engine: bool = False) -> None:
         """The current agent reads, or has an asynchronous engine do so."""
-        me = scheduler.run.current
-        for other in self._others(region):
-            _check(other.writes & ~me.known, name, event, "reads what may still be written")
+        me, accesses = scheduler.run.current, self._at(region)
+        for a in accesses:
+            self._check((a.writes | a.adds) & ~me.known, event, "reads what may still be written")
             if by_engine:
-                _check(
-                    other.by_registers & ~me.fenced,
-                    *(name, event, "reads past a missing fence_async_shared what was written"),
-                )
-        self._accesses[region].reads |= event
+                missed = "reads past a missing fence_async_shared what was written"
+                self._check(a.stored & ~me.fenced, event, missed)
+        accesses[0].reads |= event
 
-    def write(self, name: str, region: Region, event: int, by_engine: bool) -> None:
-        """The current agent writes, or has an asynchronous engine do so."""
-        me = scheduler.run.current
-        for other in self._others(region):
-            _check((other.writes | other.reads) & ~me.known, name, event, "overwrites what is used")
-        mine = self._accesses[region]
-        mine.writes, mine.reads, mine.by_registers = event, 0, 0 if by_engine else event
+    def write(self, region: Region, event: int, by_engine: bool = False) -> None:
+        """It writes."""
+        me, accesses = scheduler.run.current, self._at(region)
+        for a in accesses:
+            used = (a.writes | a.adds | a.reads) & ~me.known
+            self._check(used, event, "overwrites what is used")
+        mine = accesses[0]
+        mine.writes, mine.adds, mine.reads, mine.stored = event, 0, 0, 0 if by_engine else event
 
+    def add(self, region: Region, event: int) -> None:
+        """It adds, in any order with others that do."""
+        me, accesses = scheduler.run.current, self._at(region)
+        for a in accesses:
+            self._check((a.writes | a.reads) & ~me.known, event, "adds to what is used")
+        accesses[0].adds |= event
 
-def _check(unknown: int, name: str, event: int, what: str) -> None:
-    if unknown:
-        run = scheduler.run
-        raise Hazard(f"{name}: {run.first(event)} {what} by {run.first(unknown)}")
+    def _check(self, unknown: int, event: int, what: str) -> None:
+        if unknown:
+            run = scheduler.run
+            raise Hazard(f"{self.name}: {run.first(event)} {what} by {run.first(unknown)}")
 
 
 def poison(dtype: torch.dtype) -> float:
@@ -85,11 +100,11 @@ def poison(dtype: torch.dtype) -> float:
 
 
 class Shared:
-    """A view of shared memory."""
+    """A view of shared memory, which begins as NaN."""
 
     layout = None
 
-    def __init__(self, memory: Memory, data: torch.Tensor, name: str) -> None:
+    def __init__(self, memory: "Memory", data: torch.Tensor, name: str) -> None:
         self.memory, self.data, self.name = memory, data, name
 
     @property
@@ -104,17 +119,10 @@ class Shared:
     def dtype(self) -> Any:
         return GLUON[self.data.dtype]
 
-    @property
-    def region(self) -> Region:
-        return self.data.storage_offset(), tuple(self.data.shape), self.data.stride()
-
-    def _view(self, data: torch.Tensor, name: str | None = None) -> "Shared":
-        return Shared(self.memory, data, name or self.name)
-
     def index(self, i: int) -> "Shared":
         if not 0 <= i < len(self.data):
             raise Hazard(f"{self.name} has no element {i}, at {scheduler.line()}")
-        return self._view(self.data[int(i)], f"{self.name}[{i}]")
+        return Shared(self.memory, self.data[int(i)], f"{self.name}[{int(i)}]")
 
     def slice(self, start: int, length: int, dim: int = 0) -> "Shared":
         return self._view(self.data.narrow(dim, int(start), int(length)))
@@ -125,24 +133,53 @@ class Shared:
     def permute(self, order: Sequence[int]) -> "Shared":
         return self._view(self.data.permute(flat(order)))
 
+    def _view(self, data: torch.Tensor) -> "Shared":
+        return Shared(self.memory, data, self.name)
+
     def load(self, layout: Any = None) -> Tensor:
-        me, event = scheduler.run.current, scheduler.run.event("reads it")
-        self.memory.read(self.name, self.region, event, by_engine=False)
-        me.known |= event
+        run = scheduler.run
+        event = run.event(f"reads {self.name}")
+        self.memory.read(region_of(self.data), event)
+        run.current.known |= event
         return Tensor(self.data.clone())
 
     def store(self, value: Tensor) -> None:
-        me, event = scheduler.run.current, scheduler.run.event("stores to it")
-        if value.data.dtype is not self.data.dtype or value.data.shape != self.data.shape:
-            raise Hazard(f"{self.name} takes {self.data.dtype} {self.shape}, not {value.data}")
-        self.memory.write(self.name, self.region, event, by_engine=False)
-        me.known |= event
-        me.stored |= event
-        self.data.copy_(raw(value))
+        run = scheduler.run
+        event = run.event(f"stores to {self.name}")
+        if (value.dtype, value.shape) != (self.dtype, self.shape):
+            raise Hazard(f"{self.name} takes no {value.dtype} {value.shape}, {scheduler.line()}")
+        self.memory.write(region_of(self.data), event)
+        run.current.known |= event
+        run.current.stored |= event
+        self.data.copy_(value.data)
+
+
+class Memory(Accessed):
+    """An allocation of shared memory, and barriers in it by their place."""
+
+    def __init__(self, name: str, nbytes: int) -> None:
+        super().__init__(name)
+        self.nbytes, self.barriers = nbytes, dict[int, Barrier]()
+
+
+def allocate_shared_memory(
+    dtype: Any, shape: Sequence[int], layout: Any, value: Tensor | None = None
+) -> Shared:
+    """Named as the variable that it goes to."""
+    kind, program = TORCH[dtype.name], scheduler.run.current.program
+    data = torch.full(flat((shape,)), poison(kind), dtype=kind)
+    memory = Memory(scheduler.target(), data.nbytes)
+    program.memory.append(memory)
+    if (taken := sum(m.nbytes for m in program.memory)) > SHARED_BYTES:
+        raise Hazard(f"{taken} bytes of shared memory, at {scheduler.line()}")
+    shared = Shared(memory, data, memory.name)
+    if value is not None:
+        shared.store(value)
+    return shared
 
 
 class Barrier(Known):
-    """What counts arrivals and then lets those go on that wait.
+    """Counts arrivals, and lets those go on that wait when all are there.
 
     Attributes:
         count: arrivals of a phase.
@@ -154,7 +191,7 @@ class Barrier(Known):
 
     def __init__(self, name: str, count: int) -> None:
         super().__init__()
-        self.name, self.count, self.left = name, int(count), int(count)
+        self.name, self.count, self.left = name, count, count
         self.bytes, self.phase, self.gathered = 0, 0, Known()
 
     def arrive(self, arrivals: int) -> None:
@@ -179,37 +216,25 @@ class Barrier(Known):
 class Descriptor:
     """A tensor in global memory that is copied block by block."""
 
-    def __init__(self, t: torch.Tensor, bulk: Any) -> None:
-        self.data = t.as_strided(bulk.shape, bulk.strides)
-        self.block_shape, self.layout = list(bulk.block), bulk.layout
-        self.dtype = GLUON[t.dtype]
-        nbytes = prod(bulk.block) * t.element_size()
-        self.nbytes_per_cta = nbytes
+    layout = None
+
+    def __init__(self, descriptor: Any, memory: Accessed) -> None:
+        t, self.block_shape, self.memory = descriptor.base, descriptor.block_shape, memory
+        self.data, self.dtype = t.as_strided(descriptor.shape, descriptor.strides), GLUON[t.dtype]
+        self.nbytes_per_cta = nbytes = prod(self.block_shape) * t.element_size()
         self.block_type = SimpleNamespace(
             shape=self.block_shape, nbytes=nbytes, element_ty=self.dtype
         )
 
-    def part(self, begin: Sequence[int]) -> tuple[torch.Tensor, tuple[slice, ...]]:
-        """What of a block lies inside of the tensor, and where in the block that is."""
+    def part(self, begin: Sequence[int], tile: Shared) -> tuple[torch.Tensor, torch.Tensor]:
+        """What of a block lies inside of the tensor, and that part of the tile."""
         first = [int(i) for i in begin]
-        if min(first) < 0:
-            raise Hazard(f"a block begins at {first}, at {scheduler.line()}")
-        shape = self.data.shape
-        ends = [min(i + n, size) for i, n, size in zip(first, self.block_shape, shape, strict=True)]
-        spans = list(zip(first, ends, strict=True))
-        inside = self.data[tuple(slice(i, max(i, end)) for i, end in spans)]
-        return inside, tuple(slice(0, max(0, end - i)) for i, end in spans)
-
-
-def allocate_shared_memory(dtype: Any, shape: Sequence[int], layout: Any, value: Any = None) -> Any:
-    """Shared memory of the program, named as the variable it goes to."""
-    program = scheduler.run.current.program
-    memory = Memory(scheduler.target(), TORCH[dtype.name], flat((shape,)))
-    program.memory.append(memory)
-    taken = sum(m.size * m.data.element_size() for m in program.memory)
-    if taken > SHARED_BYTES:
-        raise Hazard(f"{taken} bytes of shared memory, at {scheduler.line()}")
-    shared = Shared(memory, memory.data, memory.name)
-    if value is not None:
-        shared.store(value)
-    return shared
+        if min(first) < 0 or tile.shape != self.block_shape:
+            block = f"a block of {self.block_shape} at {first}"
+            raise Hazard(f"{block} for {tile.name} {tile.shape}, at {scheduler.line()}")
+        spans = [
+            (i, max(i, min(i + n, size)))
+            for i, n, size in zip(first, self.block_shape, self.data.shape, strict=True)
+        ]
+        inside = self.data[tuple(slice(i, end) for i, end in spans)]
+        return inside, tile.data[tuple(slice(0, end - i) for i, end in spans)]

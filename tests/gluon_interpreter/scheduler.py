@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 HERE = str(Path(__file__).parent)
@@ -64,7 +64,8 @@ class Agent(Known):
         self.products: list[Any] = []
         self.copies: list[Any] = []
         self.ended = False
-        self.turn = threading.Semaphore(0)
+        self.turn = threading.Lock()
+        self.turn.acquire()
 
     def __str__(self) -> str:
         return f"program {self.program.id}, {self.name}"
@@ -84,10 +85,11 @@ class Scheduler:
         self.random = random.Random(seed)
         self.agents: list[Agent] = []
         self.tasks: list[Task] = []
-        self.events: list[str] = []
+        self.events: list[tuple[Agent, str, CodeType, int]] = []
         self.current: Agent = None  # type: ignore[assignment]
         self.error: BaseException | None = None
-        self.over = threading.Semaphore(0)
+        self.over = threading.Lock()
+        self.over.acquire()
 
     def weight(self) -> float:
         """Some are quick, others so slow that all else overtakes them."""
@@ -140,15 +142,15 @@ class Scheduler:
     def pause(
         self, ready: Callable[[], bool] | None = None, waits: str = "", idle: bool = False
     ) -> None:
-        """Let others go on, here and as long as this one is not ready."""
+        """Let others go on, here and as long as this one is not ready; what it does comes after.
+
+        ``idle``: what it does changes nothing.
+        """
         me = self.current
         me.steps += 1
         me.ready = ready
-        me.waits = f"{waits} at {line()}" if ready else ""
-        if idle:
-            me.spins += 1
-        else:
-            self.progress()
+        me.waits = waits and f"{waits} at {line()}"
+        me.spins += idle
         chosen = self._choose()
         if chosen is not me:
             self._go_to(chosen)
@@ -156,6 +158,8 @@ class Scheduler:
             if self.error is not None:
                 raise _Stop
         me.ready = None
+        if not idle:
+            self.progress()
 
     def progress(self) -> None:
         """Something has changed that spinning agents may see."""
@@ -189,12 +193,14 @@ class Scheduler:
 
     def event(self, what: str) -> int:
         """The bit of something that the current agent does, or has an engine do."""
-        self.events.append(f"{self.current} {what} at {line()}")
+        frame = _kernel()
+        self.events.append((self.current, what, frame.f_code, frame.f_lineno))
         return 1 << (len(self.events) - 1)
 
     def first(self, events: int) -> str:
         """What one of some events was."""
-        return self.events[(events & -events).bit_length() - 1]
+        agent, what, code, number = self.events[(events & -events).bit_length() - 1]
+        return f"{agent} {what} at {_place(code, number)}"
 
 
 def _kernel() -> FrameType:
@@ -208,7 +214,11 @@ def _kernel() -> FrameType:
 def line() -> str:
     """Where the kernel stands."""
     frame = _kernel()
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} ({frame.f_code.co_name})"
+    return _place(frame.f_code, frame.f_lineno)
+
+
+def _place(code: CodeType, number: int) -> str:
+    return f"{code.co_filename.rpartition('/')[2]}:{number} ({code.co_name})"
 
 
 def target() -> str:

@@ -129,7 +129,7 @@ class Tensor:
         return GLUON[self.data.dtype]
 
     @property
-    def T(self) -> "Tensor":  # noqa: N802
+    def T(self) -> "Tensor":
         return Tensor(self.data.mT)
 
     def __bool__(self) -> bool:
@@ -204,31 +204,34 @@ def wrapped(value: torch.Tensor) -> Any:
 
 
 class Pointer:
-    """Elements of a tensor, by their place in its memory."""
+    """Elements of a tensor, by their place in its memory.
 
-    def __init__(self, memory: torch.Tensor, offset: Any) -> None:
-        self.memory, self.offset = memory, offset
+    Attributes:
+        tensor: whose memory it is.
+        memory: keeps accesses to it.
+    """
 
-    @classmethod
-    def to(cls, t: torch.Tensor) -> "Pointer":
-        memory = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
-        return cls(memory, integer(t.storage_offset(), torch.int64))
+    def __init__(self, tensor: torch.Tensor, memory: Any, offset: Any = None) -> None:
+        self.tensor, self.memory = tensor, memory
+        self.offset = integer(0, torch.int64) if offset is None else offset
 
     @property
     def dtype(self) -> Any:
-        return gl.pointer_type(GLUON[self.memory.dtype])
+        return gl.pointer_type(GLUON[self.tensor.dtype])
 
     def __add__(self, elements: Any) -> "Pointer":
-        return Pointer(self.memory, self.offset + elements)
+        return Pointer(self.tensor, self.memory, self.offset + elements)
 
     __radd__ = __add__
 
-    def places(self, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Its offsets, 0 where ``mask`` leaves one out, and the mask, both of one shape."""
-        offsets = torch.as_tensor(raw(self.offset), dtype=torch.int64)
+    def places(self, mask: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All of its memory, where in it that is, 0 outside of the mask, and the mask."""
+        memory = torch.empty(0, dtype=self.tensor.dtype).set_(self.tensor.untyped_storage())
+        first = self.tensor.storage_offset()
+        offsets = torch.as_tensor(raw(self.offset), dtype=torch.int64) + first
         mask = torch.as_tensor(True if mask is None else raw(mask), dtype=torch.bool)
         offsets, mask = torch.broadcast_tensors(offsets, mask)
         offsets = offsets.masked_fill(~mask, 0)
-        if offsets.numel() and not 0 <= offsets.min() <= offsets.max() < max(1, len(self.memory)):
+        if not 0 <= offsets.min() <= offsets.max() < len(memory) and mask.any():
             raise Hazard(f"an address outside of its tensor, at {scheduler.line()}")
-        return offsets, mask
+        return memory, offsets, mask
