@@ -106,6 +106,9 @@ def _double(x, y, tiles, doubled, full, FAULT: gl.constexpr):
         tile = tiles.index(stage).load(gl.AutoLayout())
         if FAULT == "a thread count that differs":
             _named(FREE + stage, 128 + 64, False)
+        elif FAULT == "two arrivals at once":
+            _named(FREE + stage, 256, False)
+            _named(FREE + stage, 256, False)
         elif FAULT == "a barrier of Triton":
             _named(1, 128 + 32, False)
         elif FAULT != "a buffer free before it is read" and FAULT != "no buffer is ever free":
@@ -163,8 +166,11 @@ def test_copies_fill_up_with_zeros_and_write_nothing_outside():
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("no wait for a copy", "reads tiles.* may still|overwrites .*reads tiles|arrivals"),
-        ("no wait for a free buffer", "_copy 1 copies to tiles.* overwrites what is used by|arrivals"),
+        ("no wait for a copy", "reads tiles.* may still|overwrites .*reads tiles|once each"),
+        (
+            "no wait for a free buffer",
+            "_copy 1 copies to tiles.* overwrites what is used by|arrivals",
+        ),
         ("a buffer free before it is read", "overwrites what is used by|may still be written"),
         ("a phase behind", "reads tiles.* may still|overwrites .*reads tiles|waits for phase 1"),
         ("a wrong buffer", r"copies to tiles\[0\].*(overwrites|may still be written)"),
@@ -174,6 +180,7 @@ def test_copies_fill_up_with_zeros_and_write_nothing_outside():
         ("an end during a copy", r"ends while program ., _copy 1 copies to tiles\[1\]"),
         ("an arrival too many", r"full\[0\]: 1 arrivals of .*_copy 1 .*, where 0 of 1 are left"),
         ("a thread count that differs", r"named barrier . is for \d+ threads, not \d+"),
+        ("two arrivals at once", "named barrier .*_double 0 .*, once each"),
         ("a barrier of Triton", "named barrier 1 is not the kernel's"),
         ("arrivals nobody awaits", "ends with arrivals at named barrier . unawaited"),
         ("memory ahead of the kernel before", "_copy 1 touches memory ahead of gdc_wait"),

@@ -1,16 +1,17 @@
 """Runs the package's Gluon kernels on a CPU: their numbers, barriers and races.
 
 A kernel is run as Python, with other functions behind Gluon's names. A seed decides who goes on
-when: partitions and programs, and what copies and tensor cores do on their own. What goes wrong in
-an order that did not come up is mostly found too, see :mod:`.scheduler`.
+when: partitions and programs, and what copies and tensor cores do on their own. Accesses that
+nothing orders are found in whatever order they came, see :mod:`.scheduler`.
 
-Not modelled: layouts, registers, clusters, and time.
+Not modelled: layouts, registers, clusters, time, the threads of a partition, which go in step, and
+the order of accesses to global memory through pointers that are not contiguous.
 """
 
 import builtins
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache, partial
+from math import prod
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -28,7 +29,7 @@ from .memory import Accessed, Descriptor
 from .scheduler import Agent, Deadlock, Hazard, Scheduler
 from .values import Pointer, Tensor, integer
 
-__all__ = ["Deadlock", "Hazard", "interpret", "interpreted"]
+__all__ = ["Deadlock", "Hazard", "interpret"]
 
 LANGUAGE = Language()
 MODULES = (gluon.gl, tl)
@@ -46,33 +47,25 @@ def interpret(plan: Plan, tensors: Sequence[Any], *, seed: int = 0, processors: 
         processors: programs that run at a time; they begin in their order.
     """
     kernel: Any = plan.kernel
-    names = [p.name for p in kernel.params]
-    values = dict(zip(names, tensors, strict=False)) | plan.arguments
+    described = dict(enumerate(tensors)) | {i: b.of(tensors[i]) for i, b in plan.bulk.items()}
     memories: dict[int, Accessed] = {}
-    for position, bulk in plan.bulk.items():
-        name, t = names[position], tensors[position]
-        memory = memories.setdefault(t.untyped_storage().data_ptr(), Accessed(name))
-        values[name] = Descriptor(bulk.of(t), memory)
-    for p in kernel.params:
-        if not p.is_constexpr:
-            values[p.name] = _argument(p.name, values[p.name], memories)
-    values = {name: values[name] for name in names}
-    run = Scheduler(seed)
-    count = plan.grid[0] * plan.grid[1] * plan.grid[2]
-    ids = iter(range(count))
-    options = plan.arguments
+    values = []
+    for i, p in enumerate(kernel.params):
+        value = described[i] if i in described else plan.arguments[p.name]
+        values.append(value if p.is_constexpr else _argument(p.name, value, memories))
+    run, options = Scheduler(seed), plan.arguments
+    ids = iter(range(prod(plan.grid)))
 
     def work(program: Program) -> None:
-        to_the_end(_python(kernel.fn), (), values)
+        to_the_end(_python(kernel.fn), values)
         program.end()
         start()
 
     def start() -> None:
-        for id in ids:
+        if (id := next(ids, None)) is not None:
             program = Program(id, plan.grid, bool(options.get("launch_pdl")))
             agent = Agent(program, kernel.__name__, options.get("num_warps", 4), run.weight())
             run.start(agent, partial(work, program))
-            return
 
     for _ in range(processors):
         start()
@@ -86,33 +79,12 @@ def interpret(plan: Plan, tensors: Sequence[Any], *, seed: int = 0, processors: 
         scheduler.run = before
 
 
-@contextmanager
-def interpreted(seed: int = 0, processors: int = 4) -> Iterator[list[Plan]]:
-    """Plans of Gluon kernels that are launched in here are interpreted; yields them."""
-    launch, plans = Plan.__call__, []
-
-    def call(plan: Plan, *tensors: Any) -> None:
-        if not isinstance(plan.kernel, type(gluon.jit(_nothing))):
-            return launch(plan, *tensors)
-        plans.append(plan)
-        interpret(plan, tensors, seed=seed, processors=processors)
-
-    Plan.__call__ = call  # type: ignore[method-assign]
-    try:
-        yield plans
-    finally:
-        Plan.__call__ = launch  # type: ignore[method-assign]
-
-
-def _nothing() -> None:
-    pass
-
-
 def _argument(name: str, value: Any, memories: dict[int, Accessed]) -> Any:
     """As a kernel gets it."""
-    if isinstance(value, torch.Tensor):
-        memory = memories.setdefault(value.untyped_storage().data_ptr(), Accessed(name))
-        return Pointer(value, memory)
+    if isinstance(value, (torch.Tensor, gluon.TensorDescriptor)):
+        t = value if isinstance(value, torch.Tensor) else value.base
+        memory = memories.setdefault(t.untyped_storage().data_ptr(), Accessed(name))
+        return Pointer(t, memory) if value is t else Descriptor(value, memory)
     if isinstance(value, tuple):
         items = (_argument(name, item, memories) for item in value)
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)

@@ -1,9 +1,9 @@
 """Hopper's own: bulk copies, tensor cores, barriers, and the assembly that kernels use."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from .values import Int, Tensor, integer
 
 
 class Program:
-    """One of the grid, with its shared memory and named barriers.
+    """One of the grid, with its shared memory.
 
     Attributes:
+        named: the named barriers by number; ``here``: who has come to them.
         follows: events after which the kernel before has ended; None if nothing has to wait for it.
         copies: events of bulk copies into shared memory.
     """
@@ -29,6 +30,7 @@ class Program:
         self.place = (id % grid[0], id // grid[0] % grid[1], id // (grid[0] * grid[1]))
         self.memory: list[Any] = []
         self.named: dict[int, Barrier] = {}
+        self.here: dict[int, set[Agent]] = {}
         self.follows = 0 if follows else None
         self.copies = self.workers = 0
 
@@ -41,13 +43,9 @@ class Program:
             raise Hazard(f"program {self.id} ends while {scheduler.run.first(unknown)}")
 
 
-def to_the_end(
-    function: Callable[..., Any],
-    args: Sequence[Any],
-    options: Mapping[str, Any] = MappingProxyType({}),
-) -> None:
-    """A partition."""
-    function(*args, **options)
+def to_the_end(function: Callable[..., Any], args: Sequence[Any]) -> None:
+    """A partition, and what may not be left over."""
+    function(*args)
     me = scheduler.run.current
     for copy in me.copies:
         if not me.known & copy.events["read"]:
@@ -234,12 +232,12 @@ def warpgroup_mma(
         raise Hazard(UNREADY + scheduler.line())
     product = Product(a, b, acc, bool(use_acc), event)
     me.products.append(product)
-    run.later(partial(_run_next, me, product))
+    run.later(partial(_run_next, me))
     return Unready(product) if is_async else warpgroup_mma_wait(0, deps=[a, Unready(product)])[1]
 
 
-def _run_next(agent: Agent, until: Product) -> None:
-    """The first product that has not run: they do so in order."""
+def _run_next(agent: Agent) -> None:
+    """The first product that has not run: they do so in their order."""
     for product in agent.products:
         if product.result is None:
             product.run()
@@ -305,7 +303,7 @@ def _wait(place: Shared, phase: Any, pred: Any = True, deps: Sequence[Any] = ())
     if not pred:
         return
     barrier, parity = _barrier(place), int(phase) & 1
-    scheduler.run.pause(lambda: barrier.phase != parity, f"phase {parity} of {barrier.name}")
+    scheduler.run.pause(lambda: barrier.phase & 1 != parity, f"phase {parity} of {barrier.name}")
     scheduler.run.current.learn(barrier)
 
 
@@ -322,22 +320,20 @@ mbarrier = SimpleNamespace(
 
 
 def _named(barrier: Any, threads: Any) -> tuple[Barrier, int]:
-    """Counts the current partition at a named barrier; it and its phase before."""
+    """Counts the current partition at a named barrier; the barrier, and its phase before."""
     scheduler.run.pause()
     me = scheduler.run.current
-    barrier, threads = int(barrier), int(threads)
-    if not 2 + me.program.workers <= barrier < 16:
-        raise Hazard(f"named barrier {barrier} is not the kernel's, at {scheduler.line()}")
-    named = me.program.named
-    found = named.get(barrier)
-    if found is None or (found.left == found.count and found.count != threads):
-        phase = found.phase if found else 0
-        found = named[barrier] = Barrier(f"named barrier {barrier}", threads)
-        found.phase = phase
-    if found.count != threads:
-        raise Hazard(
-            f"{found.name} is for {found.count} threads, not {threads}, at {scheduler.line()}"
-        )
+    i, count = int(barrier), int(threads)
+    if not 2 + me.program.workers <= i < 16:
+        raise Hazard(f"named barrier {i} is not the kernel's, at {scheduler.line()}")
+    found = me.program.named.setdefault(i, Barrier(f"named barrier {i}", count))
+    if found.left == found.count:  # the first to come
+        found.left = found.count = count
+        me.program.here[i] = set()
+    if found.count != count or me in me.program.here[i]:
+        here = f"{me} at {scheduler.line()}"
+        raise Hazard(f"{found.name} is for {found.count} threads, not {count} of {here}, once each")
+    me.program.here[i].add(me)
     phase = found.phase
     found.arrive(me.threads)
     return found, phase
@@ -350,8 +346,7 @@ def _bar_arrive(barrier: Any, threads: Any) -> Int:
 
 def _bar_sync(barrier: Any, threads: Any) -> Int:
     found, phase = _named(barrier, threads)
-    if found.phase == phase:
-        scheduler.run.pause(lambda: found.phase != phase, found.name)
+    scheduler.run.pause(lambda: found.phase != phase, found.name)
     scheduler.run.current.learn(found)
     return integer(0)
 

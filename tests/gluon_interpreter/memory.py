@@ -185,7 +185,7 @@ class Barrier(Known):
         count: arrivals of a phase.
         left: those that are missing.
         bytes: that copies have yet to bring.
-        phase: 0 or 1.
+        phase: how many have ended.
         gathered: what those that have arrived know.
     """
 
@@ -208,7 +208,7 @@ class Barrier(Known):
     def settle(self) -> None:
         """Begin the next phase once all is there."""
         if self.left == self.bytes == 0:
-            self.left, self.phase = self.count, self.phase ^ 1
+            self.left, self.phase = self.count, self.phase + 1
             self.learn(self.gathered)
             self.gathered = Known()
 
