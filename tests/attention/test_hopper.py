@@ -1,4 +1,4 @@
-"""The forward kernel for Hopper: which calls take it, its machine code, its numbers on a GPU."""
+"""The forward kernel for Hopper: which calls take it, its machine code, its numbers."""
 
 import json
 import os
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from budget import assert_attention_close, assert_bitwise
-from strategies import normal
+from gluon_interpreter import interpret
+from strategies import normal, quick
 
 from ra_triton.kernels.attention import forward as attention_forward
 from ra_triton.kernels.attention.forward_hopper import (
@@ -253,9 +254,19 @@ def test_it_waits_for_the_kernel_before_ahead_of_the_first_copy(machine_code):
     assert all(code["waits_first"] for code in machine_code.values())
 
 
-def run(row, q, k, v, causal=True, scale=None):
-    options = {"causal": causal, "softmax_scale": scale, "config": ROWS[row][1]}
-    return attention_forward.attention_forward(q, k, v, **options)
+def run(row, q, k, v, causal=True, scale=None, *, seed=0, processors=3):
+    """On a GPU; without one in the interpreter of Gluon, in an order of ``seed``."""
+    config = ROWS[row][1]
+    if q.is_cuda:
+        return attention_forward.attention_forward(
+            q, k, v, causal=causal, softmax_scale=scale, config=config
+        )
+    o, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q[..., 0].mT.shape)
+    layouts = (layout_of(t) for t in (q, k, v))
+    plan = forward_plan(q.dtype, *layouts, causal, scale, config, processors)
+    operands = (q, k, v, None, None, None, o, lse)
+    interpret(plan, operands, seed=seed, processors=processors)
+    return o, lse
 
 
 def operands(row, T_q, T_k, dtype=torch.bfloat16, B=2, H=3, H_kv=3):
@@ -264,6 +275,35 @@ def operands(row, T_q, T_k, dtype=torch.bfloat16, B=2, H=3, H_kv=3):
     rows = normal(B, max(T_q, T_k), H + 2 * H_kv, D, dtype=dtype)
     q, k, v = rows.split((H, H_kv, H_kv), dim=2)
     return q[:, :T_q], k[:, :T_k], v[:, :T_k]
+
+
+@pytest.mark.parametrize(
+    ("T_q", "T_k", "dtype", "seed", "processors"),
+    quick(
+        [
+            *((257, 257, torch.bfloat16, 0, 3), (130, 387, torch.float16, 1, 2)),
+            *((321, 65, torch.bfloat16, 2, 5), (1, 300, torch.bfloat16, 3, 4)),
+            *((128, 128, torch.float16, 4, 1), (700, 515, torch.bfloat16, 5, 4)),
+        ],
+        3,
+    ),
+)
+@rows
+@pytest.mark.parametrize("causal", [True, False])
+def test_cut_tiles_and_grouped_heads(row, T_q, T_k, dtype, seed, processors, causal):
+    q, k, v = operands(row, T_q, T_k, dtype, B=1, H=4, H_kv=2)
+    out, lse = run(row, q, k, v, causal, 0.3, seed=seed, processors=processors)
+    assert_attention_close(out, q, k, v, lse=lse, causal=causal, softmax_scale=0.3)
+
+
+@rows
+def test_same_bits_in_whatever_order_programs_and_groups_go_on(row):
+    q, k, v = operands(row, 200, 200, B=1)
+    out, lse = run(row, q, k, v)
+    for seed, processors in ((1, 1), (2, 2), (3, 9), (4, 4)):
+        again, lse_again = run(row, q, k, v, seed=seed, processors=processors)
+        assert_bitwise(again, out)
+        assert_bitwise(lse_again, lse)
 
 
 @pytest.mark.gpu
@@ -323,7 +363,6 @@ def test_more_tiles_than_fit_at_once_and_several_sections_of_heads(row, causal):
         assert_bitwise(run(row, q, k, v, causal)[0], out)
 
 
-@pytest.mark.gpu
 @rows
 def test_rows_without_keys_give_zero_and_minus_infinity(row):
     q, k, v = operands(row, 200, 70)
@@ -333,7 +372,6 @@ def test_rows_without_keys_give_zero_and_minus_infinity(row):
     assert lse[..., 130:].isfinite().all()
 
 
-@pytest.mark.gpu
 @rows
 def test_memory_around_the_operands_does_not_matter(row):
     q, k, v = operands(row, 150, 150, B=1)

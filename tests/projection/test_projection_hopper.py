@@ -1,4 +1,4 @@
-"""The projection on Hopper: which kernel runs, with which tiles; on a GPU what it computes."""
+"""The projection on Hopper: which kernel runs, with which tiles; what it computes."""
 
 import itertools
 from dataclasses import replace
@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from budget import assert_bitwise, assert_projection_close
+from gluon_interpreter import interpret
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import DEVICE, NAN, normal
@@ -14,7 +15,7 @@ from ra_triton.kernels.projection import forward as stage
 from ra_triton.kernels.projection import forward_hopper as projection_hopper
 from ra_triton.launch import gluon
 from ra_triton.launch.configs import in_fewest_rounds, launch_config
-from ra_triton.launch.plans import Bulk, Layout
+from ra_triton.launch.plans import Bulk, Layout, layout_of
 
 DTYPES = (torch.float16, torch.bfloat16)
 THREE = launch_config("projection", 0, torch.bfloat16, "sm_90", True)
@@ -178,9 +179,16 @@ def operands(M, N, C, dtype, *, transposed=False, bias=True):
 SIZES = (1, 63, 64, 65, 191, 192, 193, 1000, 12_345)
 
 
-def multiply(x, w, bias, config):
-    out = torch.full((*x.shape[:2], w.shape[1]), NAN, dtype=x.dtype, device=x.device)
-    return stage.projection(x, w, bias, out, config=config)
+def multiply(x, w, bias, config, out=None, *, seed=0, processors=3):
+    """On a GPU; without one in the interpreter of Gluon, in an order of ``seed``."""
+    if out is None:
+        out = torch.full((*x.shape[:2], w.shape[1]), NAN, dtype=x.dtype, device=x.device)
+    if x.is_cuda:
+        return stage.projection(x, w, bias, out, config=config)
+    layouts = layout_of(x[0]), layout_of(w)
+    plan = projection_hopper.projection_plan(*layouts, x.dtype, config, processors)
+    interpret(plan, (x, w, bias, out), seed=seed, processors=processors)
+    return out
 
 
 hopper = pytest.mark.skipif(
@@ -188,9 +196,30 @@ hopper = pytest.mark.skipif(
 )
 
 
+groups = pytest.mark.parametrize("config", [TWO, THREE], ids=["two groups", "three groups"])
+
+
+@hopper
+@groups
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("M", "N", "C", "dtype", "bias", "processors"),
+    [
+        (1, 8, 8, torch.bfloat16, True, 4),
+        (193, 264, 72, torch.float16, False, 2),
+        (400, 776, 200, torch.bfloat16, True, 3),
+    ],
+)
+def test_a_few_tails(M, N, C, dtype, bias, processors, transposed, config):
+    x, w, b = operands(M, N, C, dtype, transposed=transposed, bias=bias)
+    y = multiply(x, w, b, config, seed=M, processors=processors)
+    assert_projection_close(y, x, w, b)
+    assert_bitwise(multiply(x, w, b, config, seed=M + 1, processors=1), y)
+
+
 @pytest.mark.gpu
 @hopper
-@pytest.mark.parametrize("config", [TWO, THREE], ids=["two groups", "three groups"])
+@groups
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("N", "C"), [(8, 8), (248, 72), (264, 64), (2304, 768), (776, 200)])
@@ -214,13 +243,12 @@ def test_bits_depend_neither_on_groups_nor_on_other_rows(dtype, transposed):
             assert_bitwise(y, expected[:, first:last])
 
 
-@pytest.mark.gpu
 @hopper
 def test_nothing_past_the_end_of_y_is_written():
-    x, w, b = operands(1000, 776, 72, torch.bfloat16)
+    x, w, b = operands(300, 776, 72, torch.bfloat16)
     for config in (TWO, THREE):
-        memory = torch.full((1002, 776), NAN, dtype=x.dtype, device=x.device)
-        stage.projection(x, w, b, memory[None, 1:-1], config=config)
+        memory = torch.full((302, 776), NAN, dtype=x.dtype, device=x.device)
+        multiply(x, w, b, config, memory[None, 1:-1])
         assert not memory[1:-1].isnan().any()
         assert memory[0].isnan().all()
         assert memory[-1].isnan().all()
