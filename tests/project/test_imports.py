@@ -98,7 +98,11 @@ ARROWS = {
     "workspace": SHARED,
     "kernels.lanes.append": STAGE,
     "kernels.attention.arguments": STAGE,
-    "kernels.attention.backward": {*STAGE, "kernels.attention.arguments"},
+    "kernels.attention.backward": {
+        *("kernels.attention.arguments", "kernels.attention.backward_hopper"),
+        *STAGE,
+    },
+    "kernels.attention.backward_hopper": {*HOPPER, "kernels.attention.arguments"},
     "kernels.composition.forward": {*STAGE, "weights.factors", "kernels.composition.tiles"},
     "kernels.composition.backward": {*STAGE, "weights.factors", "kernels.composition.tiles"},
     "kernels.composition.tiles": {*STAGE, "weights.factors"},
