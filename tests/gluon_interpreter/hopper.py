@@ -359,7 +359,7 @@ def _written(*_: Any) -> Int:
 ASSEMBLY: dict[str, Callable[..., Any]] = {
     "bar.arrive": _bar_arrive,
     "bar.sync": _bar_sync,
-    "cp.async.bulk.commit_group; cp.async.bulk.wait_group 0": _written,
+    "cp.async.bulk.wait_group 0": _written,
     "mov.u32 $0, 0": lambda *_: integer(0),
 }
 

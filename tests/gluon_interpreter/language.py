@@ -66,6 +66,15 @@ class Range:
         return map(integer, self.numbers)
 
 
+class Layout:
+    """Of no meaning here."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    get_default_for = staticmethod(_nothing)
+
+
 class Language:
     """Layouts are nothing, and names that it does not know are an error."""
 
@@ -83,7 +92,7 @@ class Language:
 
     def __getattr__(self, name: str) -> Any:
         if name.endswith("Layout"):
-            return _nothing
+            return Layout
         dtype = getattr(gluon.gl, name, None)
         if getattr(dtype, "name", None) in TORCH:
             return dtype
@@ -105,6 +114,10 @@ class Language:
     @staticmethod
     def cdiv(x: int, y: int) -> Any:
         return (x + (y - 1)) // y
+
+    @staticmethod
+    def to_tensor(x: Any) -> Any:
+        return integer(x) if isinstance(x, int) else x
 
     @staticmethod
     def cast(x: Any, dtype: Any) -> Any:

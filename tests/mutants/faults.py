@@ -332,7 +332,7 @@ TABLE: dict[str, list[tuple]] = {
      "v_tiles.index(«before → stage»)"),
     ("hopper: values not waited for", ANY_ORDER, "_compute",
      "«mbarrier.wait(v_full.index(before), (n - 1) // STAGES & 1) → pass»"),
-    ("hopper: keys after the first not waited for", ANY_ORDER, "_compute",
+    ("hopper: keys after the first not waited for", CUT_TILES, "_compute",
      "mbarrier.wait(k_full.index(after % STAGES), after // STAGES & 1, pred=«n < last → False»)"),
     ("hopper: scores read before their product is there", ANY_ORDER, "_compute",
      "warpgroup_mma_wait(«1 → 2», deps=[s])"),
