@@ -315,9 +315,9 @@ TABLE: dict[str, list[tuple]] = {
     ("hopper: bytes of v not expected", ANY_ORDER, "_copy",
      "«v_source.block_type.nbytes → 0»"),
     ("hopper: keys of another head", CUT_TILES, "_copy", "«h // group → h % group»"),
-    ("hopper: a stage free before its product has read it", ANY_ORDER, "_compute",
-     "«s = warpgroup_mma_wait(1, deps=[s]); _arrive(EMPTY + stage, threads) → "
-     "_arrive(EMPTY + stage, threads); s = warpgroup_mma_wait(1, deps=[s])»"),
+    ("hopper: keys free before their product has read them", ANY_ORDER, "_compute",
+     "«s = warpgroup_mma_wait(0, deps=[s]); _arrive(EMPTY + stage, threads) → "
+     "_arrive(EMPTY + stage, threads); s = warpgroup_mma_wait(0, deps=[s])»"),
     ("hopper: values free before their product has read them", ANY_ORDER, "_compute",
      "«acc, p = warpgroup_mma_wait(0, deps=[acc, p]); _arrive(V_EMPTY + before, threads) → "
      "_arrive(V_EMPTY + before, threads); acc, p = warpgroup_mma_wait(0, deps=[acc, p])»"),
@@ -364,7 +364,7 @@ TABLE: dict[str, list[tuple]] = {
      "total = «gl.where(total == 0.0, 1.0, total) → total»"),
     ("hopper: tiles without keys are passed over", BLIND_ROWS, "_key_tiles",
      "«gl.maximum(gl.cdiv(end, BLOCK_N), 1) → gl.cdiv(end, BLOCK_N)»"),
-    ("hopper: a key too many is seen whole", CUT_TILES, "_whole_key_tiles", "m + «1 → 2»"),
+    ("hopper: the diagonal's tile is seen whole", CUT_TILES, "_whole_key_tiles", "m + «1 → ROWS»"),
     ("hopper: a tile of another batch", ANY_ORDER, "_tile", "head «// → %» H, head % H"),
     ("hopper: exponentials ahead of the product they hide", OVERLAP, "_compute",
      "s« = warpgroup_mma_wait(1, deps=[s]) → , acc, p = warpgroup_mma_wait(0, deps=[s, acc, p])»"),
@@ -794,7 +794,8 @@ TABLE: dict[str, list[tuple]] = {
      "_store", "bias_ptr + offs_n«, mask=offs_n < N, other=0.0 →»"),
     ("Hopper: halves of a tile change places", FEW_TAILS, "_halves",
      "tile.reshape([«rows, 2, half → rows, half, 2»])« .permute([0, 2, 1]) →».split()"),
-    ("Hopper: the phase does not turn", FEW_TAILS, "_after", "gl.where(last, phase« ^ 1 →», phase)"),
+    ("Hopper: the phase does not turn", FEW_TAILS,
+     "_after", "gl.where(last, phase« ^ 1 →», phase)"),
     ("Hopper: a tile of columns twice", FEW_TAILS, "_tile_of",
      "first + tile % per_group % size, tile % per_group // «size → GROUP_M»"),
     ("Hopper: tiles of a transposed weight lie across", DESCRIBED,
