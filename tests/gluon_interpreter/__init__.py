@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime.jit import KernelInterface
 
 from ra_triton.launch import gluon
@@ -87,7 +86,7 @@ def interpreted(*, seed: int = 0, processors: int = 4) -> Iterator[None]:
     launch = Plan.__call__
 
     def launch_or_interpret(plan: Plan, *tensors: Any) -> None:
-        if isinstance(plan.kernel, GluonJITFunction):
+        if getattr(plan.kernel, "is_gluon", bool)():
             interpret(plan, tensors, seed=seed, processors=processors)
         else:
             launch(plan, *tensors)

@@ -310,7 +310,6 @@ def _wait(place: Shared, phase: Any, pred: Any = True, deps: Sequence[Any] = ())
 mbarrier = SimpleNamespace(
     MBarrierLayout=lambda *_: None,
     init=_init,
-    invalidate=lambda place: place.memory.barriers.pop(place.data.storage_offset()),
     expect=_expect,
     arrive=_arrive,
     wait=_wait,
