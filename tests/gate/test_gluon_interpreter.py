@@ -3,7 +3,7 @@
 import pytest
 import torch
 from budget import assert_bitwise
-from gluon_interpreter import Deadlock, Hazard, interpret
+from gluon_interpreter import Deadlock, Hazard, interpret, interpreted
 from gluon_interpreter.hopper import async_reduce_add
 from gluon_interpreter.language import Language
 from gluon_interpreter.values import Tensor, integer
@@ -180,7 +180,7 @@ def test_copies_fill_up_with_zeros_and_write_nothing_outside():
         ("an end during a copy", r"ends while program ., _copy 1 copies to tiles\[1\]"),
         ("an arrival too many", r"full\[0\]: 1 arrivals of .*_copy 1 .*, where 0 of 1 are left"),
         ("a thread count that differs", r"named barrier . is for \d+ threads, not \d+"),
-        ("two arrivals at once", "named barrier .*_double 0 .*, once each"),
+        ("two arrivals at once", "named barrier .* is for .*, once each"),
         ("a barrier of Triton", "named barrier 1 is not the kernel's"),
         ("arrivals nobody awaits", "ends with arrivals at named barrier . unawaited"),
         ("memory ahead of the kernel before", "_copy 1 touches memory ahead of gdc_wait"),
@@ -385,6 +385,17 @@ def test_what_others_write_to_memory_is_awaited(fault, said):
     for seed in SEEDS:
         with pytest.raises(Hazard, match=said):
             summed(fault, seed)
+
+
+def test_plans_that_are_launched_are_interpreted():
+    x = numbers(2 * TILES.value * N, N)
+    y = torch.full_like(x, NAN)
+    plan = plan_of(_ring_kernel, (2,), {"FAULT": ""}, x, y)
+    with interpreted(seed=1, processors=2):
+        plan(x, y)
+    assert_bitwise(y, 2 * x)
+    with pytest.raises(Hazard), interpreted():
+        plan_of(_ring_kernel, (2,), {"FAULT": "no barrier"}, x, y)(x, y)
 
 
 # Numbers

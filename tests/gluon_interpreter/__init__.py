@@ -9,7 +9,8 @@ the order of accesses to global memory through pointers that are not contiguous.
 """
 
 import builtins
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from math import prod
 from types import CodeType, FunctionType
@@ -29,7 +30,7 @@ from .memory import Accessed, Descriptor
 from .scheduler import Agent, Deadlock, Hazard, Scheduler
 from .values import Pointer, Tensor, integer
 
-__all__ = ["Deadlock", "Hazard", "interpret"]
+__all__ = ["Deadlock", "Hazard", "interpret", "interpreted"]
 
 LANGUAGE = Language()
 MODULES = (gluon.gl, tl)
@@ -77,6 +78,24 @@ def interpret(plan: Plan, tensors: Sequence[Any], *, seed: int = 0, processors: 
     finally:
         torch.set_num_threads(threads)
         scheduler.run = before
+
+
+@contextmanager
+def interpreted(*, seed: int = 0, processors: int = 4) -> Iterator[None]:
+    """Interpret the Gluon kernels of all plans that are launched in here."""
+    launch = Plan.__call__
+
+    def launch_or_interpret(plan: Plan, *tensors: Any) -> None:
+        if getattr(plan.kernel, "is_gluon", bool)():
+            interpret(plan, tensors, seed=seed, processors=processors)
+        else:
+            launch(plan, *tensors)
+
+    Plan.__call__ = launch_or_interpret  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Plan.__call__ = launch  # type: ignore[method-assign]
 
 
 def _argument(name: str, value: Any, memories: dict[int, Accessed]) -> Any:

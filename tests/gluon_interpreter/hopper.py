@@ -310,7 +310,6 @@ def _wait(place: Shared, phase: Any, pred: Any = True, deps: Sequence[Any] = ())
 mbarrier = SimpleNamespace(
     MBarrierLayout=lambda *_: None,
     init=_init,
-    invalidate=lambda place: place.memory.barriers.pop(place.data.storage_offset()),
     expect=_expect,
     arrive=_arrive,
     wait=_wait,
@@ -359,7 +358,7 @@ def _written(*_: Any) -> Int:
 ASSEMBLY: dict[str, Callable[..., Any]] = {
     "bar.arrive": _bar_arrive,
     "bar.sync": _bar_sync,
-    "cp.async.bulk.commit_group; cp.async.bulk.wait_group 0": _written,
+    "cp.async.bulk.wait_group 0": _written,
     "mov.u32 $0, 0": lambda *_: integer(0),
 }
 

@@ -27,13 +27,6 @@ def _binary(of_integers: Any, of_tensors: Any) -> Any:
     return staticmethod(extreme)
 
 
-def _reduction(f: Callable[..., torch.Tensor]) -> Any:
-    def reduce(x: Tensor, axis: int, keep_dims: bool = False) -> Any:
-        return wrapped(f(x.data, axis, keepdim=keep_dims))
-
-    return staticmethod(reduce)
-
-
 def _same(value: Any, *_: Any, **__: Any) -> Any:
     return value
 
@@ -66,28 +59,38 @@ class Range:
         return map(integer, self.numbers)
 
 
+class Layout:
+    """Of no meaning here."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    get_default_for = staticmethod(_nothing)
+
+
 class Language:
     """Layouts are nothing, and names that it does not know are an error."""
 
     extra = SimpleNamespace(cuda=hopper)
     static_range = range
-    convert_layout = set_auto_layout = multiple_of = max_contiguous = staticmethod(_same)
-    barrier = assume = static_print = staticmethod(_nothing)  # a partition's threads go in step
+    convert_layout = staticmethod(_same)
+    barrier = staticmethod(_nothing)  # the threads of a partition go in step
     allocate_shared_memory = staticmethod(memory.allocate_shared_memory)
     inline_asm_elementwise = staticmethod(hopper.assembly)
-    abs, exp, exp2 = _unary(torch.abs), _unary(torch.exp), _unary(torch.exp2)
-    log, log2 = _unary(torch.log), _unary(torch.log2)
-    sqrt, rsqrt = _unary(torch.sqrt), _unary(torch.rsqrt)
+    exp2, log2 = _unary(torch.exp2), _unary(torch.log2)
     maximum, minimum = _binary(max, torch.maximum), _binary(min, torch.minimum)
-    max, min = _reduction(torch.amax), _reduction(torch.amin)
 
     def __getattr__(self, name: str) -> Any:
         if name.endswith("Layout"):
-            return _nothing
+            return Layout
         dtype = getattr(gluon.gl, name, None)
         if getattr(dtype, "name", None) in TORCH:
             return dtype
         raise Hazard(f"gl.{name} is not interpreted")
+
+    @staticmethod
+    def max(x: Tensor, axis: int, keep_dims: bool = False) -> Any:
+        return wrapped(x.data.amax(axis, keepdim=keep_dims))
 
     @staticmethod
     def sum(x: Tensor, axis: int, keep_dims: bool = False) -> Any:
@@ -107,8 +110,8 @@ class Language:
         return (x + (y - 1)) // y
 
     @staticmethod
-    def cast(x: Any, dtype: Any) -> Any:
-        return (x if isinstance(x, (Tensor, Int)) else integer(x)).to(dtype)
+    def to_tensor(x: Any) -> Any:
+        return integer(x) if isinstance(x, int) else x
 
     @staticmethod
     def full(shape: Sequence[int], value: Any, dtype: Any, layout: Any = None) -> Tensor:
@@ -117,10 +120,6 @@ class Language:
     @staticmethod
     def zeros(shape: Sequence[int], dtype: Any, layout: Any = None) -> Tensor:
         return Language.full(shape, 0, dtype)
-
-    @staticmethod
-    def zeros_like(x: Tensor) -> Tensor:
-        return Tensor(torch.zeros_like(x.data))
 
     @staticmethod
     def arange(start: int, end: int, layout: Any = None) -> Tensor:

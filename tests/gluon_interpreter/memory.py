@@ -162,9 +162,7 @@ class Memory(Accessed):
         self.nbytes, self.barriers = nbytes, dict[int, Barrier]()
 
 
-def allocate_shared_memory(
-    dtype: Any, shape: Sequence[int], layout: Any, value: Tensor | None = None
-) -> Shared:
+def allocate_shared_memory(dtype: Any, shape: Sequence[int], layout: Any) -> Shared:
     """Named as the variable that it goes to."""
     kind, program = TORCH[dtype.name], scheduler.run.current.program
     data = torch.full(flat((shape,)), poison(kind), dtype=kind)
@@ -172,10 +170,7 @@ def allocate_shared_memory(
     program.memory.append(memory)
     if (taken := sum(m.nbytes for m in program.memory)) > SHARED_BYTES:
         raise Hazard(f"{taken} bytes of shared memory, at {scheduler.line()}")
-    shared = Shared(memory, data, memory.name)
-    if value is not None:
-        shared.store(value)
-    return shared
+    return Shared(memory, data, memory.name)
 
 
 class Barrier(Known):
@@ -221,10 +216,8 @@ class Descriptor:
     def __init__(self, descriptor: Any, memory: Accessed) -> None:
         t, self.block_shape, self.memory = descriptor.base, descriptor.block_shape, memory
         self.data, self.dtype = t.as_strided(descriptor.shape, descriptor.strides), GLUON[t.dtype]
-        self.nbytes_per_cta = nbytes = prod(self.block_shape) * t.element_size()
-        self.block_type = SimpleNamespace(
-            shape=self.block_shape, nbytes=nbytes, element_ty=self.dtype
-        )
+        nbytes = prod(self.block_shape) * t.element_size()
+        self.block_type = SimpleNamespace(shape=self.block_shape, nbytes=nbytes)
 
     def part(self, begin: Sequence[int], tile: Shared) -> tuple[torch.Tensor, torch.Tensor]:
         """What of a block lies inside of the tensor, and that part of the tile."""

@@ -75,7 +75,7 @@ class Task:
     """What an engine does on its own, at a time of its choice."""
 
     def __init__(self, work: Callable[[], None], weight: float) -> None:
-        self.work, self.weight = work, weight
+        self.work, self.weight, self.spins = work, weight, 0
 
 
 class Scheduler:
@@ -176,7 +176,7 @@ class Scheduler:
                 if not any(a.spins < SPINS for a in able):
                     raise Deadlock(self._all_that_wait())
             able += self.tasks
-            (chosen,) = self.random.choices(able, [a.weight for a in able])
+            (chosen,) = self.random.choices(able, [a.weight / (1 + a.spins) for a in able])
             if type(chosen) is Agent:
                 return chosen
             self.tasks.remove(chosen)
@@ -222,9 +222,10 @@ def _place(code: CodeType, number: int) -> str:
 
 
 def target() -> str:
-    """The variable that the kernel's line assigns to."""
+    """The variable that the kernel's line assigns to, or the line."""
     frame = _kernel()
-    return linecache.getline(frame.f_code.co_filename, frame.f_lineno).partition("=")[0].strip()
+    name = linecache.getline(frame.f_code.co_filename, frame.f_lineno).partition("=")[0].strip()
+    return name if name.isidentifier() else f"memory of line {frame.f_lineno}"
 
 
 run: Scheduler = None  # type: ignore[assignment]  # what interprets now

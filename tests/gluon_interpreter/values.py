@@ -1,7 +1,6 @@
 """Numbers as a kernel has them: integers of 32 or 64 bits, tensors, pointers. Layouts say nothing.
 
-A number that is none stays none in maxima too, where a GPU would drop it: it comes from memory that
-nobody wrote.
+NaN stays NaN in maxima too, where a GPU would drop it: it may come from memory that nobody wrote.
 """
 
 import operator
@@ -31,11 +30,6 @@ class Int(int):
     """A scalar whose quotients go towards zero, and which must not overflow."""
 
     kind = torch.int32
-    layout = None
-
-    @property
-    def type(self) -> "Int":
-        return self
 
     @property
     def dtype(self) -> Any:
@@ -76,15 +70,13 @@ def _rest(a: Any, b: Any) -> Any:
     return torch.fmod(a, b) if isinstance(a, torch.Tensor) else a - _quotient(a, b) * b
 
 
-OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
-    "floordiv": _quotient,
-    "mod": _rest,
-    **{n: getattr(operator, f"__{n}__") for n in ("add", "sub", "mul", "truediv")},
-    **{n: getattr(operator, f"__{n}__") for n in ("and", "or", "xor", "lshift", "rshift")},
-    **{n: getattr(operator, f"__{n}__") for n in ("lt", "le", "gt", "ge", "eq", "ne")},
-}
 COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 BITS = ("and", "or", "xor")
+ALIKE = (*COMPARISONS, *BITS, "add", "sub", "mul", "truediv", "lshift", "rshift")  # as in Python
+OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    **{name: getattr(operator, f"__{name}__") for name in ALIKE},
+    **{"floordiv": _quotient, "mod": _rest},
+}
 
 
 def _of_integers(name: str, f: Callable[[Any, Any], Any], swapped: bool) -> Callable[..., Any]:
@@ -127,10 +119,6 @@ class Tensor:
     @property
     def dtype(self) -> Any:
         return GLUON[self.data.dtype]
-
-    @property
-    def T(self) -> "Tensor":
-        return Tensor(self.data.mT)
 
     def __bool__(self) -> bool:
         return bool(self.data)
@@ -181,14 +169,10 @@ def _of_tensors(f: Callable[[Any, Any], Any], swapped: bool) -> Callable[..., An
 
 
 for _name, _f in OPERATORS.items():
-    for _class, _method in (
-        (Int, _of_integers(_name, _f, False)),
-        (Tensor, _of_tensors(_f, False)),
-    ):
-        setattr(_class, f"__{_name}__", _method)
-    if _name not in COMPARISONS:
-        setattr(Int, f"__r{_name}__", _of_integers(_name, _f, True))
-        setattr(Tensor, f"__r{_name}__", _of_tensors(_f, True))
+    for _swapped in (False, True)[: 1 if _name in COMPARISONS else 2]:
+        _method = f"__{'r' * _swapped}{_name}__"
+        setattr(Int, _method, _of_integers(_name, _f, _swapped))
+        setattr(Tensor, _method, _of_tensors(_f, _swapped))
 
 
 def raw(value: Any) -> Any:
@@ -214,10 +198,6 @@ class Pointer:
     def __init__(self, tensor: torch.Tensor, memory: Any, offset: Any = None) -> None:
         self.tensor, self.memory = tensor, memory
         self.offset = integer(0, torch.int64) if offset is None else offset
-
-    @property
-    def dtype(self) -> Any:
-        return gl.pointer_type(GLUON[self.tensor.dtype])
 
     def __add__(self, elements: Any) -> "Pointer":
         return Pointer(self.tensor, self.memory, self.offset + elements)
