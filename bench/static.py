@@ -36,7 +36,10 @@ from bench.machine_code.sass import TENSOR_MEMORY, Loop, Program
 from bench.machine_code.static_budget import Row
 from ra_triton.launch.configs import LaunchConfig, launch_config
 
-HOPPER = ("attention_forward_hopper",)  # stages of sm_90 alone
+HOPPER = (  # stages of sm_90 alone
+    "attention_forward_hopper",
+    *("delta_and_lse", "attention_backward_hopper", "round_dq"),
+)
 STAGES = (
     *HOPPER,
     *("attention_forward", "key_value_gradient", "query_gradient", "delta"),

@@ -53,6 +53,7 @@ STAGES = (
 )
 _HOPPER = "attention_forward_hopper"  # elsewhere these launches are those of _FORWARD
 _FORWARD, _BACKWARD = "attention_forward", "delta key_value_gradient query_gradient"
+_HOPPER_BACKWARD = "delta_and_lse attention_backward_hopper round_dq"
 _DECODE = "decode decode_combine"
 _WEIGHT, _BIAS = "weight_gradient add_splits", "column_sum add_splits"
 _COMPOSE = "compose_backward compose_sums"
@@ -228,7 +229,7 @@ def shipped(
         if configs:
             plans.forget_plans()
             stack.callback(plans.forget_plans)
-        for names, label, launch in _launches():
+        for names, label, launch in _launches(target):
             if not any(pattern.search(f"{name} {label}") for name in names.split()):
                 continue
             with compile_for(target) as recorded:
@@ -301,7 +302,7 @@ def _int8_projection(
     projection_int8.int8_projection(x, w, x_scale, w_scale, bias, out, which)
 
 
-def _launches() -> Iterator[_Launch]:
+def _launches(target: str) -> Iterator[_Launch]:
     """Launches that together reach every row of the config table and every kernel variant.
 
     float16 and bfloat16 share their rows, so what is special is compiled for one of them.
@@ -364,6 +365,8 @@ def _launches() -> Iterator[_Launch]:
             )
         yield _BIAS, name, partial(projection_backward.bias_gradient, _rows(dtype, 0)[1])
     yield from _windowed()
+    if target == "sm_90":
+        yield from _in_one_pass()
     for D in (32, 64, 128):
         yield _FORWARD, f"tf32 D={D}", _with_tf32(_attention(torch.float32, D))
         yield _BACKWARD, f"tf32 D={D}", _with_tf32(_attention_grad(torch.float32, D))
@@ -373,6 +376,15 @@ def _launches() -> Iterator[_Launch]:
     yield _WEIGHT, "tf32", _with_tf32(weight_gradient)
     yield from _int8_launches()
     yield from _composing()
+
+
+def _in_one_pass() -> Iterator[_Launch]:
+    """The backward that no row of the table takes yet, with each tile of its own."""
+    for D, block_m in ((64, 128), (64, 64), (128, 64)):
+        config = LaunchConfig(block_m, 4, 2, block_n=128, use_tma=True, pdl=True, groups=2)
+        for name, window in (("", (-1, 0)), (" window", (255, 0))):
+            launch = partial(_attention_grad(torch.bfloat16, D), window_size=window, config=config)
+            yield _HOPPER_BACKWARD, f"bfloat16 D={D} M={block_m}{name}", launch
 
 
 def _composing() -> Iterator[_Launch]:

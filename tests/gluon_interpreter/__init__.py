@@ -30,7 +30,7 @@ from .memory import Accessed, Descriptor
 from .scheduler import Agent, Deadlock, Hazard, Scheduler
 from .values import Pointer, Tensor, integer
 
-__all__ = ["Deadlock", "Hazard", "interpret", "interpreted"]
+__all__ = ["Deadlock", "Hazard", "as_python", "interpret", "interpreted"]
 
 LANGUAGE = Language()
 MODULES = (gluon.gl, tl)
@@ -58,7 +58,7 @@ def interpret(plan: Plan, tensors: Sequence[Any], *, seed: int = 0, processors: 
     ids = iter(range(prod(plan.grid)))
 
     def work(program: Program) -> None:
-        to_the_end(_python(kernel.fn), values)
+        to_the_end(as_python(kernel.fn), values)
         program.end()
         start()
 
@@ -115,7 +115,7 @@ def _argument(name: str, value: Any, memories: dict[int, Accessed]) -> Any:
 
 
 @cache
-def _python(f: FunctionType) -> Callable[..., Any]:
+def as_python(f: FunctionType) -> Callable[..., Any]:
     """A jit function as a function of Python, by the names of this interpreter."""
     scope = {n: _replaced(f.__globals__[n]) for n in _names(f.__code__) if n in f.__globals__}
     scope |= {"__builtins__": vars(builtins) | {"range": Range}}
@@ -136,5 +136,5 @@ def _replaced(value: Any) -> Any:
     if id(value) in NAMES:
         return NAMES[id(value)]
     if isinstance(value, KernelInterface):
-        return _python(value.fn)
+        return as_python(value.fn)
     return value.value if isinstance(value, tl.constexpr) else value

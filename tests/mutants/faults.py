@@ -305,26 +305,26 @@ TABLE: dict[str, list[tuple]] = {
     ("hopper: queries overwritten while they are read", ANY_ORDER, "_copy",
      "«if tiles >= Q_BUFFERS: → if tiles > Q_BUFFERS:»"),
     ("hopper: keys overwritten while they are read", ANY_ORDER, "_copy",
-     "«_await(EMPTY + stage, threads) → pass»"),
+     "«await_at(EMPTY + stage, threads) → pass»"),
     ("hopper: values overwritten while they are read", ANY_ORDER, "_copy",
-     "«_await(EMPTY + STAGES + stage, threads) → _arrive(EMPTY + STAGES + stage, threads)»"),
+     "«await_at(EMPTY + STAGES + stage, threads) → arrive_at(EMPTY + STAGES + stage, threads)»"),
     ("hopper: arrivals that nobody awaits", ANY_ORDER, "_copy",
-     "«_await(EMPTY + STAGES + n % STAGES, threads) → pass»"),
+     "«await_at(EMPTY + STAGES + n % STAGES, threads) → pass»"),
     ("hopper: rows before the first are copied", CUT_TILES, "_copy",
      "«gl.maximum(m + w * ROWS, 0) → m + w * ROWS»"),
     ("hopper: bytes of v not expected", ANY_ORDER, "_copy",
      "«v_source.block_type.nbytes → 0»"),
     ("hopper: keys of another head", CUT_TILES, "_copy", "«h // group → h % group»"),
     ("hopper: keys free before their product has read them", ANY_ORDER, "_compute",
-     "«s = warpgroup_mma_wait(0, deps=[s]); _arrive(EMPTY + stage, threads) → "
-     "_arrive(EMPTY + stage, threads); s = warpgroup_mma_wait(0, deps=[s])»"),
+     "«s = warpgroup_mma_wait(0, deps=[s]); arrive_at(EMPTY + stage, threads) → "
+     "arrive_at(EMPTY + stage, threads); s = warpgroup_mma_wait(0, deps=[s])»"),
     ("hopper: values free before their product has read them", ANY_ORDER, "_compute",
-     "«acc, p = warpgroup_mma_wait(0, deps=[acc, p]); _arrive(V_EMPTY + before, threads) → "
-     "_arrive(V_EMPTY + before, threads); acc, p = warpgroup_mma_wait(0, deps=[acc, p])»"),
+     "«acc, p = warpgroup_mma_wait(0, deps=[acc, p]); arrive_at(V_EMPTY + before, threads) → "
+     "arrive_at(V_EMPTY + before, threads); acc, p = warpgroup_mma_wait(0, deps=[acc, p])»"),
     ("hopper: queries free before the last product has read them", ANY_ORDER, "_compute",
-     "s = warpgroup_mma_wait(0, deps=[s]); «_arrive(EMPTY + stage, threads) → "
-     "_arrive(EMPTY + stage, threads); _arrive(Q_EMPTY + tiles % Q_BUFFERS, threads)» … "
-     "«_arrive(Q_EMPTY + tiles % Q_BUFFERS, threads); →» "
+     "s = warpgroup_mma_wait(0, deps=[s]); «arrive_at(EMPTY + stage, threads) → "
+     "arrive_at(EMPTY + stage, threads); arrive_at(Q_EMPTY + tiles % Q_BUFFERS, threads)» … "
+     "«arrive_at(Q_EMPTY + tiles % Q_BUFFERS, threads); →» "
      "mbarrier.wait(v_full.index(last % STAGES), last // STAGES & 1)"),
     ("hopper: q waited for in the other phase", ANY_ORDER, "_compute",
      "tiles // Q_BUFFERS« → + 1» & 1"),
@@ -343,12 +343,12 @@ TABLE: dict[str, list[tuple]] = {
     ("hopper: o copied ahead of its fence", ANY_ORDER, "_compute",
      "«fence_async_shared() → pass»"),
     ("hopper: an end while o is copied", ANY_ORDER, "_compute",
-     "«store_wait(0)\n →»if WHICH == 0: _await(TURN, 256)"),
+     "«store_wait(0)\n →»if WHICH == 0: await_at(TURN, 256)"),
     ("hopper: the last turn is not taken", ANY_ORDER, "_compute",
-     "«_await(TURN, 256) → pass»"),
+     "«await_at(TURN, 256) → pass»"),
     ("hopper: a turn is kept", ANY_ORDER, "_compute",
      "s = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True); "
-     "«_arrive(TURN + NEXT, 256) → pass»"),
+     "«arrive_at(TURN + NEXT, 256) → pass»"),
     ("hopper: o of rows before the first", CUT_TILES, "_compute", "«if m >= 0: → if True:»"),
     ("hopper: lse before the first row", CUT_TILES, "_compute",
      "mask=«(offs_m >= 0) & → » (offs_m < T_q)"),

@@ -114,7 +114,7 @@ class Queries(NamedTuple):
 
 
 @triton.jit
-def _rows_kernel(
+def _delta_and_lse_kernel(
     o_ptr,  # contiguous [B, T, H, D]
     do_ptr,
     lse_ptr,  # contiguous [B, H, T], as the next
@@ -159,7 +159,7 @@ def _rows_kernel(
 
 
 @triton.jit(do_not_specialize=["left", "right"])
-def _rounding_kernel(
+def _round_dq_kernel(
     sums_ptr,  # contiguous [B, H, T_q, D]
     dq_ptr,
     dq_strides,  # in elements
@@ -415,9 +415,8 @@ def _compute(
         dk, ds_narrow = warpgroup_mma_wait(0, deps=[dk, ds_narrow])
         arrive_at(EMPTY + stage, WITH_ONE_WARP)
         column = gl.where(column == last_column, first_column, column - BLOCK_M)
-    if total > 0:  # every arrival is awaited
+    if total > 0:  # every arrival is awaited, and after this one the other warpgroup has read k too
         await_at(DQ_EMPTY, WITH_ONE_WARP)
-    await_at(DS_READY, COMPUTING)  # the other warpgroup has read k too
     zero = opaque_zero()
     k = buffers.k.index(zero).reshape((KEYS, D)).slice(WHICH * HALF, HALF, 0)
     k.store((dk * (scale_log2 * LN2)).to(DTYPE))
@@ -519,7 +518,7 @@ def backward_plans(
 
     n_rows = B * H * whole
     of_rows = {"do_strides": strides_of(do), "T": T_q, "tiles": tiles, "n_rows": n_rows}
-    rows = Plan(_rows_kernel, (triton.cdiv(n_rows, by_row.block_m),), of_rows | row)
+    rows = Plan(_delta_and_lse_kernel, (triton.cdiv(n_rows, by_row.block_m),), of_rows | row)
 
     bulk = {
         i: swizzled(rows_in_bulk(t, n), dtype)
@@ -553,7 +552,7 @@ def backward_plans(
     n_rows = B * H * T_q
     of_sums = {"dq_strides": strides_of(dq), "T_q": T_q, "T_k": T_k, **window, "n_rows": n_rows}
     of_sums["softmax_scale"] = call.scores.scale_log2 * LN2.value
-    rounding = Plan(_rounding_kernel, (triton.cdiv(n_rows, by_row.block_m),), of_sums | row)
+    rounding = Plan(_round_dq_kernel, (triton.cdiv(n_rows, by_row.block_m),), of_sums | row)
     return Plans(rows, one_pass, rounding)
 
 

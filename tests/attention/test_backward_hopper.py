@@ -1,0 +1,170 @@
+"""The backward kernel for Hopper: its launches, the order of its sums, its numbers."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from budget import assert_bitwise
+from gluon_interpreter import as_python, interpreted
+from gradient_budget import attention_gradient_budgets, check_gradients, exact_attention
+from strategies import NAN, dtypes_for, normal, quick
+
+from ra_triton.kernels.attention import backward, backward_hopper
+from ra_triton.kernels.attention.arguments import mask_of
+from ra_triton.launch.configs import LaunchConfig
+
+CONFIGS = {
+    (D, M): LaunchConfig(M, 4, 2, block_n=128, use_tma=True, pdl=True, groups=2)
+    for D, M in ((64, 128), (64, 64), (128, 64))
+}
+configs = pytest.mark.parametrize("row", CONFIGS, ids=lambda row: f"D{row[0]}-M{row[1]}")
+MASKS = {
+    "causal": (True, (-1, -1)),
+    "full": (False, (-1, -1)),
+    "left": (True, (70, 0)),
+    "both": (False, (30, 150)),
+    "right": (False, (-1, 40)),
+    "own": (False, (0, 0)),
+}
+
+
+def gradients(row, q, k, v, do, mask="causal", dlse=None, scale=None, *, into=None, **order):
+    """``{"dq": ..., ...}`` on a GPU; without one in the interpreter of Gluon, in some order."""
+    causal, window_size = MASKS[mask]
+    options = {"causal": causal, "softmax_scale": scale, "window_size": window_size}
+    o, lse = exact_attention(q, k, v, **options)
+    inputs = (q, k, v, o.to(q.dtype).contiguous(), lse.float().contiguous(), do)
+    grads = into or [torch.full_like(t, NAN) for t in (q, k, v)]
+    with nullcontext() if q.is_cuda else interpreted(**order):
+        backward.attention_backward(*inputs, *grads, dlse=dlse, **options, config=CONFIGS[row])
+    return dict(zip(("dq", "dk", "dv"), grads, strict=True))
+
+
+def operands(row, T_q, T_k, dtype=None, B=1, H=2, H_kv=1):
+    """Views of one buffer, as the projection leaves them where ``T_q == T_k``, and dO."""
+    dtype = dtype or dtypes_for("triton")[-1]
+    D, _ = row
+    rows = normal(B, max(T_q, T_k), H + 2 * H_kv, D, dtype=dtype)
+    q, k, v = rows.split((H, H_kv, H_kv), dim=2)
+    do = normal(B, T_q, H, D, dtype=dtype, seed=1)
+    return q[:, :T_q], k[:, :T_k], v[:, :T_k], do
+
+
+def check(row, q, k, v, do, mask="causal", dlse=None, scale=None, **order):
+    causal, window_size = MASKS[mask]
+    found = gradients(row, q, k, v, do, mask, dlse, scale, **order)
+    options = {"causal": causal, "window_size": window_size, "softmax_scale": scale}
+    budgets = attention_gradient_budgets(q, k, v, do, dlse, **options)
+    check_gradients(found, budgets, dtype=q.dtype, case=f"{row} {mask} {q.shape} {k.shape}")
+
+
+CASES = [
+    *(("causal", 257, 257), ("full", 130, 387), ("both", 321, 65), ("left", 200, 333)),
+    *(("right", 63, 129), ("own", 130, 130), ("causal", 1, 300), ("full", 300, 1)),
+    *(("causal", 515, 130), ("full", 257, 257), ("left", 640, 640), ("both", 128, 128)),
+    *(("causal", 130, 387), ("right", 321, 65), ("left", 1, 1), ("own", 400, 129)),
+]
+
+
+@configs
+@pytest.mark.parametrize(("mask", "T_q", "T_k"), quick(CASES, 4))
+def test_it_computes_the_gradients(row, mask, T_q, T_k):
+    seed = T_q + T_k
+    q, k, v, do = operands(row, T_q, T_k)
+    check(row, q, k, v, do, mask, seed=seed, processors=1 + seed % 4)
+
+
+@configs
+@pytest.mark.parametrize("mask", ["causal", "full", "both"])
+def test_several_batches_grouped_heads_and_a_gradient_of_lse(row, mask):
+    q, k, v, do = operands(row, 200, 260, torch.float16, B=2, H=4, H_kv=2)
+    dlse = normal(2, 4, 200, seed=2)
+    check(row, q, k, v, do, mask, dlse, 0.2, seed=5, processors=4)
+
+
+@configs
+def test_same_bits_in_whatever_order_programs_and_warps_go_on(row):
+    q, k, v, do = operands(row, 400, 400)
+    once = gradients(row, q, k, v, do)
+    for seed, processors in ((1, 1), (2, 2), (3, 9), (4, 4)):
+        again = gradients(row, q, k, v, do, seed=seed, processors=processors)
+        for name, t in once.items():
+            assert_bitwise(again[name], t, name)
+
+
+@configs
+def test_rows_without_keys_have_gradients_of_zero(row):
+    q, k, v, do = operands(row, 400, 70)
+    dq = gradients(row, q, k, v, do)["dq"]
+    assert_bitwise(dq[:, :330], torch.zeros_like(dq[:, :330]))
+    dlse = normal(1, 2, 400, seed=2)
+    dlse[..., :330] = 0.0  # that of -inf does not count
+    check(row, q, k, v, do, dlse=dlse)
+
+
+@configs
+def test_keys_without_queries_have_gradients_of_zero(row):
+    q, k, v, do = operands(row, 100, 600)
+    found = gradients(row, q, k, v, do, "own")
+    for name in ("dk", "dv"):
+        assert_bitwise(found[name][:, :500], torch.zeros_like(found[name][:, :500]), name)
+
+
+@configs
+def test_scores_that_no_key_has_do_not_count(row):
+    """Behind the keys p would be exp(-lse), infinite here."""
+    q, _, v, do = operands(row, 150, 150)
+    check(row, q, -40 * q[:, :, :1], v, do, "full", scale=1.0)
+
+
+@configs
+def test_gradients_go_into_a_buffer_of_the_projection(row):
+    D, _ = row
+    q, k, v, do = operands(row, 200, 200)
+    expected = gradients(row, q, k, v, do)
+    wide = torch.full((1, 260, 7, D), NAN, dtype=q.dtype, device=q.device)
+    views = wide[:, 30:230].split((2, 1, 1, 3), dim=2)[:3]
+    gradients(row, q, k, v, do, into=views)
+    for name, t in zip(expected, views, strict=True):
+        assert_bitwise(t, expected[name], name)
+    untouched = torch.ones(wide.shape, dtype=torch.bool)
+    untouched[:, 30:230, :4] = False
+    assert wide[untouched.to(wide.device)].isnan().all()
+
+
+# Turns
+
+
+def visits(T_q, T_k, mask, M):
+    """Of the tiles of queries those that see some key of each tile, by the definition."""
+    causal, window = MASKS[mask]
+    left, right = (t if t >= 0 else T_q + T_k for t in window)
+    right = 0 if causal else right
+    own = T_k - T_q
+    seen = {}
+    for n in range(-(-T_k // 128)):
+        keys = range(128 * n, min(128 * n + 128, T_k))
+        for m in range(-(-T_q // M)):
+            queries = range(M * m, min(M * m + M, T_q))
+            low, high = queries[0] + own - left, queries[-1] + own + right
+            if keys[0] <= high and keys[-1] >= low:
+                seen.setdefault(m, []).append(n)
+    return seen
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    ("T_q", "T_k"), [(1, 1), (257, 257), (130, 387), (1000, 1500), (1500, 1000), (2048, 2048)]
+)
+def test_turns_count_the_programs_that_add_to_a_tile(mask, T_q, T_k):
+    """0, 1, 2 ... from the last key tile that a tile of queries sees to the first."""
+    causal, window_size = MASKS[mask]
+    limits = mask_of(T_q, T_k, causal, window_size)
+    sizes = backward_hopper.Sizes(T_q, T_k, 1, 2, limits.left, limits.right)
+    turn, queries = (as_python(getattr(backward_hopper, name).fn) for name in ("_turn", "_queries"))
+    for m, tiles in visits(T_q, T_k, mask, 128).items():
+        assert [turn(m, n, sizes, 128) for n in reversed(tiles)] == list(range(len(tiles)))
+    for n in range(-(-T_k // 128)):
+        own = queries(n, sizes, 128)
+        seen = [m for m, tiles in visits(T_q, T_k, mask, 128).items() if n in tiles]
+        assert list(range(own.begin, own.end)) == sorted(seen)
