@@ -64,6 +64,12 @@ PLAIN = "projection_hopper::everything_else_goes_to_the_plain_kernel"
 LONG_ROWS = "hopper::long_rows_of_16_bits_on_hopper_take_it"
 SUITS = "hopper::what_suits_it_is_launched_with_it_and_nothing_else_is"
 FULL_ROUNDS = "hopper::sections_fill_their_rounds_and_have_no_more_heads_than_there_are"
+GRADIENTS = "backward_hopper::it_computes_the_gradients"
+BACKWARD_ORDER = "backward_hopper::same_bits_in_whatever_order_programs_and_warps_go_on"
+TURNS = "backward_hopper::turns_count_the_programs_that_add_to_a_tile"
+GROUPS_OF_HEADS = "backward_hopper::several_batches_grouped_heads_and_a_gradient_of_lse"
+BEHIND_KEYS = "backward_hopper::scores_that_no_key_has_do_not_count"
+NO_KEYS = "backward_hopper::rows_without_keys_have_gradients_of_zero"
 OVERLAP = "hopper::exponentials_run_while_a_product_does"
 CUT_TILES = "hopper::cut_tiles_and_grouped_heads"
 ANY_ORDER = "hopper::same_bits_in_whatever_order_programs_and_groups_go_on"
@@ -297,6 +303,64 @@ TABLE: dict[str, list[tuple]] = {
     ("hopper: unaligned operands too", SUITS, "_plan", "«aligned and →» o_on_16_bytes"),
     ("forward: launched with k's strides for v", LAYOUTS,
      "_plan", "dtype, (q, k, «v → k»), sequences"),
+],
+"ra_triton/kernels/attention/backward_hopper.py": [
+    ("hopper backward: a turn taken before it comes", BACKWARD_ORDER, "_add",
+     "«while done != turn: → while done < 0:»"),
+    ("hopper backward: turns are read without acquiring what was added", BACKWARD_ORDER, "_add",
+     "while done != turn: done = gl.atomic_add(head_turns + m, 0, sem=«'acquire' → 'relaxed'»)"),
+    ("hopper backward: turns are passed on without releasing what was added", BACKWARD_ORDER,
+     "_add", "gl.atomic_add(head_turns + m, 1, sem=«'release' → 'relaxed'»)"),
+    ("hopper backward: turns are passed on before the sums are written", BACKWARD_ORDER, "_add",
+     "«store_wait_written() → pass»"),
+    ("hopper backward: the first adds to what nobody wrote", GRADIENTS, "_add",
+     "«if turn == 0: → if turn < 0:»"),
+    ("hopper backward: the tile of dq is free before it has been read", BACKWARD_ORDER, "_add",
+     "«store_wait(0) → pass»"),
+    ("hopper backward: dq of another head of the group", GROUPS_OF_HEADS, "_add",
+     "head_turns = turns_ptr + (place.b * sizes.H_kv * sizes.group + «h → place.h») * n_m"),
+    ("hopper backward: turns from the first keys to the last", TURNS, "_turn",
+     "«(gl.minimum(end, sizes.T_k) - 1) // KEYS - n → n»"),
+    ("hopper backward: keys after a query's own are left out of the turns", TURNS, "_turn",
+     "(m + 1) * BLOCK_M + (sizes.T_k - sizes.T_q)« + sizes.right →»"),
+    ("hopper backward: queries overwritten while they are read", BACKWARD_ORDER, "_copy",
+     "«await_at(EMPTY + stage, WITH_ONE_WARP) → pass»"),
+    ("hopper backward: dk and dv leave before they are there", BACKWARD_ORDER, "_copy",
+     "«await_at(RESULTS_READY, WITH_ONE_WARP) → pass»"),
+    ("hopper backward: queries free before the last product has read them", BACKWARD_ORDER,
+     "_compute", "«dk, ds_narrow = warpgroup_mma_wait(0, deps=[dk, ds_narrow]); "
+     "arrive_at(EMPTY + stage, WITH_ONE_WARP) → arrive_at(EMPTY + stage, WITH_ONE_WARP); "
+     "dk, ds_narrow = warpgroup_mma_wait(0, deps=[dk, ds_narrow])»"),
+    ("hopper backward: one buffer of ds for two tiles", BACKWARD_ORDER, "_compute",
+     "«buffers.ds.index(step % 2) → buffers.ds.index(0)»"),
+    ("hopper backward: the halves of ds do not meet", BACKWARD_ORDER, "_compute",
+     "«await_at(DS_READY, COMPUTING) → pass»"),
+    ("hopper backward: dq stored over the tile before", BACKWARD_ORDER, "_compute",
+     "if step > 0: «await_at(DQ_EMPTY, WITH_ONE_WARP) → pass»"),
+    ("hopper backward: k overwritten while the other warpgroup reads it", BACKWARD_ORDER,
+     "_compute", "«if total > 0: await_at(DQ_EMPTY, WITH_ONE_WARP) → pass»"),
+    ("hopper backward: a query sees one key fewer", GRADIENTS, "_compute",
+     "first_column = key - (sizes.T_k - sizes.T_q) - sizes.right« → + 1» - "
+     "queries.begin * BLOCK_M"),
+    ("hopper backward: a cut tile passes for a whole one", GRADIENTS, "_compute",
+     "(column > «1 - HALF → 1»)"),
+    ("hopper backward: scores behind the keys count", BEHIND_KEYS, "_compute",
+     "(column > 1 - HALF)« | (keys < HALF) →»"),
+    ("hopper backward: windows cut no tile", GRADIENTS, "_compute",
+     "cut = cut« | (column + width < BLOCK_M) →»"),
+    ("hopper backward: the next head goes on with the last tile's mask", GROUPS_OF_HEADS,
+     "_compute", "column = «gl.where(column == last_column, first_column, column - BLOCK_M) → "
+     "column - BLOCK_M»"),
+    ("hopper backward: rows behind the queries count", GRADIENTS, "_delta_and_lse_kernel",
+     'other=«float("inf") → 0.0»'),
+    ("hopper backward: rows without keys are not a number", NO_KEYS, "_delta_and_lse_kernel",
+     '«tl.where(lse == float("-inf"), float("inf"), lse) → lse»'),
+    ("hopper backward: tickets go on from the launch before", BACKWARD_ORDER,
+     "_delta_and_lse_kernel", "«tl.store(turns_ptr + row, 0, row == 0) → pass»"),
+    ("hopper backward: what nobody wrote is dq", NO_KEYS, "_round_dq_kernel",
+     "«(there & seen)[:, None] → there[:, None]»"),
+    ("hopper backward: dq without its scale", GRADIENTS, "_round_dq_kernel",
+     "tl.load(sums, (there & seen)[:, None], other=0.0)« * softmax_scale →»"),
 ],
 "ra_triton/kernels/attention/forward_hopper.py": [
     ("hopper: copies ahead of the kernel before",

@@ -1,0 +1,76 @@
+"""The benchmark of attention alone: what it counts, its gate, what is absent, its rows."""
+
+import json
+
+import pytest
+import torch
+
+from bench import peers
+from ref import reciprocal_attention as ref
+
+FAST = ["--device", "cpu", "--seconds", "0"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_every_phase_has_a_row_and_peers_that_are_absent_say_why(tmp_path, capsys):
+    file = tmp_path / "peers.json"
+    assert peers.main([*FAST, "--json", str(file)]) == 0
+    document = json.loads(file.read_text())
+    rows = {(row["phase"], row["provider"]): row for row in document["rows"]}
+    assert set(rows) == {(p, n) for p in peers.PHASES for n in ("ra", "ra-sdpa", "sdpa")}
+    for (phase, name), row in rows.items():
+        assert row["status"] == ("skipped" if name == "ra" else "ok")
+        if name != "ra":
+            assert row["tflops"] == pytest.approx(peers.CASES["cpu"].flops(phase) / row["ms"] / 1e9)
+    for phase in peers.PHASES:
+        assert rows[phase, "sdpa"]["ratio"] == 1.0
+        assert rows[phase, "ra-sdpa"]["ratio"] == (
+            rows[phase, "ra-sdpa"]["ms"] / rows[phase, "sdpa"]["ms"]
+        )
+    assert "skipped: the Triton kernels are verified here" in capsys.readouterr().out
+    assert peers.Peer(lambda case: None, "no_such_package", on_cpu=True).unavailable("cpu") == (
+        "no no_such_package: No module named 'no_such_package'"
+    )
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 0, 3, 100])
+def test_flops_count_the_scores_that_the_mask_leaves(causal, window):
+    case = peers.Case("", 2, 13, 4, 2, 16, causal, window)
+
+    seen = ref.allowed_keys(13, 13, causal, case.window_size, torch.device("cpu")).sum().item()
+    for phase, products in (("forward", 2), ("backward", 5), ("both", 7)):
+        assert case.flops(phase) == 2 * products * 2 * 4 * 16 * seen
+
+
+def test_a_gradient_that_is_wrong_in_the_last_head_gets_no_number(monkeypatch, capsys):
+    def wrong(case):
+        def attend(q, k, v):
+            out = peers.PEERS["sdpa"].make(case)(q, k, v)
+            return torch.cat((out[:, :, :-1], 1.01 * out[:, :, -1:]), 2)
+
+        return attend
+
+    monkeypatch.setitem(peers.PEERS, "planted", peers.Peer(wrong, "torch", on_cpu=True))
+    assert peers.main([*FAST, "--providers", "planted", "sdpa"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.count("failed the gate") == len(peers.PHASES)
+    assert "planted at cpu: failed the gate: out" in captured.err
+
+
+def test_windows_are_for_those_who_have_them(monkeypatch):
+    monkeypatch.setitem(peers.CASES, "cpu", peers.Case("cpu", 1, 40, 2, 1, 16, window=7))
+    args = peers._parser().parse_args(FAST)
+    args.dtype, args.seconds = "fp32", 0.0
+    rows = peers.measure_case(peers.CASES["cpu"], ["ra-sdpa", "sdpa"], args, torch.device("cpu"))
+    assert {(row.provider, row.status, row.note) for row in rows} == {
+        ("ra-sdpa", "ok", ""),
+        ("sdpa", "skipped", "has no windows"),
+    }
