@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parts(device: str, workers: int) -> list[Part]:
     """What runs on a device; on a CPU as little as shows that the driver works."""
     options = _ON_CPU if device == "cpu" else _ON_GPU
-    tests, sweep, lengths, long, ladder, host, decode, training, layers = options
+    tests, sweep, lengths, long, peers, ladder, host, decode, training, layers = options
     forward, train = "--pass forward", "--pass train"
     flex = "ra-flex-compiled" if device == "cuda" else ""  # compiles for seconds at each length
     return [
@@ -108,6 +108,7 @@ def parts(device: str, workers: int) -> list[Part]:
         Part("host", _script("host", host), 60),
         Part("lengths-forward", _script("sweep", forward, lengths, flex), 90),
         Part("long-forward", _script("sweep", forward, long), 60),
+        Part("peers", _script("peers", peers), 150),
         Part("decode", _script("decode", decode), 60),
         Part("lengths-train", _script("sweep", train, lengths), 60),
         Part("train-speed", _script("train_speed", training), 450),
@@ -116,8 +117,8 @@ def parts(device: str, workers: int) -> list[Part]:
     ]
 
 
-# Options of tests, sweep, sweeps over lengths and over long ones, ladder, host, decode, training
-# and stacked layers, in whose place a CPU repeats the short calls.
+# Options of tests, sweep, sweeps over lengths and over long ones, peers, ladder, host, decode,
+# training and stacked layers, in whose place a CPU repeats the short calls.
 _ON_GPU = (
     "-m gpu",
     "--device cuda --shape gpt2 --seconds 2",
@@ -126,6 +127,7 @@ _ON_GPU = (
         "--providers ra-triton plain-flash plain-cudnn"
         for T in ("1024 2048", "4096 16384")
     ),
+    "--device cuda --seconds 0.5",
     "--device cuda --seconds 5",
     "--device cuda --seconds 2",
     "--device cuda --length 4096 65536 --seconds 0.5",
@@ -137,6 +139,7 @@ _ON_CPU = (
     "--device cpu --shape call --seconds 0",
     "--device cpu --stage attention --shape call --T 8 16 --seconds 0",
     "--device cpu --stage attention --shape call --T 32 --seconds 0",
+    "--device cpu --seconds 0",
     "--device cpu --shape call --seconds 0",
     "--device cpu --seconds 0",
     "--device cpu --seconds 0 --length 32 --batch 1",

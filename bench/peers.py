@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import ra_triton
 from bench.harness.gate import Gate, admit, answer
 from bench.harness.options import (
     DTYPES,
@@ -52,6 +51,7 @@ from bench.harness.report import (
     write_json,
 )
 from bench.harness.timing import Entrant, Outputs, Timing, measure
+from ra_triton import packed_attention
 from ref import reciprocal_attention as ref
 
 PHASES = ("forward", "backward", "both")
@@ -156,7 +156,7 @@ class OnePass(torch.autograd.Function):
 
 def _ra(backend: str, case: Case) -> Attend:
     return partial(
-        ra_triton.packed_attention,
+        packed_attention,
         causal=case.causal,
         window_size=case.window_size,
         backend=backend,

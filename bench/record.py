@@ -1,4 +1,4 @@
-"""One page and one JSON file per GPU, from the files of train_speed, sweep, ladder, host, decode.
+"""One page and one JSON file per GPU, from the files of all benchmarks that time kernels.
 
     python bench/record.py sweep.json train.json ladder.json host.json
     python bench/record.py *.json --out bench/results --plots
@@ -16,20 +16,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bench.decode import DecodeRow
 from bench.harness.options import check_outputs, parser_of
 from bench.harness.report import Row, header, number, remark, subject, summary
 from bench.harness.shapes import PHASES
 from bench.host import HostRow
+from bench.peers import PeerRow
 from bench.train_speed import TrainRow, loss_share
 
 RESULTS = Path(__file__).parent / "results"
-BENCHMARKS = ("sweep", "ladder", "host", "decode", "train-speed")
+BENCHMARKS = ("sweep", "peers", "ladder", "host", "decode", "train-speed")
 MACHINE = ("device", "driver", "torch", "triton", "ptxas", "commit")
 DIGITS = 4  # significant ones, of every number in the JSON file
 Line = list[str]
+T = TypeVar("T")
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Record:
     Attributes:
         environment: device, driver, versions, commit.
         sweep: rows of all sweeps.
+        peers: rows of attention alone beside other packages.
         ladder: rows of the ladder.
         seed: the original prototype's figures by rung, and their GPU.
         host: rows of the host cost.
@@ -50,6 +53,7 @@ class Record:
 
     environment: dict[str, Any] = field(default_factory=dict)
     sweep: list[Row] = field(default_factory=list)
+    peers: list[PeerRow] = field(default_factory=list)
     ladder: list[Row] = field(default_factory=list)
     seed: dict[str, Any] = field(default_factory=dict)
     host: list[HostRow] = field(default_factory=list)
@@ -89,6 +93,8 @@ class Record:
         rows = document["rows"]
         if benchmark == "sweep":
             self.sweep += [Row(**{"phase": "forward", **row}) for row in rows]
+        elif benchmark == "peers":
+            self.peers += [PeerRow(**row) for row in rows]
         elif benchmark == "ladder":
             self.ladder += [Row(**row) for row in rows]
             self.seed = document["seed"]
@@ -193,6 +199,8 @@ def markdown(record: Record, pictures: Sequence[str] = ()) -> str:
         overview = "\n".join(f"- {line}" for line in lines)
         title = f"Sweep: {stage}, {PHASES[phase]}, {dtype}"
         blocks += _section(title, "\n\n".join(filter(None, (overview, _sweep(rows)))))
+    for (phase,), peers in _grouped(record.peers, "phase"):
+        blocks += _section(f"Attention alone beside its peers: {phase}", _peers(peers))
     for (phase, shape), rows in _grouped(record.ladder, "phase", "shape"):
         blocks += _section(f"Ladder: {shape}, {PHASES[phase]}", _ladder(rows, record.seed))
     blocks += _section("Host cost of a call", _host(record.host))
@@ -296,6 +304,21 @@ def _host(rows: Sequence[HostRow]) -> str:
     return _table(titles, lines)
 
 
+def _peers(rows: Sequence[PeerRow]) -> str:
+    titles = ["case", "B", "T", "heads", "D", "mask", "dtype", "provider", "ms", "TFLOP/s"]
+    lines = [
+        [
+            *(row.case, str(row.B), str(row.T), f"{row.H} over {row.H_kv}", str(row.D)),
+            "causal" * row.causal + (f" window {row.window}" if row.window is not None else ""),
+            *(row.dtype, row.provider, _spread(row.ms, row.ms_p20, row.ms_p80, ".4g")),
+            *(number(row.tflops, ".4g"), number(row.ratio, ".3f"), number(row.peak_mb, ".4g")),
+            remark(row.status, row.note),
+        ]
+        for row in rows
+    ]
+    return _table([*titles, "over the fastest peer's ms", "peak MB", ""], lines)
+
+
 def _decode(rows: Sequence[DecodeRow], copy_gbps: float | None) -> str:
     titles = ["B", "length", "heads", "D", "dtype", "provider", "cache MB", "eager ms", "graph ms"]
     lines = [
@@ -345,8 +368,8 @@ def _spread(median: float | None, p20: float | None, p80: float | None, form: st
     return f"{number(median, form)} ({number(p20, form)}..{number(p80, form)})"
 
 
-def _grouped(rows: Sequence[Row], *fields: str) -> list[tuple[tuple[Any, ...], list[Row]]]:
-    def key(row: Row) -> tuple[Any, ...]:
+def _grouped(rows: Sequence[T], *fields: str) -> list[tuple[tuple[Any, ...], list[T]]]:
+    def key(row: T) -> tuple[Any, ...]:
         return tuple(getattr(row, name) for name in fields)
 
     return [(k, list(group)) for k, group in groupby(sorted(rows, key=key), key)]

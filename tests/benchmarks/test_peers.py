@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bench import peers
+from bench import peers, record
 from ref import reciprocal_attention as ref
 
 FAST = ["--device", "cpu", "--seconds", "0"]
@@ -34,6 +34,9 @@ def test_every_phase_has_a_row_and_peers_that_are_absent_say_why(tmp_path, capsy
         assert rows[phase, "ra-sdpa"]["ratio"] == (
             rows[phase, "ra-sdpa"]["ms"] / rows[phase, "sdpa"]["ms"]
         )
+    page = record.markdown(record.Record.of([file]))
+    assert "## Attention alone beside its peers: backward" in page
+    assert page.count("| cpu | 1 | 64 | 4 over 2 | 64 | causal | fp32 |") == len(rows)
     assert "skipped: the Triton kernels are verified here" in capsys.readouterr().out
     assert peers.Peer(lambda case: None, "no_such_package", on_cpu=True).unavailable("cpu") == (
         "no no_such_package: No module named 'no_such_package'"

@@ -227,10 +227,11 @@ def test_what_does_not_fit_in_the_time_is_told(tmp_path):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_part_is_a_command_that_its_script_understands(device, tmp_path):
-    from bench import decode, host, ladder, sweep, train_speed
+    from bench import decode, host, ladder, peers, sweep, train_speed
 
     parsers = {"sweep": sweep._parser(), "ladder": ladder._parser(), "host": host._parser()}
     parsers |= {"decode": decode._parser(), "train_speed": train_speed._parser()}
+    parsers["peers"] = peers._parser()
     for p in gpu.parts(device, 8):
         _, script, *options = p.full_command(tmp_path)
         if p.suffix == "json":
