@@ -7,10 +7,11 @@ import torch
 from budget import assert_bitwise
 from gluon_interpreter import as_python, interpreted
 from gradient_budget import attention_gradient_budgets, check_gradients, exact_attention
-from strategies import NAN, dtypes_for, normal, quick
+from strategies import DEVICE, NAN, dtypes_for, normal, quick
 
 from ra_triton.kernels.attention import backward, backward_hopper
 from ra_triton.kernels.attention.arguments import mask_of
+from ra_triton.kernels.attention.forward import attention_forward
 from ra_triton.launch.configs import LaunchConfig
 
 CONFIGS = {
@@ -112,9 +113,9 @@ def test_keys_without_queries_have_gradients_of_zero(row):
 
 @configs
 def test_scores_that_no_key_has_do_not_count(row):
-    """Behind the keys p would be exp(-lse), infinite here."""
-    q, _, v, do = operands(row, 150, 150)
-    check(row, q, -40 * q[:, :, :1], v, do, "full", scale=1.0)
+    """Behind the keys p would be exp(-lse), infinite here, and no number times a key of zeros."""
+    q, k, v, do = operands(row, 150, 150)
+    check(row, q.abs(), -4 * k.abs(), v, do, "full", scale=1.0)
 
 
 @configs
@@ -168,3 +169,70 @@ def test_turns_count_the_programs_that_add_to_a_tile(mask, T_q, T_k):
         own = queries(n, sizes, 128)
         seen = [m for m, tiles in visits(T_q, T_k, mask, 128).items() if n in tiles]
         assert list(range(own.begin, own.end)) == sorted(seen)
+
+
+# On a GPU alone
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 127, 128, 129, 255, 257, 640, 1000])
+@configs
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_lengths_around_tile_boundaries(row, T, mask, dtype):
+    q, k, v, do = operands(row, T, T, dtype, B=2, H=4, H_kv=2)
+    check(row, q, k, v, do, mask, normal(2, 4, T, seed=2), 0.2)
+
+
+def many_programs(row, mask="causal", times=1):
+    """Far more programs than run at once; each time the gradients of the first time."""
+    q, k, v, do = operands(row, 2048, 2048, B=4, H=16, H_kv=16)
+    causal, window_size = MASKS[mask]
+    options = {"causal": causal, "softmax_scale": None, "window_size": window_size}
+    o, lse = attention_forward(q, k, v, **options)
+    first = None
+    for _ in range(times):
+        grads = [torch.full_like(t, NAN) for t in (q, k, v)]
+        backward.attention_backward(q, k, v, o, lse, do, *grads, **options, config=CONFIGS[row])
+        first = first or grads
+        for t, expected in zip(grads, first, strict=True):
+            assert torch.equal(t, expected)
+    return (q, k, v, do), first
+
+
+@pytest.mark.gpu
+@configs
+@pytest.mark.parametrize("mask", ["causal", "full", "both"])
+def test_the_same_bits_five_hundred_times(row, mask):
+    many_programs(row, mask, 500)
+
+
+@pytest.mark.gpu
+@configs
+@pytest.mark.parametrize("mask", ["causal", "full", "both"])
+def test_heads_of_many_are_those_of_one(row, mask):
+    (q, k, v, do), grads = many_programs(row, mask)
+    for b, h in ((0, 0), (2, 7), (3, 15)):
+        one = [t[b : b + 1, :, h : h + 1] for t in (q, k, v, do)]
+        check(row, *one, mask)
+        for t, alone in zip(grads, gradients(row, *one, mask).values(), strict=True):
+            assert_bitwise(t[b : b + 1, :, h : h + 1], alone)
+
+
+@pytest.mark.gpu
+@configs
+@pytest.mark.parametrize("mask", ["causal", "full"])
+def test_it_ends_while_another_stream_takes_the_processors(row, mask):
+    """Programs wait for such as have begun before them, however few find room."""
+    _, expected = many_programs(row, mask)
+    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device=DEVICE)
+    other = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    for _ in range(20):
+        with torch.cuda.stream(other):
+            for _ in range(20):
+                a @ a
+        _, grads = many_programs(row, mask)
+        for t, quiet in zip(grads, expected, strict=True):
+            assert torch.equal(t, quiet)
+    torch.cuda.synchronize()

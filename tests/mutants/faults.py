@@ -351,10 +351,8 @@ TABLE: dict[str, list[tuple]] = {
     ("hopper backward: the next head goes on with the last tile's mask", GROUPS_OF_HEADS,
      "_compute", "column = «gl.where(column == last_column, first_column, column - BLOCK_M) → "
      "column - BLOCK_M»"),
-    ("hopper backward: rows behind the queries count", GRADIENTS, "_delta_and_lse_kernel",
-     'other=«float("inf") → 0.0»'),
-    ("hopper backward: rows without keys are not a number", NO_KEYS, "_delta_and_lse_kernel",
-     '«tl.where(lse == float("-inf"), float("inf"), lse) → lse»'),
+    ("hopper backward: rows behind the queries are no number", GRADIENTS, "_delta_and_lse_kernel",
+     "lse = tl.load(lse_ptr + head * T + t, there«, other=0.0 → , other=float('nan')»)"),
     ("hopper backward: tickets go on from the launch before", BACKWARD_ORDER,
      "_delta_and_lse_kernel", "«tl.store(turns_ptr + row, 0, row == 0) → pass»"),
     ("hopper backward: what nobody wrote is dq", NO_KEYS, "_round_dq_kernel",

@@ -133,7 +133,7 @@ def _delta_and_lse_kernel(
 ):
     """``delta = Σ_d o do - dlse`` and lse in powers of 2; the first ticket, and all turns, 0.
 
-    A row behind the queries, and one that sees no key, gets lse = inf, so that its p and ds are 0.
+    A row behind the queries, for which copies bring zeros, gets any finite number.
     """
     follow(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -147,8 +147,7 @@ def _delta_and_lse_kernel(
     do_rows = row_at(do_ptr, do_strides, b, t_wide, h)
     do = tl.load(do_rows[:, None] + offs_d[None, :], there[:, None], other=0.0)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    lse = tl.load(lse_ptr + head * T + t, there, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    lse = tl.load(lse_ptr + head * T + t, there, other=0.0)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + head * T + t, there, other=0.0)
     out = rows_ptr + head * (2 * whole) + t
