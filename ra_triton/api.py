@@ -26,9 +26,9 @@ from ra_triton.checks import (
 )
 from ra_triton.launch import recorded
 from ra_triton.weights.layout import WEIGHT_LAYOUTS, RALayout
-from ra_triton.weights.quantization import QuantizedWeight, check_quantized_inputs
-from ra_triton.weights.sparsity import SparseWeight, check_sparse_inputs
-from ra_triton.weights.sparsity import project as sparse_project
+from ra_triton.weights.quantization import QuantizedWeight
+from ra_triton.weights.reduced import ReducedWeight, check_reduced_inputs, tensors_of
+from ra_triton.weights.sparsity import SparseWeight
 from ra_triton.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -115,21 +115,14 @@ def ra_attention(
     x, W_fused, bias, dtype = _autocast_weights(x, W_fused, bias)
     flattened = cu_seqlens is not None and isinstance(x, Tensor) and x.dim() == 2
     x = x.unsqueeze(0) if flattened else x
-    if isinstance(W_fused, SparseWeight):
-        sizes = (R, n_head, n_kv_head, weight_layout)
-        check_sparse_inputs(x, W_fused, bias, *sizes, workspace=workspace)
-        offsets = _layer_offsets(x, cu_seqlens, max_seqlen, check)
-        module, _ = choose(backend, (x,), options, W_fused.layout.head_dim)
-        packed = W_fused.layout.views(sparse_project(x, W_fused, bias, weight_layout))
-        out = module.packed_attention(*packed, options, offsets)[0].flatten(2)
-        return out.squeeze(0) if flattened else out
-    layout = _projection_layout(x, W_fused, R, n_head, n_kv_head, bias, weight_layout, dtype)
+    sizes = (R, n_head, n_kv_head)
+    layout = _projection_layout(x, W_fused, *sizes, bias, weight_layout, dtype, workspace=workspace)
     offsets = _layer_offsets(x, cu_seqlens, max_seqlen, check)
     if workspace is not None:
         if not isinstance(workspace, Workspace):
             raise TypeError(f"workspace must be a Workspace or None, got {workspace!r}")
-        workspace.refuse_gradients(x, *_tensors(W_fused), bias)
-    module, _ = choose(backend, (x, *_tensors(W_fused), bias), options, layout.head_dim)
+        workspace.refuse_gradients(x, *tensors_of(W_fused), bias)
+    module, _ = choose(backend, (x, *tensors_of(W_fused), bias), options, layout.head_dim)
     W_packed, bias = _packed(layout, W_fused, bias, weight_layout)
     out = module.layer(x, W_packed, bias, layout, options, workspace, offsets, dtype)
     if not flattened:
@@ -182,11 +175,8 @@ def project(
             (y,) = call.run(x, W_fused, bias)
             return RALayout.from_columns(W_fused.shape[1], R, n_head, n_kv_head).views(y)
     x, W_fused, bias, dtype = _autocast_weights(x, W_fused, bias)
-    if isinstance(W_fused, SparseWeight):
-        check_sparse_inputs(x, W_fused, bias, R, n_head, n_kv_head, weight_layout, out=out)
-        choose(backend, (x,))  # checks it
-        return W_fused.layout.views(sparse_project(x, W_fused, bias, weight_layout))
-    layout = _projection_layout(x, W_fused, R, n_head, n_kv_head, bias, weight_layout, dtype)
+    sizes = (R, n_head, n_kv_head)
+    layout = _projection_layout(x, W_fused, *sizes, bias, weight_layout, dtype, out=out)
     if out is not None:
         check_float_tensor("out", out)
         check_same("x", x if dtype is None else x.to(dtype), out=out)
@@ -194,14 +184,14 @@ def project(
         check_shape("out", out, shape, "[B, T, H + 2 * H_kv, D]")
         if not out.is_contiguous():
             raise ValueError(f"out must be contiguous, got strides {out.stride()}")
-        read = [("x", x), *(("W_fused", t) for t in _tensors(W_fused)), ("bias", bias)]
+        read = [("x", x), *(("W_fused", t) for t in tensors_of(W_fused)), ("bias", bias)]
         for name, t in read:
             if t is not None and out.numel() and _shared(t, out):
                 raise ValueError(f"out must not share memory with {name}")
-        if needs_grad(x, *_tensors(W_fused), bias, out):
+        if needs_grad(x, *tensors_of(W_fused), bias, out):
             raise ValueError("out cannot be used while a gradient is needed; use torch.no_grad()")
         out = out.flatten(2)
-    module, _ = choose(backend, (x, *_tensors(W_fused), bias))
+    module, _ = choose(backend, (x, *tensors_of(W_fused), bias))
     W_packed, bias = _packed(layout, W_fused, bias, weight_layout)
     y = module.project(x, W_packed, bias, out, dtype)
     recorded.keep(key, module.known_project(dtype, y.requires_grad))
@@ -490,18 +480,24 @@ def _norm_rope_call(*args: Any) -> NormRope:
 
 def _projection_layout(
     x: Tensor,
-    W_fused: Tensor | QuantizedWeight,
+    W_fused: Tensor | ReducedWeight,
     R: int,
     n_head: int | None,
     n_kv_head: int | None,
     bias: Tensor | None,
     weight_layout: str,
     dtype: torch.dtype | None,
+    **buffers: object,
 ) -> RALayout:
     """Check the arguments of a projection in ``dtype``, None: in theirs, and derive its sizes."""
     check_choice("weight_layout", weight_layout, WEIGHT_LAYOUTS)
-    if isinstance(W_fused, QuantizedWeight):
-        check_quantized_inputs(x, W_fused, bias, R, n_head, n_kv_head)
+    if isinstance(W_fused, ReducedWeight):
+        check_reduced_inputs(x, W_fused, bias, R, n_head, n_kv_head)
+        for name, buffer in buffers.items():
+            if buffer is not None and isinstance(W_fused, SparseWeight):
+                raise ValueError(
+                    f"{name} cannot be used with a sparse weight, whose product is new"
+                )
         return W_fused.layout
     check_project_inputs(x, W_fused, bias, dtype=dtype)
     return RALayout.from_columns(W_fused.shape[1], R, n_head, n_kv_head)
@@ -528,20 +524,15 @@ def _layer_offsets(
 
 def _packed(
     layout: RALayout,
-    W_fused: Tensor | QuantizedWeight,
+    W_fused: Tensor | ReducedWeight,
     bias: Tensor | None,
     weight_layout: str,
-) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
+) -> tuple[Tensor | ReducedWeight, Tensor | None]:
     """Weight and bias in packed order."""
     if weight_layout == "packed":
         return W_fused, bias
     bias = None if bias is None else layout.pack(bias)
-    return W_fused if isinstance(W_fused, QuantizedWeight) else layout.pack(W_fused), bias
-
-
-def _tensors(W_fused: Tensor | QuantizedWeight) -> tuple[Tensor, ...]:
-    """The tensors of a weight."""
-    return W_fused.tensors if isinstance(W_fused, QuantizedWeight) else (W_fused,)
+    return W_fused if isinstance(W_fused, ReducedWeight) else layout.pack(W_fused), bias
 
 
 def _autocast_weights(x: Any, W_fused: Any, bias: Any) -> tuple[Any, Any, Any, torch.dtype | None]:

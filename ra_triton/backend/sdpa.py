@@ -21,10 +21,11 @@ from ra_triton.call.offsets import Offsets
 from ra_triton.call.options import AttentionOptions
 from ra_triton.checks import autocast_dtype, in_dtype, needs_grad
 from ra_triton.launch.recorded import Known
-from ra_triton.weights import quantization
+from ra_triton.weights import quantization, sparsity
 from ra_triton.weights.factors import Factors
 from ra_triton.weights.layout import RALayout
 from ra_triton.weights.quantization import QuantizedWeight
+from ra_triton.weights.sparsity import SparseWeight
 from ra_triton.workspace import Workspace
 
 MAX_PROGRAMS = 65_535  # along the second and the third axis of a CUDA grid
@@ -41,7 +42,7 @@ def unsupported(
 
 def project(
     x: Tensor,
-    W_packed: Tensor | QuantizedWeight,
+    W_packed: Tensor | QuantizedWeight | SparseWeight,
     bias: Tensor | None,
     out: Tensor | None,
     dtype: torch.dtype | None = None,
@@ -50,6 +51,8 @@ def project(
     x, W_packed, bias = in_dtype(dtype, x, W_packed, bias)  # type: ignore[arg-type]
     if isinstance(W_packed, QuantizedWeight):
         return quantization.project(x, W_packed, bias, out)
+    if isinstance(W_packed, SparseWeight):
+        return sparsity.project(x, W_packed, bias)
     if out is None:
         return F.linear(x, W_packed.mT, bias)
     rows, out_rows = x.flatten(0, 1), out.view(-1, out.shape[-1])
@@ -126,7 +129,7 @@ def by_sequence(
 
 def layer(
     x: Tensor,
-    W_packed: Tensor | QuantizedWeight,
+    W_packed: Tensor | QuantizedWeight | SparseWeight,
     bias: Tensor | None,
     layout: RALayout,
     options: AttentionOptions,

@@ -7,25 +7,15 @@ half a scale off. Activations, where they are int8 too, are rounded the same way
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from ra_triton import internals
-from ra_triton.checks import (
-    check_choice,
-    check_dims,
-    check_float_tensor,
-    check_rows,
-    check_same,
-    check_shape,
-    needs_grad,
-)
+from ra_triton.checks import check_choice, check_float_tensor, check_shape
 from ra_triton.weights.layout import WEIGHT_LAYOUTS, RALayout
+from ra_triton.weights.reduced import WHICH, ReducedWeight, layout_of_columns, take_columns
 
-WHICH = ("reciprocal", "all")
 ACTIVATIONS = ("none", "int8")
 LARGEST = 127
 SMALLEST_SCALE = 2.0**-126  # the smallest normal float32, so that a zero column divides
@@ -34,7 +24,7 @@ _SIZES = ("n_head", "n_kv_head", "head_dim", "R")
 
 
 @dataclass(frozen=True, eq=False)
-class QuantizedWeight:
+class QuantizedWeight(ReducedWeight):
     """A fused projection with int8 columns, made by :func:`quantize_weight`; never written.
 
     Both matrices hold a column of W_fused per row, as int8 tensor cores read them.
@@ -53,6 +43,8 @@ class QuantizedWeight:
     others: Tensor | None
     layout: RALayout
     activations: str = "none"
+    kind: ClassVar = ("quantized", "an int8")
+    has_forward_mode: ClassVar = False
 
     def __post_init__(self) -> None:
         """TypeError for types, ValueError for shapes."""
@@ -82,24 +74,17 @@ class QuantizedWeight:
                 raise ValueError(f"{name} must be on {self.data.device} like data, got {t.device}")
 
     @property
-    def which(self) -> str:
-        """``"all"`` or ``"reciprocal"``: the columns that are int8."""
-        return "all" if self.others is None else "reciprocal"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(C, N)``, that of W_fused."""
-        return self.data.shape[1], self.layout.columns
-
-    @property
-    def device(self) -> torch.device:
-        """Where it lives."""
-        return self.data.device
-
-    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Everything that a projection reads."""
         return tuple(t for t in (self.data, self.scale, self.others) if t is not None)
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """TypeError if it cannot be multiplied with an x in this dtype."""
+        if self.others is not None and self.others.dtype != dtype:
+            raise TypeError(
+                f"W_fused must hold its other columns in {dtype} like x, got {self.others.dtype}; "
+                f"use W_fused.to(dtype={dtype})"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -217,9 +202,7 @@ def quantize_weight(
     check_float_tensor("W_fused", W_fused)
     if W_fused.dim() != 2 or W_fused.shape[0] < 1:
         raise ValueError(f"W_fused must be [C, N] with C >= 1, got {tuple(W_fused.shape)}")
-    layout = RALayout.from_columns(W_fused.shape[1], R, n_head, n_kv_head)
-    if which == "reciprocal" and R == 0:
-        raise ValueError("which='reciprocal' needs R >= 1, got R=0: there is no such column")
+    layout = layout_of_columns(W_fused, R, which, n_head, n_kv_head)
     if activations == "int8" and W_fused.shape[0] > MAX_INT8_CHANNELS:
         raise ValueError(
             f"W_fused must have at most {MAX_INT8_CHANNELS} rows with activations='int8', "
@@ -227,14 +210,8 @@ def quantize_weight(
         )
     if W_fused.is_meta:
         raise ValueError("W_fused must hold numbers, got a tensor on meta")
-    if not W_fused.isfinite().all():
-        raise ValueError("W_fused must be finite, got NaN or infinity")
-    W_packed = layout.pack(W_fused) if weight_layout == "split" else W_fused
-    others = None
-    if which == "reciprocal":
-        W_packed, others = layout.take_low(W_packed)
-        others = others.mT.clone(memory_format=torch.contiguous_format)
-    data, scale = quantize_rows(W_packed.mT.contiguous())
+    rows, others = take_columns(W_fused, layout, which, weight_layout)
+    data, scale = quantize_rows(rows)
     return QuantizedWeight(data, scale, others, layout, activations)
 
 
@@ -266,48 +243,3 @@ def project(x: Tensor, W: QuantizedWeight, bias: Tensor | None, out: Tensor | No
         if bias is not None:
             y = y + bias.float()
         return y.to(x.dtype) if out is None else out.copy_(y)
-
-
-def check_quantized_inputs(
-    x: Tensor,
-    W: QuantizedWeight,
-    bias: Tensor | None,
-    R: int,
-    n_head: int | None,
-    n_kv_head: int | None,
-) -> None:
-    """Shapes, dtypes and devices; sizes that differ from those of the weight; gradients."""
-    check_float_tensor("x", x)
-    check_dims("x", x, "[B, T, C]")
-    check_rows("x", x.shape[:2])
-    if W.device != x.device:
-        raise ValueError(f"W_fused must be on {x.device} like x, got {W.device}")
-    if W.shape[0] != x.shape[-1]:
-        raise ValueError(f"W_fused must be [C, N] with C = {x.shape[-1]} like x, got {W.shape}")
-    if W.others is not None and W.others.dtype != x.dtype:
-        raise TypeError(
-            f"W_fused must hold its other columns in {x.dtype} like x, got {W.others.dtype}; "
-            f"use W_fused.to(dtype={x.dtype})"
-        )
-    given = {"R": R, "n_head": n_head, "n_kv_head": n_kv_head}
-    for name, value in given.items():
-        expected = getattr(W.layout, name)
-        if value is not None and (type(value) is not int or value != expected):
-            kind = ValueError if type(value) is int else TypeError
-            raise kind(f"{name} must be {expected} like the quantized weight's, got {value!r}")
-    if bias is not None:
-        check_float_tensor("bias", bias)
-        check_same("x", x, bias=bias)
-        check_shape("bias", bias, (W.shape[1],), "one value per column of W_fused")
-    for name, t in (("x", x), ("bias", bias)):
-        if needs_grad(t) or _has_tangent(t):
-            raise ValueError(
-                f"{name} needs a gradient, and an int8 weight is for inference: use "
-                f"torch.no_grad(), or the weight that it was made of"
-            )
-
-
-def _has_tangent(t: Tensor | None) -> bool:
-    if t is None or torch.compiler.is_compiling() or not internals.forward_mode():
-        return False
-    return forward_ad.unpack_dual(t).tangent is not None

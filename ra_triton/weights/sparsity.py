@@ -8,23 +8,16 @@ has rows, and ``W_q W_recip`` is dense again (measured in ``bench/results/sparsi
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ra_triton.checks import (
-    check_choice,
-    check_dims,
-    check_float_tensor,
-    check_rows,
-    check_same,
-    check_shape,
-    needs_grad,
-)
+from ra_triton.checks import check_choice, check_float_tensor
 from ra_triton.weights.layout import WEIGHT_LAYOUTS, RALayout
+from ra_triton.weights.reduced import WHICH, ReducedWeight, layout_of_columns, take_columns
 
-WHICH = ("reciprocal", "all")
 GROUP, KEPT = 4, 2  # along C
 SPARSE_DTYPES = (torch.float16, torch.bfloat16)
 MIN_CAPABILITY = (8, 0)
@@ -34,7 +27,7 @@ CUSPARSELT_OF_HOPPER = 602  # version 0.6.2; CUTLASS's kernels are for compute c
 
 
 @dataclass(frozen=True, eq=False)
-class SparseWeight:
+class SparseWeight(ReducedWeight):
     """A fused projection with 2:4 sparse columns, made by :func:`sparsify_weight`; never written.
 
     Both matrices hold a column of W_fused per row, as ``nn.Linear`` does.
@@ -49,26 +42,20 @@ class SparseWeight:
     data: Tensor
     others: Tensor | None
     layout: RALayout
-
-    @property
-    def which(self) -> str:
-        """``"all"`` or ``"reciprocal"``: the columns that are sparse."""
-        return "all" if self.others is None else "reciprocal"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(C, N)``, that of W_fused."""
-        return self.data.shape[1], self.layout.columns
+    kind: ClassVar = ("sparse", "a sparse")
+    has_forward_mode: ClassVar = True  # PyTorch's product
 
     @property
     def dtype(self) -> torch.dtype:
         """Of all its elements; x must have the same."""
         return self.data.dtype
 
-    @property
-    def device(self) -> torch.device:
-        """Where it lives."""
-        return self.data.device
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """TypeError if it cannot be multiplied with an x in this dtype."""
+        if self.dtype != dtype:
+            raise TypeError(
+                f"W_fused must be {dtype} like x, got {self.dtype}; make it sparse in that dtype"
+            )
 
     def dense(self) -> Tensor:
         """``W_fused [C, N]`` in packed order with its zeros, to be saved.
@@ -130,23 +117,14 @@ def sparsify_weight(
         raise ValueError(
             f"W_fused must be [C, N] with C a multiple of {GROUP}, got {tuple(W_fused.shape)}"
         )
-    layout = RALayout.from_columns(W_fused.shape[1], R, n_head, n_kv_head)
-    if which == "reciprocal" and R == 0:
-        raise ValueError("which='reciprocal' needs R >= 1, got R=0: there is no such column")
+    layout = layout_of_columns(W_fused, R, which, n_head, n_kv_head)
     sparse_rows = layout.columns if which == "all" else (layout.n_head + layout.n_kv_head) * R
     kernels = None
     if W_fused.device.type != "cpu":
         kernels = kernels_on(W_fused.device)
         check_limits(kernels, which, sparse_rows, W_fused.shape[0], W_fused.dtype)
-    if not W_fused.isfinite().all():
-        raise ValueError("W_fused must be finite, got NaN or infinity")
-    W_packed = layout.pack(W_fused) if weight_layout == "split" else W_fused
-    others = None
-    if which == "reciprocal":
-        W_packed, others = layout.take_low(W_packed)
-        others = others.mT.clone(memory_format=torch.contiguous_format)
-    rows = W_packed.mT
-    data = prune(rows.contiguous())
+    rows, others = take_columns(W_fused, layout, which, weight_layout)
+    data = prune(rows)
     if kernels == "cusparselt":
         data = torch.sparse.to_sparse_semi_structured(data)
     elif kernels == "cutlass":
@@ -162,59 +140,14 @@ def prune(rows: Tensor) -> Tensor:
     return groups.masked_fill(dropped, 0.0).flatten(-2)
 
 
-def project(x: Tensor, W: SparseWeight, bias: Tensor | None, weight_layout: str) -> Tensor:
-    """``x [B, T, C] @ W + bias`` ``[B, T, N]`` in packed order; the bias in ``weight_layout``."""
-    if bias is not None and weight_layout == "split":
-        bias = W.layout.pack(bias)
+def project(x: Tensor, W: SparseWeight, bias: Tensor | None) -> Tensor:
+    """``x [B, T, C] @ W + bias`` ``[B, T, N]`` in packed order."""
     with torch.autocast(x.device.type, enabled=False):
         if W.others is None:
             # Sparse kernels may give a transposed result, and attention reads whole lanes.
             return F.linear(x, W.data, bias).contiguous()
         y = W.layout.put_low(F.linear(x, W.data), F.linear(x, W.others))
         return y if bias is None else y + bias
-
-
-def check_sparse_inputs(
-    x: Tensor,
-    W: SparseWeight,
-    bias: Tensor | None,
-    R: int,
-    n_head: int | None,
-    n_kv_head: int | None,
-    weight_layout: str,
-    **buffers: object,
-) -> None:
-    """Shapes, dtypes and devices; sizes that differ from the weight's; gradients; buffers."""
-    check_choice("weight_layout", weight_layout, WEIGHT_LAYOUTS)
-    check_float_tensor("x", x)
-    check_dims("x", x, "[B, T, C]")
-    check_rows("x", x.shape[:2])
-    if W.device != x.device:
-        raise ValueError(f"W_fused must be on {x.device} like x, got {W.device}")
-    if W.dtype != x.dtype:
-        raise TypeError(
-            f"W_fused must be {x.dtype} like x, got {W.dtype}; make it sparse in that dtype"
-        )
-    if W.shape[0] != x.shape[-1]:
-        raise ValueError(f"W_fused must be [C, N] with C = {x.shape[-1]} like x, got {W.shape}")
-    for name, value in {"R": R, "n_head": n_head, "n_kv_head": n_kv_head}.items():
-        expected = getattr(W.layout, name)
-        if value is not None and (type(value) is not int or value != expected):
-            kind = ValueError if type(value) is int else TypeError
-            raise kind(f"{name} must be {expected} like the sparse weight's, got {value!r}")
-    if bias is not None:
-        check_float_tensor("bias", bias)
-        check_same("x", x, bias=bias)
-        check_shape("bias", bias, (W.shape[1],), "one value per column of W_fused")
-    for name, t in (("x", x), ("bias", bias)):
-        if needs_grad(t):
-            raise ValueError(
-                f"{name} needs a gradient, and a sparse weight is for inference: use "
-                "torch.no_grad(), or the weight that it was made of"
-            )
-    for name, buffer in buffers.items():
-        if buffer is not None:
-            raise ValueError(f"{name} cannot be used with a sparse weight, whose product is new")
 
 
 # What a GPU's sparse kernels take

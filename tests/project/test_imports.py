@@ -21,6 +21,7 @@ SHARED = {
     "call.options",
 }  # leaves
 STAGE = {"kernels.tiles", "launch.plans", "launch.configs", "weights.layout", "call.offsets"}
+REDUCED = {"weights.quantization", "weights.reduced", "weights.sparsity"}
 HOPPER = {"launch.gluon", *STAGE}
 FOLDERS = ("call", "kernels", "launch", "weights")
 FOLDERS += tuple(f"kernels.{name}" for name in ("attention", "composition", "lanes", "projection"))
@@ -30,15 +31,15 @@ ARROWS = {
     "api": {
         "backend",
         "launch.recorded",
-        "weights.quantization",
-        "weights.sparsity",
+        *REDUCED,
         "workspace",
         *SHARED,
     },
-    "weights.sparsity": SHARED,
+    "weights.reduced": SHARED,
+    "weights.sparsity": {"weights.reduced", *SHARED},
     "varlen": {"api", "backend", *SHARED},
     "weights.fused": {"backend", "launch.recorded", *SHARED},
-    "weights.quantization": SHARED,
+    "weights.quantization": {"weights.reduced", *SHARED},
     "internals": set(),
     "checks": {"internals"},
     "launch.recorded": {"checks", "internals", "launch.launcher", "launch.plans"},
@@ -49,13 +50,13 @@ ARROWS = {
     "call.norm_rope": {"checks"},
     "backend": {"backend.flex", "backend.sdpa", "backend.triton", *SHARED},
     "backend.flex": {"backend.sdpa", "workspace", *SHARED},
-    "backend.sdpa": {"weights.quantization", "launch.recorded", "workspace", *SHARED},
+    "backend.sdpa": {*REDUCED - {"weights.reduced"}, "launch.recorded", "workspace", *SHARED},
     "backend.triton": {
         *("backend.sdpa", "backend.triton.operator", "backend.triton.operators"),
         *(
             "kernels.lanes.norm_rope",
             "kernels.lanes.packing",
-            "weights.quantization",
+            *REDUCED,
             "launch.recorded",
             "workspace",
         ),

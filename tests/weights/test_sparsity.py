@@ -24,6 +24,7 @@ from bench.models import accuracy
 from ra_triton.nn import Workspace
 from ra_triton.weights import sparsity
 from ra_triton.weights.layout import RALayout
+from ra_triton.weights.reduced import check_reduced_inputs
 
 CUDA = torch.device("cuda")
 on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU takes fewer sizes and dtypes")
@@ -173,7 +174,7 @@ def test_another_device_is_refused():
     sparse = ra_triton.sparsify_weight(torch.ones(24, 96), 4, n_head=2)
     x = torch.zeros(2, 9, 24, device="meta")
     with pytest.raises(ValueError, match="W_fused must be on meta like x, got cpu"):
-        sparsity.check_sparse_inputs(x, sparse, None, 4, None, None, "split")
+        check_reduced_inputs(x, sparse, None, 4, None, None)
 
 
 @on_cpu

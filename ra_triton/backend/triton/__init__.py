@@ -21,9 +21,12 @@ from ra_triton.call.offsets import Offsets, flat
 from ra_triton.call.options import AttentionOptions, DecodeOptions
 from ra_triton.checks import DTYPES, distributed, in_dtype, needs_grad, observed
 from ra_triton.launch.recorded import Known, device_of
+from ra_triton.weights import sparsity
 from ra_triton.weights.factors import TENSORS, Factors
 from ra_triton.weights.layout import RALayout
 from ra_triton.weights.quantization import QuantizedWeight
+from ra_triton.weights.reduced import ReducedWeight, tensors_of
+from ra_triton.weights.sparsity import SparseWeight
 from ra_triton.workspace import Workspace
 
 MIN_CAPABILITY = (8, 0)
@@ -60,17 +63,19 @@ def untried() -> str | None:
 
 def project(
     x: Tensor,
-    W_packed: Tensor | QuantizedWeight,
+    W_packed: Tensor | QuantizedWeight | SparseWeight,
     bias: Tensor | None,
     out: Tensor | None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``x @ W_packed + bias``: ``[B, T, C] @ [C, N] -> [B, T, N]``; ``out`` needs no gradient."""
-    if out is not None and not observed(x, *_tensors(W_packed), bias, out):
-        refuse_tangents(x, *_tensors(W_packed), bias)
-        x, W_packed, bias = in_dtype(dtype, x, W_packed, bias)
+    if isinstance(W_packed, SparseWeight):
+        return sparsity.project(x, W_packed, bias)
+    if out is not None and not observed(x, *tensors_of(W_packed), bias, out):
+        refuse_tangents(x, *tensors_of(W_packed), bias)
+        x, W, bias = in_dtype(dtype, x, W_packed, bias)
         with device_of(x):
-            operators.launch_projection(x, W_packed, bias, out)
+            operators.launch_projection(x, W, bias, out)
         increment_version(out)  # autograd has not seen the launch
         return out
     if isinstance(W_packed, QuantizedWeight):
@@ -97,7 +102,7 @@ def packed_attention(
 
 def layer(
     x: Tensor,
-    W_packed: Tensor | QuantizedWeight,
+    W_packed: Tensor | QuantizedWeight | SparseWeight,
     bias: Tensor | None,
     layout: RALayout,
     options: AttentionOptions,
@@ -107,16 +112,16 @@ def layer(
 ) -> Tensor:
     """Projection and attention: ``[B, T, C] -> [B, T, H * D]``; a workspace needs no gradient."""
     begins, constants = _flat(options, offsets)
-    quantized, weights = isinstance(W_packed, QuantizedWeight), _tensors(W_packed)
-    if (quantized or workspace is not None) and not observed(x, *weights, bias, *begins):
+    weights = tensors_of(W_packed)
+    direct = isinstance(W_packed, QuantizedWeight) or workspace is not None
+    direct = direct and not observed(x, *weights, bias, *begins)
+    if direct and not isinstance(W_packed, SparseWeight):
         refuse_tangents(x, *weights, bias)
-        x, W_packed, bias = in_dtype(dtype, x, W_packed, bias)
-        scores, seed = options.scores, _new_seed(x, options)
+        x, W, bias = in_dtype(dtype, x, W_packed, bias)
+        call = (layout, options.scores, _new_seed(x, options), offsets, workspace)
         with device_of(x):
-            return operators.launch_layer(
-                x, W_packed, bias, layout, scores, seed, offsets, workspace
-            )[0]
-    if isinstance(W_packed, QuantizedWeight):
+            return operators.launch_layer(x, W, bias, *call)[0]
+    if isinstance(W_packed, ReducedWeight):
         packed = project(x, W_packed, bias, None)
         return packed_attention(*layout.views(packed), options, offsets)[0].flatten(2)
     tensors = (x, W_packed, bias, *begins, _new_seed(x, options))
@@ -253,11 +258,6 @@ def append_(k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Ten
         with device_of(k):
             operators.launch_append(*tensors)
         increment_version((k_cache, v_cache, lengths))
-
-
-def _tensors(W_packed: Tensor | QuantizedWeight) -> tuple[Tensor, ...]:
-    """What a weight is made of."""
-    return W_packed.tensors if isinstance(W_packed, QuantizedWeight) else (W_packed,)
 
 
 def _new_seed(t: Tensor, options: AttentionOptions) -> Tensor | None:
