@@ -9,7 +9,7 @@ first call. On a CPU it has a forward alone.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from operator import index
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,6 @@ from ra_triton.backend import sdpa
 from ra_triton.call.offsets import Offsets
 from ra_triton.call.options import AttentionOptions, DecodeOptions
 from ra_triton.checks import distributed, in_dtype, may_keep, needs_grad
-from ra_triton.weights.layout import RALayout
-from ra_triton.workspace import Workspace
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -120,23 +118,8 @@ def packed_attention(
     return out, lse
 
 
-def layer(
-    x: Tensor,
-    W_packed: Tensor,
-    bias: Tensor | None,
-    layout: RALayout,
-    options: AttentionOptions,
-    workspace: Workspace | None,
-    offsets: Offsets | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Projection and attention: to ``[B, T, H * D]``; a workspace holds the projection."""
-    out = None
-    if workspace is not None:
-        shape = (*x.shape[:2], layout.columns)
-        out = workspace.buffer("packed", shape, dtype or x.dtype, x.device)
-    packed = layout.views(project(x, W_packed, bias, out, dtype))
-    return packed_attention(*packed, options, offsets)[0].flatten(2)
+# Projection and attention: to ``[B, T, H * D]``; a workspace holds the projection.
+layer = partial(sdpa.layer, attend=packed_attention)
 
 
 def _numbers(

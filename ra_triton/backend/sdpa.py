@@ -88,7 +88,7 @@ def packed_attention(
 def _attention(
     q_pack: Tensor, k_pack: Tensor, v: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor | None]:
-    """:func:`packed_attention` of aligned operands, as those of a projection are."""
+    """:func:`packed_attention` of aligned operands, as those of a projection are, in each row."""
     q, k, v = (t.transpose(1, 2) for t in (q_pack, k_pack, v))  # [B, H, T, D]
     lse = None
     if q.numel() == 0 or k.shape[2] == 0:
@@ -136,18 +136,18 @@ def layer(
     workspace: Workspace | None,
     offsets: Offsets | None = None,
     dtype: torch.dtype | None = None,
+    attend: Callable[..., tuple[Tensor, Tensor | None]] = _attention,
 ) -> Tensor:
     """Projection and attention: ``[B, T, C] -> [B, T, H * D]``.
 
-    A workspace holds the projection; what SDPA returns is its own.
+    A workspace holds the projection; what ``attend`` returns is its own.
     """
     out = None
     if workspace is not None:
         out = workspace.buffer("packed", (*x.shape[:2], layout.columns), dtype or x.dtype, x.device)
     packed = layout.views(project(x, W_packed, bias, out, dtype))
-    if offsets is not None:
-        return packed_attention(*packed, options, offsets)[0].flatten(2)
-    return _attention(*packed, options)[0].flatten(2)
+    attend = attend if offsets is None else partial(by_sequence, attend, offsets=offsets)
+    return attend(*packed, options=options)[0].flatten(2)
 
 
 def known_layer(

@@ -49,7 +49,7 @@ ARROWS = {
     "call.options": set(),
     "call.norm_rope": {"checks"},
     "backend": {"backend.flex", "backend.sdpa", "backend.triton", *SHARED},
-    "backend.flex": {"backend.sdpa", "workspace", *SHARED},
+    "backend.flex": {"backend.sdpa", *SHARED},
     "backend.sdpa": {*REDUCED - {"weights.reduced"}, "launch.recorded", "workspace", *SHARED},
     "backend.triton": {
         *("backend.sdpa", "backend.triton.operator", "backend.triton.operators"),
