@@ -26,7 +26,7 @@ from test_dropout import read_mask
 
 import ra_triton
 from ra_triton.backend import BACKENDS as MODULES
-from ra_triton.backend.triton import operators
+from ra_triton.kernels.attention import forward
 from ra_triton.nn import Workspace
 
 LENGTHS = (0, 1, 2, 15, 16, 17, 31, 33, 40)
@@ -416,7 +416,7 @@ def test_values_are_looked_at_only_when_asked_for(monkeypatch, check):
         if DEVICE.type == "cuda":
             monkeypatch.setattr(torch.Tensor, name, None)
     launched = lambda q, *_, **__: (q, q[..., 0])  # noqa: E731
-    monkeypatch.setattr(operators, "launch_attention", launched)
+    monkeypatch.setattr(forward, "attention_forward", launched)
     ra_triton.packed_attention_varlen(**arguments(), check=check, backend="triton")
     assert bool(looked) == check
 

@@ -33,9 +33,9 @@ def spied(monkeypatch):
     seen = SimpleNamespace(checked=0, known=0)
     check, known = api._projection_layout, recorded.known
 
-    def checked(*args):
+    def checked(*args, **options):
         seen.checked += 1
-        return check(*args)
+        return check(*args, **options)
 
     def counted(key):
         call = known(key)
@@ -535,7 +535,7 @@ def test_what_has_no_tape_runs_each_time(taped):
 
 def test_what_does_more_than_launch_has_no_tape(taped):
     def launches(t):
-        return (triton.operators.launch_projection(t, t[0].mT, None),)
+        return triton.operators.launch_projection(t, t[0].mT, None)
 
     x = normal(1, 16, 16)
     outputs, tape = recorded.record(launches, (x,), ())
@@ -552,7 +552,7 @@ def test_what_does_more_than_launch_has_no_tape(taped):
 def test_what_is_not_compiled_has_no_tape(taped, monkeypatch):
     monkeypatch.setattr(Plan, "on", lambda plan, places: None)
     x = normal(1, 16, 16)
-    launches = lambda t: (triton.operators.launch_projection(t, t[0].mT, None),)  # noqa: E731
+    launches = lambda t: triton.operators.launch_projection(t, t[0].mT, None)  # noqa: E731
     assert recorded.record(launches, (x,), ())[1] is None
 
 

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import (
 from torch.utils.flop_counter import FlopCounterMode
 
 import ra_triton
-from ra_triton.backend.triton import operators
 from ra_triton.backend.triton.operator import Operator
+from ra_triton.kernels.attention import forward
 from ra_triton.launch import recorded
 from ra_triton.nn import KVCache, RACausalSelfAttention
 
@@ -358,9 +358,9 @@ def test_flops_count_what_is_needed_and_inference():
 @pytest.mark.parametrize("saved", ["ra_triton", "mm", "nothing"])
 def test_selective_checkpoints_save_what_they_name(monkeypatch, saved):
     module = RACausalSelfAttention(32, H, R=R, rope=True, backend="triton", device=DEVICE)
-    launched, attend = [], operators.launch_attention
+    launched, attend = [], forward.attention_forward
     counted = lambda *a, **k: launched.append(0) or attend(*a, **k)  # noqa: E731
-    monkeypatch.setattr(operators, "launch_attention", counted)
+    monkeypatch.setattr(forward, "attention_forward", counted)
 
     def policy(context, operator, *args, **kwargs):
         keep = saved in str(operator)

@@ -112,20 +112,20 @@ def layer(
 ) -> Tensor:
     """Projection and attention: ``[B, T, C] -> [B, T, H * D]``; a workspace needs no gradient."""
     begins, constants = _flat(options, offsets)
+    constants = (layout.n_head, layout.n_kv_head, *constants)
     weights = tensors_of(W_packed)
     direct = isinstance(W_packed, QuantizedWeight) or workspace is not None
     direct = direct and not observed(x, *weights, bias, *begins)
     if direct and not isinstance(W_packed, SparseWeight):
         refuse_tangents(x, *weights, bias)
-        x, W, bias = in_dtype(dtype, x, W_packed, bias)
-        call = (layout, options.scores, _new_seed(x, options), offsets, workspace)
+        tensors = (*in_dtype(dtype, x, W_packed, bias), *begins, _new_seed(x, options))
         with device_of(x):
-            return operators.launch_layer(x, W, bias, *call)[0]
+            return operators.launch_layer(*tensors, *constants, workspace=workspace)[0]
     if isinstance(W_packed, ReducedWeight):
         packed = project(x, W_packed, bias, None)
         return packed_attention(*layout.views(packed), options, offsets)[0].flatten(2)
     tensors = (x, W_packed, bias, *begins, _new_seed(x, options))
-    return operators.layer(tensors, (layout.n_head, layout.n_kv_head, *constants), dtype)[0]
+    return operators.layer(tensors, constants, dtype)[0]
 
 
 # Calls that come again, without checks: of the operator's tensors

@@ -105,10 +105,18 @@ class Operator:
         n = self.inputs
         refuse_tangents(*tensors[:n])
         if observed(*tensors):
-            return self._observed((*in_dtype(dtype, *tensors[:n]), *tensors[n:]), constants)
-        recorded = self.backward is not None and needs_grad(*tensors[:n])
-        outputs = Call(self, constants, dtype, recorded, repeats=False).run(*tensors)
+            return self._observed(self.cast(tensors, dtype), constants)
+        if self.backward is not None and needs_grad(*tensors[:n]):
+            outputs = Call(self, constants, dtype, True, repeats=False).run(*tensors)
+        else:
+            with device_of(tensors[0]):  # type: ignore[arg-type]
+                outputs = self.forward(*self.cast(tensors, dtype), *constants)
         return outputs if len(self.outputs) > 1 else outputs[0]
+
+    def cast(self, tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
+        """The tensors, with those that may have a gradient in ``dtype``; None: as they are."""
+        n = self.inputs
+        return tensors if dtype is None else (*in_dtype(dtype, *tensors[:n]), *tensors[n:])
 
     def _observed(self, tensors: Tensors, constants: tuple[Any, ...]) -> Any:
         """Through the registered operator, under the transforms of ``torch.func`` too."""
@@ -269,10 +277,7 @@ class Call:
 
     def __call__(self, *tensors: Tensor | None) -> Results:
         """Launch on the operator's tensors, which are cast before."""
-        if self.dtype is not None:
-            n = self.operator.inputs
-            tensors = (*in_dtype(self.dtype, *tensors[:n]), *tensors[n:])
-        return self.launch(tensors)
+        return self.launch(self.operator.cast(tensors, self.dtype))
 
     def launch(self, tensors: Tensors) -> Results:
         """Launch on tensors as they are."""
@@ -297,9 +302,7 @@ class _Eager(Function):
         operator, n = call.operator, call.operator.inputs
         ctx.dtypes = tuple(None if t is None else t.dtype for t in tensors[:n])
         ctx.call, ctx.count = call, len(tensors)
-        operands = tensors
-        if call.dtype is not None:
-            operands = (*in_dtype(call.dtype, *tensors[:n]), *tensors[n:])
+        operands = tensors if call.dtype is None else operator.cast(tensors, call.dtype)
         outputs = call.tape(*operands) if call.tape is not None else call.launch(operands)
         ctx.mark_non_differentiable(*outputs[operator.differentiable :])
         ctx.set_materialize_grads(False)  # else backward gets zeros as large as the outputs

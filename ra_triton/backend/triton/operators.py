@@ -41,17 +41,13 @@ def launch_projection(
     bias: Tensor | None,
     out: Tensor | None = None,
     workspace: Workspace | None = None,
-) -> Tensor:
+) -> tuple[Tensor]:
     """``x [B, T, C] @ W_packed [C, N] + bias``, into ``out`` if given."""
     if isinstance(W_packed, QuantizedWeight):
-        return _launch_quantized(x, W_packed, bias, out, workspace)
+        return (_launch_quantized(x, W_packed, bias, out, workspace),)
     from ra_triton.kernels.projection.forward import projection
 
-    return projection(x, W_packed, bias, out)
-
-
-def _project(x: Tensor, W_packed: Tensor, bias: Tensor | None) -> Results:
-    return (launch_projection(x, W_packed, bias),)
+    return (projection(x, W_packed, bias, out),)
 
 
 def _project_fake(x: Tensor, W_packed: Tensor, bias: Tensor | None) -> Results:
@@ -96,7 +92,7 @@ project = Operator(
     "x, W_packed, bias?",
     "",
     "y",
-    forward=_project,
+    forward=launch_projection,
     fake=_project_fake,
     backward=_project_backward,
     inputs=3,
@@ -114,25 +110,27 @@ def launch_attention(
     q_pack: Tensor,
     k_pack: Tensor,
     v: Tensor,
-    options: Scores,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     seed: Tensor | None,
-    offsets: Offsets | None,
+    *constants: Any,
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(out [B, T_q, H, D], lse [B, H, T_q])``, new unless given; with ``offsets`` B is 1.
+    """``(out [B, T_q, H, D], lse [B, H, T_q])``, new unless given; with offsets B is 1.
 
     A token behind the last sequence gives 0 and ``-inf``, as a query without keys.
     """
     from ra_triton.kernels.attention.forward import attention_forward
 
     refuse_context_parallel()  # here too, for a compiled call
+    offsets = _offsets(q_pack, k_pack, cu_seqlens_q, cu_seqlens_k, constants[6:])
     if offsets is not None and not offsets.complete:
         (B, T_q, H, _), device = q_pack.shape, q_pack.device
         out = torch.empty(q_pack.shape, dtype=q_pack.dtype, device=device) if out is None else out
         lse = torch.empty((B, H, T_q), dtype=torch.float32, device=device) if lse is None else lse
         out.zero_(), lse.fill_(-math.inf)
-    keywords = _keywords(options, seed, offsets)
+    keywords = _keywords(Scores(*constants[:6]), seed, offsets)
     return attention_forward(q_pack, k_pack, v, o=out, lse=lse, **keywords)
 
 
@@ -147,19 +145,6 @@ def _keywords(options: Scores, seed: Tensor | None, offsets: Offsets | None) -> 
         "seed": seed,
         "offsets": offsets,
     }
-
-
-def _attention(
-    q_pack: Tensor,
-    k_pack: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seed: Tensor | None,
-    *constants: Any,
-) -> Results:
-    offsets = _offsets(q_pack, k_pack, cu_seqlens_q, cu_seqlens_k, constants[6:])
-    return launch_attention(q_pack, k_pack, v, Scores(*constants[:6]), seed, offsets)
 
 
 def _attention_fake(q_pack: Tensor, *others: Any) -> Results:
@@ -240,7 +225,7 @@ attention = Operator(
     f"q_pack, k_pack, v, {OFFSETS}, seed?",
     f"{SCORES}, {LONGEST}",
     "out, lse",
-    forward=_attention,
+    forward=launch_attention,
     fake=_attention_fake,
     backward=_attention_backward,
     inputs=3,
@@ -258,46 +243,33 @@ def launch_layer(
     x: Tensor,
     W_packed: Tensor | QuantizedWeight,
     bias: Tensor | None,
-    layout: RALayout,
-    options: Scores,
-    seed: Tensor | None,
-    offsets: Offsets | None,
-    workspace: Workspace | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(out [B, T, H * D], lse [B, H, T], packed [B, T, N])``, with a workspace its buffers."""
-    B, T, _ = x.shape
-    packed, out, lse = (
-        torch.empty(shape, dtype=dtype, device=x.device)
-        if workspace is None
-        else workspace.buffer(name, shape, dtype, x.device)
-        for name, shape, dtype in (
-            ("packed", (B, T, layout.columns), x.dtype),
-            ("out", (B, T, layout.n_head, layout.head_dim), x.dtype),
-            ("lse", (B, layout.n_head, T), torch.float32),
-        )
-    )
-    launch_projection(x, W_packed, bias, packed, workspace)
-    launch_attention(*layout.views(packed), options, seed, offsets, out, lse)
-    return out.view(B, T, layout.n_head * layout.head_dim), lse, packed
-
-
-def _layer(
-    x: Tensor,
-    W_packed: Tensor,
-    bias: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     seed: Tensor | None,
     n_head: int,
     n_kv_head: int,
     *constants: Any,
-) -> Results:
-    offsets = _offsets(x, x, cu_seqlens_q, cu_seqlens_k, constants[6:])
-    layout, options = _layout(W_packed, n_head, n_kv_head), Scores(*constants[:6])
-    return launch_layer(x, W_packed, bias, layout, options, seed, offsets)
+    workspace: Workspace | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(out [B, T, H * D], lse [B, H, T], packed [B, T, N])``, with a workspace its buffers."""
+    (B, T, _), layout = x.shape, _layout(W_packed, n_head, n_kv_head)
+    packed, out, lse = (
+        torch.empty(shape, dtype=dtype, device=x.device)
+        if workspace is None
+        else workspace.buffer(name, shape, dtype, x.device)
+        for name, shape, dtype in (
+            ("packed", (B, T, layout.columns), x.dtype),
+            ("out", (B, T, n_head, layout.head_dim), x.dtype),
+            ("lse", (B, n_head, T), torch.float32),
+        )
+    )
+    launch_projection(x, W_packed, bias, packed, workspace)
+    operands = (*layout.views(packed), cu_seqlens_q, cu_seqlens_k, seed)
+    launch_attention(*operands, *constants, out=out, lse=lse)
+    return out.flatten(2), lse, packed
 
 
-def _layout(W_packed: Tensor, n_head: int, n_kv_head: int) -> RALayout:
+def _layout(W_packed: Tensor | QuantizedWeight, n_head: int, n_kv_head: int) -> RALayout:
     return RALayout(n_head, n_kv_head, W_packed.shape[1] // (n_head + 2 * n_kv_head), 0)
 
 
@@ -354,7 +326,7 @@ layer = Operator(
     f"x, W_packed, bias?, {OFFSETS}, seed?",
     f"SymInt n_head, SymInt n_kv_head, {SCORES}, {LONGEST}",
     "out, lse, packed",
-    forward=_layer,
+    forward=launch_layer,
     fake=_layer_fake,
     backward=_layer_backward,
     inputs=3,
@@ -586,7 +558,7 @@ def _project_quantized(
 ) -> Results:
     layout = RALayout(n_head, n_kv_head, head_dim, R)
     W = QuantizedWeight(data, scale, others, layout, activations)
-    return (launch_projection(x, W, bias),)
+    return launch_projection(x, W, bias)
 
 
 def _project_quantized_fake(x: Tensor, *args: Any) -> Results:
