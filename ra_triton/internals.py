@@ -1,8 +1,8 @@
 """What this package uses of PyTorch that PyTorch does not document, all of it.
 
 A release that lacks one of these names gets the answer that is right for any call, if at a higher
-cost, and a warning that says so, once. What is used of Triton is in ``kernels/launcher.py`` and
-``kernels/gluon.py``, because importing this package does not import Triton.
+cost, and a warning that says so, once. What is used of Triton is in ``launch/launcher.py`` and
+``launch/gluon.py``, because importing this package does not import Triton.
 """
 
 import warnings

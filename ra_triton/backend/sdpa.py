@@ -522,7 +522,9 @@ def _fused(
         blind = _without_a_key(mask)
         mask = mask | blind  # kernels differ in what they make of such a row and of its gradient
     if _on_cuda(q):
-        if k.shape[1] != q.shape[1] and _wants_equal_heads(q.dtype, mask):
+        # Of the kernels that save no scores flash attention alone supports grouped heads, and only
+        # in 16 bits without a mask.
+        if k.shape[1] != q.shape[1] and (q.dtype == torch.float32 or mask is not None):
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         with nullcontext() if mask is None else _no_cudnn():
             out = _in_pieces(q, k, v, mask, options, MAX_PROGRAMS)
@@ -544,14 +546,6 @@ def _sdpa(
         scale=options.softmax_scale,
         **({} if q.shape[1] == k.shape[1] else {"enable_gqa": True}),
     )
-
-
-def _wants_equal_heads(dtype: torch.dtype, mask: Tensor | None) -> bool:
-    """Whether the only kernel that saves no scores does not support grouped heads.
-
-    Flash attention supports them, but only in 16 bits without a mask.
-    """
-    return dtype == torch.float32 or mask is not None
 
 
 def _aligned(t: Tensor) -> Tensor:
@@ -592,6 +586,7 @@ def _no_cudnn() -> AbstractContextManager[Any]:
     return sdpa_kernel([getattr(SDPBackend, name) for name in names]) if names else nullcontext()
 
 
+@internals.constant
 def _others_than_cudnn() -> tuple[str, ...]:
     """Members of ``SDPBackend`` that are allowed now; none where cuDNN's is not, or is alone."""
     found = torch.backends.cuda
@@ -603,10 +598,6 @@ def _others_than_cudnn() -> tuple[str, ...]:
         "MATH": found.math_sdp_enabled(),
     }
     return tuple(name for name, allowed in others.items() if allowed)
-
-
-# See backend/triton.py: a tracer takes the answer and need not see how it was found.
-_others_than_cudnn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _in_pieces(

@@ -52,15 +52,6 @@ def flat(offsets: Offsets | None) -> tuple[Any, ...]:
     return (None, None, 0, 0, True) if offsets is None else tuple(offsets)
 
 
-def unflat(
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, *constants: Any
-) -> Offsets | None:
-    """Inverse of :func:`flat`."""
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        return None
-    return Offsets(cu_seqlens_q, cu_seqlens_k, *constants)
-
-
 def check_offsets(name: str, cu_seqlens: Tensor, device: torch.device) -> None:
     """``cu_seqlens`` is ``[B + 1]`` int32 on ``device``: all checks that need no values."""
     if not isinstance(cu_seqlens, Tensor):

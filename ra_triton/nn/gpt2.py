@@ -107,12 +107,9 @@ def from_gpt2(
     if orientation == "conv1d":
         loaded = _transposed(loaded)
     for name, attention in _attentions(module):
-        if isinstance(attention.c_attn, QuantizedLinear):
-            raise ValueError(f"{name}c_attn is quantized: load first, then quantize_")
-        if attention.is_fused:
-            raise ValueError(f"{name}c_attn is fused: load first, then fuse_")
+        check_loadable(attention, name)
     loaded = _without_zero_biases(loaded, expected)
-    _check_names_and_shapes(loaded, expected, orientation)
+    check_names_and_shapes(loaded, expected, " as nn.Linear has it", f" with {orientation=}")
     for name, attention in _attentions(module):
         if isinstance(attention.c_attn, ComposedLinear):
             weight, bias = (loaded.pop(f"{name}c_attn.{key}", None) for key in ("weight", "bias"))
@@ -164,6 +161,27 @@ def check_state(state: Mapping[str, Tensor]) -> None:
     for name, t in state.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"state[{name!r}] must be a tensor, got {type(t).__name__}")
+
+
+def check_loadable(attention: RACausalSelfAttention, name: str = "") -> None:
+    """ValueError where the weight of ``c_attn`` is derived from another one."""
+    if isinstance(attention.c_attn, QuantizedLinear):
+        raise ValueError(f"{name}c_attn is quantized: load first, then quantize_")
+    if attention.is_fused:
+        raise ValueError(f"{name}c_attn is fused: load first, then fuse_")
+
+
+def check_names_and_shapes(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], like: str = "", got: str = ""
+) -> None:
+    """``state`` has the names and shapes of ``expected``, else ValueError, with these remarks."""
+    missing, left_over = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected)
+    if missing or left_over:
+        raise ValueError(f"state does not fit the module: missing {missing}, left over {left_over}")
+    for name, t in expected.items():
+        found = tuple(state[name].shape)
+        if found != t.shape:
+            raise ValueError(f"{name} must be {tuple(t.shape)}{like}, got {found}{got}")
 
 
 def _attentions(module: nn.Module) -> list[tuple[str, RACausalSelfAttention]]:
@@ -243,17 +261,3 @@ def _without_zero_biases(
                 raise ValueError(f"{name} is not zero, but the module has no such bias")
             del kept[name]
     return kept
-
-
-def _check_names_and_shapes(
-    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], orientation: str
-) -> None:
-    missing, left_over = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected)
-    if missing or left_over:
-        raise ValueError(f"state does not fit the module: missing {missing}, left over {left_over}")
-    for name, t in expected.items():
-        if state[name].shape != t.shape:
-            raise ValueError(
-                f"{name} must be {tuple(t.shape)} as nn.Linear has it, got "
-                f"{tuple(state[name].shape)} with orientation={orientation!r}"
-            )

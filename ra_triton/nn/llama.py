@@ -17,8 +17,12 @@ from torch import Tensor
 
 from ra_triton.nn.attention import RACausalSelfAttention
 from ra_triton.nn.composed import ComposedLinear
-from ra_triton.nn.gpt2 import check_state, composed_state
-from ra_triton.nn.quantized import QuantizedLinear
+from ra_triton.nn.gpt2 import (
+    check_loadable,
+    check_names_and_shapes,
+    check_state,
+    composed_state,
+)
 from ra_triton.weights.quantization import QuantizedWeight
 
 NORMS = ("q_norm", "k_norm")
@@ -91,21 +95,14 @@ def from_llama(
             fit, grouped heads that have no factors, a layer that is quantized or fused. Nothing is
             loaded then.
     """
-    if isinstance(getattr(module, "c_attn", None), QuantizedLinear):
-        raise ValueError("c_attn is quantized: load first, then quantize_")
-    if getattr(module, "is_fused", False):
-        raise ValueError("c_attn is fused: load first, then fuse_")
-    expected = to_llama(module, partial_rotary=partial_rotary)
+    _check_is_llama(module, partial_rotary)
+    check_loadable(module)
     check_state(state)
+    expected = to_llama(module, partial_rotary=partial_rotary)
     given = {
         name: torch.zeros_like(t) for name, t in expected.items() if name.endswith("_proj.bias")
     } | dict(state)
-    missing, left_over = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected)
-    if missing or left_over:
-        raise ValueError(f"state does not fit the module: missing {missing}, left over {left_over}")
-    for name, t in expected.items():
-        if given[name].shape != t.shape:
-            raise ValueError(f"{name} must be {tuple(t.shape)}, got {tuple(given[name].shape)}")
+    check_names_and_shapes(given, expected)
     loaded = {}
     for kind in ("weight", "bias"):
         if f"q_proj.{kind}" in given:

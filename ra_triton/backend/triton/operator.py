@@ -135,7 +135,7 @@ class Operator:
     def _as_returned(self, like: Tensor, outputs: Results) -> Any:
         """As the registered operator returns them: what is absent has size 0."""
         present = tuple(like.new_empty(0) if t is None else t for t in outputs)
-        return present if len(self.outputs) > 1 else present[0]
+        return present if len(present) > 1 else present[0]
 
     # Gradients
 
@@ -166,18 +166,13 @@ class Operator:
         dtypes = tuple(None if t is None else t.dtype for t in rest[: self.inputs])
         constants = (tuple(needed), dtypes, *rest[count:])
         grads = self.repeated_backward(rest[:count], constants)
-        like = next(t for t in rest if t is not None)
-        present = tuple(like.new_empty(0) if t is None else t for t in grads)
-        return present if self.inputs > 1 else present[0]
+        return self._as_returned(next(t for t in rest if t is not None), grads)
 
     def _fake_backward(self, *args: Any) -> Any:
         *rest, needed = args
-        like = next(t for t in rest if t is not None)
-        grads = tuple(
-            gradient_like(t) if need else like.new_empty(0)
-            for t, need in zip(rest[: self.inputs], needed, strict=True)
-        )
-        return grads if self.inputs > 1 else grads[0]
+        pairs = zip(rest[: self.inputs], needed, strict=True)
+        grads = tuple(gradient_like(t) if need else None for t, need in pairs)
+        return self._as_returned(next(t for t in rest if t is not None), grads)
 
     def _saved_counts(self) -> tuple[int, int, int]:
         """Inputs, outputs and incoming gradients that the backward takes."""

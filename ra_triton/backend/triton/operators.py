@@ -22,7 +22,7 @@ from ra_triton.backend.triton.operator import (
     is_transposed,
 )
 from ra_triton.call.norm_rope import NormRope
-from ra_triton.call.offsets import Offsets, unflat
+from ra_triton.call.offsets import Offsets
 from ra_triton.call.options import Scores
 from ra_triton.checks import refuse_context_parallel
 from ra_triton.weights.factors import TENSORS, Factors
@@ -203,8 +203,10 @@ def _offsets(
     constants: Sequence[Any],
 ) -> Offsets | None:
     """The offsets of ``q [B, T_q, ...]`` and ``k [B, T_k, ...]``, whose lengths a trace lacked."""
-    offsets = unflat(cu_seqlens_q, cu_seqlens_k, *constants)
-    return offsets and offsets.within(q.shape[1], k.shape[1])
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return None
+    offsets = Offsets(cu_seqlens_q, cu_seqlens_k, *constants)
+    return offsets.within(q.shape[1], k.shape[1])
 
 
 def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *args: Any, **_: Any) -> int:

@@ -202,38 +202,14 @@ def attention_forward(
         lse = torch.empty((B, H, T_q), dtype=torch.float32, device=q.device)
     if o.numel() == 0:
         return o, lse
-    options = (causal, softmax_scale, window_size, softcap, dropout_p, offsets, config)
-    plan = forward_plan(q, k, v, seed, o, lse, *options)
-    plan(q, k, v, seed, *flat(offsets)[:2], o, lse)
-    return o, lse
-
-
-def forward_plan(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seed: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    causal: bool,
-    softmax_scale: float | None,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    dropout_p: float = 0.0,
-    offsets: Offsets | None = None,
-    config: LaunchConfig | None = None,
-) -> Plan:
-    """The launch of :func:`attention_forward`.
-
-    Of ``(q, k, v, seed, cu_seqlens_q, cu_seqlens_k, o, lse)``.
-    """
-    return _plan(
+    begins = flat(offsets)[:2]
+    plan = _plan(
         q.device,
         q.dtype,
         layout_of(q),
         layout_of(k),
         layout_of(v),
-        on_16_bytes(seed, *flat(offsets)[:2], o, lse),
+        on_16_bytes(seed, *begins, o, lse),
         None if offsets is None else lengths(offsets),
         causal,
         window_size,
@@ -244,6 +220,8 @@ def forward_plan(
         target_of(q.device),
         config,
     )
+    plan(q, k, v, seed, *begins, o, lse)
+    return o, lse
 
 
 @planned

@@ -1,6 +1,6 @@
 """What the kernels of the projection and its gradients get besides tensors, in bundles.
 
-As in ``attention_arguments.py``, which says what a bundle may hold.
+As in ``attention/arguments.py``, which says what a bundle may hold.
 """
 
 from typing import Any, NamedTuple

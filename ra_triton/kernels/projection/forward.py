@@ -5,7 +5,7 @@
 x ``[B, T, C]``, w ``[C, N]`` in packed column order → y ``[B, T, N]``, contiguous: read as
 ``[B, T, H + 2 * H_kv, D]`` it *is* q_pack, k_pack and v, so packing costs nothing. Grid: one
 program a tile of y, in groups of GROUP_M row tiles that share columns of w in L2. Overwrites y.
-``projection_hopper.py`` computes the same from aligned 16-bit operands on Hopper.
+``forward_hopper.py`` computes the same from aligned 16-bit operands on Hopper.
 """
 
 from functools import partial
@@ -125,20 +125,7 @@ def projection(
     if out.numel() == 0:
         return out
     bias = None if bias is None else bias.contiguous()
-    projection_plan(x, w, bias, out, stage, config)(x, w, bias, out)
-    return out
-
-
-def projection_plan(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    stage: str = "projection",
-    config: LaunchConfig | None = None,
-) -> Plan:
-    """The launch of :func:`projection`, of ``(x, w, bias, out)``; bias is contiguous."""
-    return _plan(
+    plan = _plan(
         x.device,
         x.dtype,
         layout_of(x),
@@ -149,6 +136,8 @@ def projection_plan(
         stage,
         config,
     )
+    plan(x, w, bias, out)
+    return out
 
 
 @planned
