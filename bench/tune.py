@@ -287,11 +287,12 @@ def _row(
 def describe(row: dict[str, Any], device: str) -> str:
     """A candidate as a line for ``configs.py``, with the measurement behind it."""
     c = row["config"]
-    words = [str(c["block_m"]), str(c["num_warps"]), str(c["num_stages"])]
-    words += [f"{name}={c[name]}" for name in ("block_n", "block_k") if c[name]]
-    words += ["use_tma=True"] * c["use_tma"]
+    tile = {"m": c["block_m"], "n": c["block_n"], "k": c["block_k"]}
+    words = [f"{name}={size}" for name, size in tile.items() if size]
+    words += [f"warps={c['num_warps']}", f"stages={c['num_stages']}"]
+    words += ["tma=True"] * c["use_tma"]
     words += [f"groups={c['groups']}"] * (c["groups"] > 1)
-    text = f"LaunchConfig({', '.join(words)})"
+    text = f"row({', '.join(words)})"
     if row["dropped"]:
         return f"{text}  # dropped: {row['dropped']}"
     mark = ", shipped" if row["shipped"] else ""

@@ -1,17 +1,14 @@
 """Launch configurations: a pure function of (stage, head dim, dtype, target, layout).
 
 Nothing here is measured at run time: the same call gets the same tiles, hence the same bits, on
-every run, and a new length never retunes. "static" rows were chosen from the compiled machine
-code: no spilled register, asynchronous loads, two CTAs per SM where they fit; those of sm_100 and
-sm_120 were compiled, and not run on such a GPU, as was "rocm" for gfx942, where some kernels use
-scratch. Rows with a time were chosen by ``bench/tune.py`` on an H200 (driver 580.159.04, torch
-2.11, Triton 3.6.0): bf16, causal,
-16384 tokens, 12 heads; GEMMs of width 768, the projection with 8192 tokens; a row of another GPU
-names it. The times are of the run that chose the row, and the kernels have changed since.
+every run, and a new length never retunes. :data:`TABLE` has the rows of each stage, and what chose
+them; the first row that a call fits is taken.
 """
 
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -54,6 +51,264 @@ class LaunchConfig:
         return {"PDL": self.pdl, **self.compiler_options}
 
 
+class Row(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        when: what a call has to be, by the names of :func:`row`.
+        config: what it gets; PDL, which all kernels have on Hopper, is not in it.
+        why: what chose it.
+    """
+
+    when: Mapping[str, Any]
+    config: LaunchConfig
+    why: str
+
+
+HOLDS: dict[str, Callable[[Any, Any], bool]] = {  # of a call and a row; the others are equal
+    "D": operator.le,
+    "on": lambda target, targets: target in targets.split(),
+    "below": operator.lt,
+    "since": operator.ge,
+}
+
+
+def row(
+    *,
+    m: int,
+    warps: int,
+    n: int = 0,
+    k: int = 0,
+    stages: int = 1,
+    tma: bool = False,
+    groups: int = 1,
+    why: str = "static",
+    **when: Any,
+) -> Row:
+    """A row: tiles of ``m`` x ``n`` x ``k`` and the rest of a :class:`LaunchConfig`, and for what.
+
+    ``when``, all of it: ``D``, the largest head dim; ``on``, targets separated by blanks; ``fp32``;
+    ``aligned``; ``dropout``; ``cut``, aligned operands of a window or of variable lengths;
+    ``causal``; ``below``, more than the length; ``since``, the first version of Triton. "static":
+    chosen from the compiled machine code: no spilled register, asynchronous loads, two CTAs per SM
+    where they fit.
+    """
+    return Row(when, LaunchConfig(m, warps, stages, n, k, tma, groups=groups), why)
+
+
+def first_of(rows: Sequence[Row], call: Mapping[str, Any]) -> Row:
+    """The first row that a call fits."""
+
+    def fits(name: str, value: Any) -> bool:
+        return HOLDS.get(name, operator.eq)(call[name], value)
+
+    return next(row for row in rows if all(fits(*item) for item in row.when.items()))
+
+
+# "static" rows of sm_100 and sm_120 were compiled, and not run on such a GPU, as were those of
+# "rocm" for gfx942, where some kernels use scratch. Times are of bench/tune.py on an H200 (driver
+# 580.159.04, torch 2.11, Triton 3.6.0): bf16, causal, 16384 tokens, 12 heads; GEMMs of width 768,
+# the projection with 8192 tokens; a row of another GPU names it. The times are of the run that
+# chose the row, and the kernels have changed since.
+# fmt: off
+TABLE: dict[str, tuple[Row, ...]] = {
+# IEEE products run on the FMA units: static with those and with TF32.
+"attention_forward": (
+    row(fp32=True, D=64, on="sm_120", aligned=False, dropout=True, m=32, n=16, warps=16, stages=2),
+    row(fp32=True, D=32, on="sm_100", aligned=False, dropout=True, m=32, n=16, warps=16, stages=2),
+    row(fp32=True, D=64, aligned=False, dropout=True, m=32, n=16, warps=8, stages=2),
+    row(fp32=True, D=64, on="sm_90", dropout=True, m=32, n=32, warps=16, stages=2),
+    row(fp32=True, D=32, on="sm_120", dropout=True, m=32, n=32, warps=16, stages=2),
+    row(fp32=True, D=64, dropout=True, m=32, n=32, warps=8, stages=2),
+    row(fp32=True, D=64, m=32, n=32, warps=4, stages=2),
+    row(fp32=True, dropout=True, m=32, n=16, warps=8, stages=2),
+    row(fp32=True, m=32, n=32, warps=16, stages=2),
+    row(on="sm_90", D=64, aligned=True, dropout=False, m=64, n=64, warps=4, stages=2, tma=True,
+        why="87 us, 295 TFLOP/s at T = 1024; 262 us at 4096"),
+    row(on="sm_90", cut=True, dropout=False, m=64, n=64, warps=4, stages=2, tma=True),
+    row(on="sm_90", aligned=True, dropout=False, m=128, n=64, warps=4, stages=2, tma=True,
+        why="162 us at T = 1024; 436 us at 4096"),
+    row(on="sm_90", D=64, aligned=True, m=64, n=64, warps=4, stages=2, tma=True),
+    row(on="sm_90", aligned=True, m=64, n=64, warps=8, stages=2, tma=True),
+    # No asynchronous copy is narrower than 4 bytes, so loads pass through registers: small tiles.
+    # Hopper also comes here with strides of 0; one stage there, because with cp.async in flight
+    # the assembler serialises WGMMA (C7515).
+    row(on="sm_90", D=64, aligned=False, m=64, n=32, warps=4),
+    row(D=64, aligned=False, dropout=True, m=64, n=16, warps=4),
+    row(D=64, aligned=False, m=64, n=32, warps=4),
+    row(on="sm_120", aligned=False, dropout=True, m=64, n=16, warps=8),
+    row(aligned=False, m=64, n=32, warps=8),
+    row(on="sm_120", D=64, cut=True, dropout=True, m=64, n=16, warps=4, stages=2),
+    row(D=64, cut=True, m=64, n=32, warps=4, stages=2),
+    row(cut=True, m=64, n=64, warps=8, stages=2),
+    row(D=64, dropout=True, m=64, n=16, warps=4, stages=2),
+    row(dropout=True, m=64, n=64, warps=8, stages=2),
+    row(on="sm_120", D=64, m=64, n=64, warps=4, stages=3),
+    row(D=64, m=128, n=64, warps=4, stages=3, why="static: 255 registers, two CTAs per SM"),
+    row(on="sm_100", m=64, n=64, warps=4, stages=2),
+    row(m=128, n=32, warps=8, stages=3, why="static: 200 registers, fits the 99 KB of sm_86"),
+),
+# Gradients: the largest tiles without a spill.
+"key_value_gradient": (
+    row(fp32=True, on="sm_90", aligned=False, dropout=True, m=32, n=16, warps=16, stages=2),
+    row(fp32=True, on="sm_90", D=64, dropout=False, m=32, n=32, warps=8, stages=2),
+    row(fp32=True, on="sm_90", m=32, n=32, warps=16, stages=2),
+    row(fp32=True, D=32, on="sm_100", m=16, n=32, warps=16, stages=2),
+    row(fp32=True, D=32, aligned=False, dropout=True, m=16, n=32, warps=16, stages=2),
+    row(fp32=True, D=32, m=32, n=32, warps=16, stages=2),
+    row(fp32=True, cut=True, m=16, n=32, warps=16, stages=2),
+    row(fp32=True, D=64, on="sm_120", m=16, n=16, warps=4, stages=2),
+    row(fp32=True, on="sm_120", m=16, n=32, warps=16, stages=2),
+    row(fp32=True, D=64, dropout=False, m=16, n=16, warps=8, stages=2),
+    row(fp32=True, D=64, m=16, n=16, warps=4, stages=2),
+    row(fp32=True, on="sm_80", dropout=False, m=16, n=16, warps=16, stages=2),
+    row(fp32=True, m=16, n=16, warps=4, stages=2),
+    row(on="sm_120", D=64, aligned=False, m=16, n=32, warps=4),
+    row(D=64, aligned=False, dropout=True, m=16, n=32, warps=4),
+    row(D=64, aligned=False, m=32, n=32, warps=4),
+    row(aligned=False, m=32, n=32, warps=8),
+    row(on="sm_90", dropout=False, m=32, n=64, warps=4, stages=3, tma=True,
+        why="D = 64: 179 us at T = 1024, 510 us at 4096; D = 128: 310 and 853 us"),
+    row(on="sm_90", D=64, m=32, n=64, warps=4, stages=2, tma=True),
+    row(on="sm_90", m=32, n=64, warps=8, stages=2, tma=True),
+    row(on="sm_120", D=64, cut=True, dropout=True, m=32, n=32, warps=4, stages=2),
+    row(D=64, cut=True, m=32, n=64, warps=4, stages=2),
+    row(cut=True, m=32, n=32, warps=8, stages=2),
+    row(on="sm_120", D=64, dropout=True, m=16, n=32, warps=4, stages=2),
+    row(on="sm_120", D=64, m=32, n=64, warps=4, stages=2),
+    row(on="sm_100", D=64, dropout=True, m=32, n=64, warps=4, stages=2),
+    row(D=64, m=64, n=32, warps=4, stages=2),
+    row(m=32, n=64, warps=8, stages=2),
+),
+"query_gradient": (
+    row(fp32=True, on="sm_90", aligned=False, dropout=True, m=32, n=16, warps=16, stages=2),
+    row(fp32=True, on="sm_90", D=32, dropout=False, m=32, n=32, warps=8, stages=2),
+    row(fp32=True, on="sm_90", m=32, n=32, warps=16, stages=2),
+    row(fp32=True, D=32, aligned=False, dropout=True, m=16, n=32, warps=16, stages=2),
+    row(fp32=True, D=32, m=32, n=32, warps=16, stages=2),
+    row(fp32=True, m=16, n=16, warps=8, stages=2),
+    row(D=64, aligned=False, m=32, n=32, warps=4),
+    row(aligned=False, m=32, n=32, warps=8),
+    row(on="sm_90", D=64, m=64, n=64, warps=4, stages=2, tma=True,
+        why="112 us at T = 1024, 291 us at 4096"),
+    row(on="sm_90", dropout=True, m=64, n=32, warps=4, stages=2, tma=True),
+    row(on="sm_90", m=64, n=32, warps=4, stages=3, tma=True),
+    row(on="sm_120", D=64, dropout=True, m=64, n=16, warps=4, stages=2),
+    row(D=64, cut=True, m=64, n=32, warps=4, stages=2),
+    row(cut=True, m=64, n=64, warps=8, stages=2),
+    row(on="sm_120", D=64, m=64, n=32, warps=4, stages=2),
+    row(on="sm_120", m=64, n=32, warps=8, stages=2),
+    row(D=64, dropout=True, m=64, n=32, warps=4, stages=2),
+    row(D=64, m=64, n=64, warps=4, stages=2),
+    row(m=64, n=64, warps=8, stages=2),
+),
+"delta": (
+    row(D=64, m=32, warps=4),
+    row(fp32=True, m=16, warps=4),
+    row(m=32, warps=4),
+),
+"projection": (
+    row(fp32=True, on="sm_90", m=64, n=64, k=16, warps=8, stages=3),
+    row(fp32=True, aligned=True, m=64, n=64, k=16, warps=8, stages=2),
+    row(fp32=True, m=64, n=64, k=16, warps=8, stages=3),
+    row(on="sm_90", aligned=True, m=64, n=256, k=64, warps=4, stages=3, tma=True, groups=3,
+        why="H100 (torch 2.11, Triton 3.6.0): 47 us, 90 us for the input's gradient; 128x128 tiles "
+        "in plain Triton 57 and 95 us, cuBLAS 51 and 92 us"),
+    row(on="sm_90", m=128, n=128, k=64, warps=8, stages=3),
+    row(m=128, n=128, k=32, warps=8, stages=3, why="static: 128 registers, 32 KB"),
+),
+"weight_gradient": (
+    row(fp32=True, m=64, n=64, k=16, warps=8, stages=3),
+    row(on="sm_90", aligned=True, m=128, n=128, k=64, warps=8, stages=3, tma=True,
+        why="97 us, 600 TFLOP/s"),
+    row(m=128, n=128, k=32, warps=8, stages=3),
+),
+"bias_gradient": (row(m=32, n=64, warps=4),),
+"add_splits": (row(m=1024, warps=4),),
+# Int8 weights; no other row was tried on a GPU.
+"weight_only": (
+    row(fp32=True, m=64, n=64, k=16, warps=8, stages=3),
+    row(on="sm_90", aligned=True, m=128, n=64, k=64, warps=4, stages=3, tma=True,
+        why="static: 128 columns, converted in registers, would serialise WGMMA (C7515)"),
+    row(m=128, n=128, k=32, warps=4, stages=3),
+),
+"weight_only_few": (
+    row(fp32=True, m=16, n=32, k=32, warps=4, stages=3),
+    row(m=16, n=32, k=128, warps=4, stages=4),
+),
+"other_columns": (
+    row(fp32=True, m=64, n=64, k=16, warps=8, stages=3),
+    row(on="sm_90", aligned=True, m=128, n=128, k=32, warps=4, stages=3, tma=True),
+    row(m=128, n=128, k=32, warps=8, stages=3),
+),
+"w8a8": (
+    row(on="sm_90", aligned=True, m=128, n=128, k=128, warps=4, stages=3, tma=True),
+    row(m=128, n=128, k=64, warps=8, stages=3),
+),
+"quantize_rows": (row(m=4, k=512, warps=4),),
+# Several CTAs per SM keep the memory busy. At most 32 rows, also on Hopper: 64 would be WGMMA's,
+# which needs descriptors, and those cannot leave out what lies beyond a sequence's length.
+"decode": (
+    row(fp32=True, D=64, m=16, n=32, k=128, warps=4, stages=2),
+    row(fp32=True, m=16, n=32, k=128, warps=8, stages=2),
+    row(aligned=False, m=32, n=32, k=128, warps=4),
+    row(D=64, m=32, n=64, k=128, warps=4, stages=3),
+    row(m=32, n=32, k=128, warps=4, stages=3),
+),
+"decode_combine": (row(m=32, warps=4),),
+"append": (row(m=32, warps=4),),
+"packing": (row(m=64, warps=4),),
+"norm_rope": (
+    row(D=128, m=32, warps=4),
+    row(m=8, warps=4),
+),
+"compose": (
+    row(fp32=True, m=32, n=32, k=16, warps=4, stages=2),
+    row(m=32, n=32, k=32, warps=4, stages=2),
+),
+"compose_backward": (  # not aligned: a gradient whose columns are far apart
+    row(fp32=True, D=64, m=16, n=16, k=16, warps=8, stages=2),
+    row(fp32=True, aligned=True, m=16, n=16, k=16, warps=16),
+    row(fp32=True, on="sm_90 sm_120", m=16, n=16, k=16, warps=16),
+    row(fp32=True, on="sm_100", m=32, n=16, k=16, warps=8),
+    row(fp32=True, m=32, n=16, k=16, warps=16),
+    row(m=32, n=32, k=16, warps=4, stages=2),
+),
+"compose_sums": (row(m=64, n=16, warps=4),),
+}
+TABLE |= {"input_gradient": TABLE["projection"], "norm_rope_backward": TABLE["norm_rope"]}
+
+# The forward kernel whose warps have one job each, where that one is faster. Static: no spill;
+# heads of 128 leave no registers for a third warpgroup. Chosen on an H100 (80 GB HBM3, driver
+# 580.159.04, torch 2.11, Triton 3.6.0), causal, bf16, 16384 tokens, width 2048; in brackets the
+# plain kernel and cuDNN.
+SPECIALISED = (
+    row(D=64, below=2048, causal=True, m=64, n=64, warps=4, stages=3, tma=True, groups=3,
+        why="T = 512: 136 us (171, 129), 1024: 202 us (243, 197)"),
+    row(D=64, below=2048, m=64, n=128, warps=4, stages=3, tma=True, groups=2,
+        why="T = 1024, not causal: 311 us (429, 309)"),
+    row(D=64, since=(3, 9), m=64, n=128, warps=4, stages=3, tma=True, groups=2,
+        why="Three groups spill. H200 (torch 2.11, Triton 3.9.0; in brackets three with 3.6.0): "
+        "T = 2048: 366 us (340), 4096: 681 us (616), 16384: 2573 us (2264)"),
+    row(D=64, m=64, n=128, warps=4, stages=2, tma=True, groups=3,
+        why="T = 2048: 329 us (397, 339), 4096: 616 us (747, 677), 16384: 2143 us (2668, 2496)"),
+    row(D=128, m=64, n=128, warps=4, stages=2, tma=True, groups=2,
+        why="T = 512: 110 us (138, 102), 1024: 148 us (204, 160), 2048: 249 us (314, 272), "
+        "4096: 430 us (597, 515), 16384: 1692 us (2106, 1974)"),
+)
+
+INTERPRETER = {  # m, n, k of small tiles, so that short inputs reach every loop
+    "attention_forward": (32, 16), "key_value_gradient": (16, 32), "query_gradient": (32, 16),
+    "delta": (16,), "decode": (32, 16, 32), "decode_combine": (2,), "append": (16,),
+    "projection": (32, 32, 16), "input_gradient": (32, 32, 16), "weight_gradient": (32, 32, 16),
+    "bias_gradient": (16, 32), "add_splits": (64,), "weight_only": (32, 32, 16),
+    "weight_only_few": (16, 32, 16), "other_columns": (32, 32, 16), "w8a8": (32, 32, 32),
+    "quantize_rows": (4, 0, 16), "packing": (16,), "norm_rope": (16,), "norm_rope_backward": (16,),
+    "compose": (16, 16, 16), "compose_backward": (16, 16, 16), "compose_sums": (16, 32),
+}
+# fmt: on
+
+
 def target(capability: tuple[int, int], shared_memory: int) -> str:
     """The row of the table for a GPU: its own, or that of the tested GPU it most resembles.
 
@@ -89,97 +344,13 @@ def launch_config(
         windowed: whether attention has a window, whose second edge takes registers.
         varlen: whether sequences begin anywhere among their tokens, where no descriptor points.
     """
-    if target == "interpreter":  # small tiles, so that short inputs reach every loop
-        return {
-            "attention_forward": LaunchConfig(32, 4, block_n=16),
-            "projection": LaunchConfig(32, 4, block_n=32, block_k=16),
-            "input_gradient": LaunchConfig(32, 4, block_n=32, block_k=16),
-            "packing": LaunchConfig(16, 4),
-            "norm_rope": LaunchConfig(16, 4),
-            "norm_rope_backward": LaunchConfig(16, 4),
-            "delta": LaunchConfig(16, 4),
-            "key_value_gradient": LaunchConfig(16, 4, block_n=32),
-            "query_gradient": LaunchConfig(32, 4, block_n=16),
-            "weight_gradient": LaunchConfig(32, 4, block_n=32, block_k=16),
-            "bias_gradient": LaunchConfig(16, 4, block_n=32),
-            "add_splits": LaunchConfig(64, 4),
-            "weight_only": LaunchConfig(32, 4, block_n=32, block_k=16),
-            "weight_only_few": LaunchConfig(16, 4, block_n=32, block_k=16),
-            "other_columns": LaunchConfig(32, 4, block_n=32, block_k=16),
-            "w8a8": LaunchConfig(32, 4, block_n=32, block_k=32),
-            "quantize_rows": LaunchConfig(4, 4, block_k=16),
-            "decode": LaunchConfig(32, 4, block_n=16, block_k=32),
-            "decode_combine": LaunchConfig(2, 4),
-            "append": LaunchConfig(16, 4),
-            "compose": LaunchConfig(16, 4, block_n=16, block_k=16),
-            "compose_backward": LaunchConfig(16, 4, block_n=16, block_k=16),
-            "compose_sums": LaunchConfig(16, 4, block_n=32),
-        }[stage]
+    if target == "interpreter":
+        m, n, k = (*INTERPRETER[stage], 0, 0)[:3]
+        return LaunchConfig(m, 4, block_n=n, block_k=k)
     aligned = aligned and not (varlen and target == "sm_90")
-    full_precision = dtype == torch.float32
-    config = _config(stage, head_dim, full_precision, target, aligned, dropout)
-    if (windowed or varlen) and aligned:
-        config = _cut(stage, head_dim, full_precision, target, dropout) or config
-    return replace(config, pdl=target == "sm_90")
-
-
-def _config(
-    stage: str, head_dim: int, full_precision: bool, target: str, aligned: bool, dropout: bool
-) -> LaunchConfig:
-    if stage == "attention_forward":
-        return _attention_forward(head_dim, full_precision, target, aligned, dropout)
-    if stage in ("key_value_gradient", "query_gradient"):
-        return _attention_backward(stage, head_dim, full_precision, target, aligned, dropout)
-    if stage in ("projection", "input_gradient"):
-        return _projection(stage, full_precision, target, aligned)
-    if stage == "weight_gradient":
-        return _weight_gradient(full_precision, target, aligned)
-    if stage in ("weight_only", "weight_only_few", "other_columns", "w8a8"):
-        return _int8_projection(stage, full_precision, target, aligned)
-    if stage in ("norm_rope", "norm_rope_backward"):  # static: no spill
-        return LaunchConfig(32 if head_dim <= 128 else 8, 4)
-    if stage in ("compose", "compose_backward"):
-        return _composing(stage, head_dim, full_precision, target, aligned)
-    if stage == "decode":
-        return _decode(head_dim, full_precision, aligned)
-    return {
-        "packing": LaunchConfig(64, 4),
-        "delta": LaunchConfig(16 if full_precision and head_dim > 64 else 32, 4),
-        "bias_gradient": LaunchConfig(32, 4, block_n=64),
-        "add_splits": LaunchConfig(1024, 4),
-        "quantize_rows": LaunchConfig(4, 4, block_k=512),
-        "decode_combine": LaunchConfig(32, 4),
-        "append": LaunchConfig(32, 4),
-        "compose_sums": LaunchConfig(64, 4, block_n=16),
-    }[stage]
-
-
-def _composing(
-    stage: str, head_dim: int, full_precision: bool, target: str, aligned: bool
-) -> LaunchConfig:
-    """Static: no spill; a gradient whose columns are far apart is not aligned."""
-    if stage == "compose":
-        return LaunchConfig(32, 4, 2, block_n=32, block_k=16 if full_precision else 32)
-    if not full_precision:
-        return LaunchConfig(32, 4, 2, block_n=32, block_k=16)
-    if head_dim <= 64:
-        return LaunchConfig(16, 8, 2, block_n=16, block_k=16)
-    if aligned or target in ("sm_90", "sm_120"):
-        return LaunchConfig(16, 16, 1, block_n=16, block_k=16)
-    return LaunchConfig(32, 8 if target == "sm_100" else 16, 1, block_n=16, block_k=16)
-
-
-def _projection(stage: str, full_precision: bool, target: str, aligned: bool) -> LaunchConfig:
-    if full_precision:  # IEEE products run on the FMA units; static
-        stages = 2 if aligned and target != "sm_90" else 3
-        return LaunchConfig(64, 8, stages, block_n=64, block_k=16)
-    if target == "sm_90":
-        if aligned:
-            # On an H100 (torch 2.11, Triton 3.6.0) 47 us for the projection, 90 us for the input's
-            # gradient; 128x128 tiles in plain Triton took 57 and 95 us, cuBLAS 51 and 92 us.
-            return LaunchConfig(64, 4, 3, block_n=256, block_k=64, use_tma=True, groups=3)
-        return LaunchConfig(128, 8, 3, block_n=128, block_k=64)  # static
-    return LaunchConfig(128, 8, 3, block_n=128, block_k=32)  # static: 128 registers, 32 KB
+    call = {"D": head_dim, "on": target, "fp32": dtype == torch.float32, "aligned": aligned}
+    call |= {"dropout": dropout, "cut": aligned and (windowed or varlen)}
+    return replace(first_of(TABLE[stage], call).config, pdl=target == "sm_90")
 
 
 def in_fewest_rounds(config: LaunchConfig, M: int, N: int, processors: int) -> LaunchConfig:
@@ -199,42 +370,6 @@ def in_fewest_rounds(config: LaunchConfig, M: int, N: int, processors: int) -> L
     return config
 
 
-def _attention_forward(
-    head_dim: int, full_precision: bool, target: str, aligned: bool, dropout: bool
-) -> LaunchConfig:
-    small = head_dim <= 64
-    if full_precision:  # static: no spill with IEEE products and with TF32
-        if small:
-            if dropout and not aligned:
-                many = target == "sm_120" or (target == "sm_100" and head_dim <= 32)
-                return LaunchConfig(32, 16 if many else 8, 2, block_n=16)
-            many = target == "sm_90" or (target == "sm_120" and head_dim <= 32)
-            return LaunchConfig(32, (16 if many else 8) if dropout else 4, 2, block_n=32)
-        if dropout:
-            return LaunchConfig(32, 8, 2, block_n=16)
-        return LaunchConfig(32, 16, 2, block_n=32)
-    if dropout and aligned:  # static: no spill
-        keys = 16 if small and target != "sm_90" else 64
-        return LaunchConfig(64, 4 if small else 8, 2, block_n=keys, use_tma=target == "sm_90")
-    if target == "sm_90" and aligned:
-        if head_dim <= 64:  # 87 us, 295 TFLOP/s at T = 1024; 262 us at 4096
-            return LaunchConfig(64, 4, 2, block_n=64, use_tma=True)
-        return LaunchConfig(128, 4, 2, block_n=64, use_tma=True)  # 162 us; 436 us at T = 4096
-    if not aligned:
-        # No asynchronous copy is narrower than 4 bytes, so loads pass through registers: static,
-        # small tiles without a spill. Hopper also comes here with strides of 0; one stage there,
-        # because with cp.async in flight the assembler serialises WGMMA (C7515).
-        few = dropout and (target == "sm_120" or (small and target != "sm_90"))
-        return LaunchConfig(64, 4 if small else 8, 1, block_n=16 if few else 32)
-    if head_dim <= 64 and target == "sm_120":
-        return LaunchConfig(64, 4, 3, block_n=64)
-    if head_dim <= 64:  # static: 255 registers, no spill, two CTAs per SM
-        return LaunchConfig(128, 4, 3, block_n=64)
-    if target == "sm_100":
-        return LaunchConfig(64, 4, 2, block_n=64)
-    return LaunchConfig(128, 8, 3, block_n=32)  # static: 200 registers, fits the 99 KB of sm_86
-
-
 def warp_specialised(
     head_dim: int,
     dtype: torch.dtype,
@@ -243,11 +378,7 @@ def warp_specialised(
     causal: bool,
     triton: tuple[int, ...] = (3, 7),
 ) -> LaunchConfig | None:
-    """The row of the forward kernel whose warps have one job each, where that one is faster.
-
-    Static: no spill; heads of 128 leave no registers for a third warpgroup. Chosen on an H100 (80
-    GB HBM3, driver 580.159.04, torch 2.11, Triton 3.6.0), causal, bf16, 16384 tokens, width 2048;
-    in brackets the plain kernel and cuDNN.
+    """The row of :data:`SPECIALISED`, or None.
 
     Args:
         head_dim: ``D``.
@@ -255,137 +386,9 @@ def warp_specialised(
         target: from :func:`target`.
         length: queries or keys, whichever are fewer.
         causal: whether tiles of keys are cut by the diagonal.
-        triton: major and minor version. From 3.9 on the assembler spills registers where three
-            groups take tiles of 128 keys, so that two groups do; not measured.
+        triton: major and minor version.
     """
-    if target != "sm_90" or dtype == torch.float32 or length < 256:
+    if target != "sm_90" or dtype == torch.float32 or length < 256 or head_dim not in (64, 128):
         return None
-    if head_dim == 64 and length < 2048:
-        if causal:  # T = 512: 136 us (171, 129), 1024: 202 us (243, 197)
-            return LaunchConfig(64, 4, 3, block_n=64, use_tma=True, pdl=True, groups=3)
-        # T = 1024, not causal: 311 us (429, 309)
-        return LaunchConfig(64, 4, 3, block_n=128, use_tma=True, pdl=True, groups=2)
-    # From 3.9 on three groups spill. Two, on an H200 (torch 2.11, Triton 3.9.0; in brackets three
-    # with 3.6.0): T = 2048: 366 us (340), 4096: 681 us (616), 16384: 2573 us (2264).
-    if head_dim == 64 and triton >= (3, 9):
-        return LaunchConfig(64, 4, 3, block_n=128, use_tma=True, pdl=True, groups=2)
-    # T = 2048: 329 us (397, 339), 4096: 616 us (747, 677), 16384: 2143 us (2668, 2496)
-    if head_dim == 64:
-        return LaunchConfig(64, 4, 2, block_n=128, use_tma=True, pdl=True, groups=3)
-    # T = 512: 110 us (138, 102), 1024: 148 us (204, 160), 2048: 249 us (314, 272),
-    # 4096: 430 us (597, 515), 16384: 1692 us (2106, 1974)
-    if head_dim == 128:
-        return LaunchConfig(64, 4, 2, block_n=128, use_tma=True, pdl=True, groups=2)
-    return None
-
-
-def _attention_backward(
-    stage: str, head_dim: int, full_precision: bool, target: str, aligned: bool, dropout: bool
-) -> LaunchConfig:
-    """What is not measured is static: the largest tiles without a spill."""
-    small = head_dim <= 64
-    for_keys = stage == "key_value_gradient"
-    if full_precision:
-        if target != "sm_90":
-            if head_dim <= 32:
-                few = (dropout and not aligned) or (for_keys and target == "sm_100")
-                rows = 16 if few else 32
-                return LaunchConfig(rows, 16, 2, block_n=32)
-            if for_keys and not small and target == "sm_120":
-                return LaunchConfig(16, 16, 2, block_n=32)
-            if for_keys and not (small or dropout) and target == "sm_80":
-                return LaunchConfig(16, 16, 2, block_n=16)
-            few = for_keys and (dropout or not small or target == "sm_120")
-            return LaunchConfig(16, 4 if few else 8, 2, block_n=16)
-        if dropout and not aligned:
-            return LaunchConfig(32, 16, 2, block_n=16)
-        few = small and not dropout and (for_keys or head_dim <= 32)
-        return LaunchConfig(32, 8 if few else 16, 2, block_n=32)
-    if not aligned and small and for_keys and (dropout or target == "sm_120"):
-        return LaunchConfig(16, 4, 1, block_n=32)
-    if not aligned:
-        return LaunchConfig(32, 4 if small else 8, 1, block_n=32)
-    if target == "sm_90" and for_keys:
-        if dropout:  # static
-            return LaunchConfig(32, 4 if small else 8, 2, block_n=64, use_tma=True)
-        # D = 64: 179 us at T = 1024, 510 us at 4096; D = 128: 310 and 853 us
-        return LaunchConfig(32, 4, 3, block_n=64, use_tma=True)
-    if target == "sm_90":
-        if small:  # 112 us at T = 1024, 291 us at 4096
-            return LaunchConfig(64, 4, 2, block_n=64, use_tma=True)
-        if dropout:  # static
-            return LaunchConfig(64, 4, 2, block_n=32, use_tma=True)
-        return LaunchConfig(64, 4, 3, block_n=32, use_tma=True)  # static
-    if target == "sm_120" and small and dropout:
-        return LaunchConfig(16 if for_keys else 64, 4, 2, block_n=32 if for_keys else 16)
-    if target == "sm_120" and not for_keys:
-        return LaunchConfig(64, 4 if small else 8, 2, block_n=32)
-    if for_keys and small and (target == "sm_120" or (target == "sm_100" and dropout)):
-        return LaunchConfig(32, 4, 2, block_n=64)
-    if small and (for_keys or dropout):
-        return LaunchConfig(64, 4, 2, block_n=32)
-    if not for_keys:
-        return LaunchConfig(64, 4 if small else 8, 2, block_n=64)
-    return LaunchConfig(32, 8, 2, block_n=64)
-
-
-def _cut(
-    stage: str, head_dim: int, full_precision: bool, target: str, dropout: bool
-) -> LaunchConfig | None:
-    """Instead, for a window's second edge and for variable lengths: static, no spill."""
-    small, for_keys = head_dim <= 64, stage == "key_value_gradient"
-    if target == "sm_90":
-        wide = stage == "attention_forward" and not (small or dropout or full_precision)
-        return LaunchConfig(64, 4, 2, block_n=64, use_tma=True) if wide else None
-    if full_precision:
-        return LaunchConfig(16, 16, 2, block_n=32) if for_keys and head_dim > 32 else None
-    few = target == "sm_120" and small and dropout
-    if for_keys:
-        return LaunchConfig(32, 4 if small else 8, 2, block_n=32 if few or not small else 64)
-    if small:
-        return LaunchConfig(64, 4, 2, block_n=16 if few else 32)
-    return LaunchConfig(64, 8, 2, block_n=64)
-
-
-def _weight_gradient(full_precision: bool, target: str, aligned: bool) -> LaunchConfig:
-    if full_precision:  # static
-        return LaunchConfig(64, 8, 3, block_n=64, block_k=16)
-    if target == "sm_90" and aligned:  # 97 us, 600 TFLOP/s
-        return LaunchConfig(128, 8, 3, block_n=128, block_k=64, use_tma=True)
-    return LaunchConfig(128, 8, 3, block_n=128, block_k=32)
-
-
-def _int8_projection(stage: str, full_precision: bool, target: str, aligned: bool) -> LaunchConfig:
-    """All static: no spill, no serialised WGMMA; no other row was tried on a GPU."""
-    few = stage == "weight_only_few"
-    if full_precision:
-        if few:
-            return LaunchConfig(16, 4, 3, block_n=32, block_k=32)
-        return LaunchConfig(64, 8, 3, block_n=64, block_k=16)
-    if few:
-        return LaunchConfig(16, 4, 4, block_n=32, block_k=128)
-    if target == "sm_90" and aligned:
-        if stage == "w8a8":
-            return LaunchConfig(128, 4, 3, block_n=128, block_k=128, use_tma=True)
-        if stage == "other_columns":
-            return LaunchConfig(128, 4, 3, block_n=128, block_k=32, use_tma=True)
-        # 128 columns of w, converted in registers, would serialise WGMMA (C7515).
-        return LaunchConfig(128, 4, 3, block_n=64, block_k=64, use_tma=True)
-    if stage == "w8a8":
-        return LaunchConfig(128, 8, 3, block_n=128, block_k=64)
-    if stage == "other_columns":
-        return LaunchConfig(128, 8, 3, block_n=128, block_k=32)
-    return LaunchConfig(128, 4, 3, block_n=128, block_k=32)
-
-
-def _decode(head_dim: int, full_precision: bool, aligned: bool) -> LaunchConfig:
-    """Static: no spill, asynchronous copies, and several CTAs per SM to keep the memory busy.
-
-    At most 32 rows, also on Hopper: 64 would be WGMMA's, which needs descriptors, and those cannot
-    leave out what lies beyond a sequence's length.
-    """
-    if full_precision:
-        return LaunchConfig(16, 4 if head_dim <= 64 else 8, 2, block_n=32, block_k=128)
-    if not aligned:
-        return LaunchConfig(32, 4, 1, block_n=32, block_k=128)
-    return LaunchConfig(32, 4, 3, block_n=64 if head_dim <= 64 else 32, block_k=128)
+    call = {"D": head_dim, "below": length, "causal": causal, "since": triton}
+    return replace(first_of(SPECIALISED, call).config, pdl=True)

@@ -12,6 +12,7 @@ from strategies import DEVICE
 
 from bench import tune
 from ra_triton.launch.configs import LaunchConfig
+from ra_triton.launch.configs import row as table_row
 
 SMALL = {"block_k": 16, "block_n": 16}
 ROOT = Path(__file__).parents[2]
@@ -126,7 +127,7 @@ def test_a_row_is_python_for_the_table_with_its_measurement(use_tma):
         "tflops": 300.0,
     }
     line = tune.describe(row, "GPU")
-    assert eval(line, {"LaunchConfig": LaunchConfig}) == config
+    assert eval(line, {"row": table_row}).config == config
     assert line.endswith("# GPU: 100.0 us (90.0..120.0), 300 TFLOP/s, shipped")
     assert "dropped: spills" in tune.describe({**row, "dropped": "spills 8 bytes"}, "GPU")
 

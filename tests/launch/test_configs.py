@@ -5,7 +5,14 @@ import itertools
 import pytest
 import torch
 
-from ra_triton.launch.configs import LaunchConfig, launch_config, target
+from ra_triton.launch.configs import (
+    SPECIALISED,
+    TABLE,
+    LaunchConfig,
+    first_of,
+    launch_config,
+    target,
+)
 
 INT8 = ("weight_only", "weight_only_few", "other_columns", "w8a8")
 GEMMS = ("projection", "input_gradient", "weight_gradient", *INT8)
@@ -38,6 +45,24 @@ def test_every_call_has_a_row_with_power_of_two_tiles(stage, target_name):
             assert power_of_two(config.block_n)
             assert config.block_k % config.block_n == 0
             assert not config.use_tma
+
+
+def test_each_row_is_for_some_call_and_says_why():
+    """One that earlier rows leave nothing for, or that no call fits, would be read in vain."""
+    unaligned, aligned = {"aligned": False, "cut": False}, {"aligned": True, "cut": False}
+    names = ("D", "on", "fp32", "dropout")
+    plain = itertools.product((32, 64, 128, 256), TARGETS[:-1], (False, True), (False, True))
+    calls = [
+        dict(zip(names, call, strict=True)) | operands
+        for call in plain
+        for operands in (unaligned, aligned, {**aligned, "cut": True})
+    ]
+    lengths = itertools.product((64, 128), (256, 4096), (False, True), ((3, 6), (3, 9)))
+    of_length = [dict(zip(("D", "below", "causal", "since"), c, strict=True)) for c in lengths]
+    for rows, some in (*((rows, calls) for rows in TABLE.values()), (SPECIALISED, of_length)):
+        taken = {id(first_of(rows, call)) for call in some}
+        assert [row for row in rows if id(row) not in taken] == []
+        assert all(row.why for row in rows)
 
 
 def test_bulk_copies_are_chosen_only_for_hopper_and_aligned_operands():
