@@ -290,6 +290,17 @@ def distributed(*tensors: Tensor | None) -> bool:
     return any(type(t).__name__ == "DTensor" for t in tensors)
 
 
+def too_old(needs: str, device: torch.device) -> str | None:
+    """Why a GPU is none that PyTorch's and our kernels for Ampere run on, or None.
+
+    ``needs``: ``"the kernels need"``.
+    """
+    found = torch.cuda.get_device_capability(device)
+    if found >= (8, 0):
+        return None
+    return f"{needs} compute capability 8.0 (Ampere) or newer, got {found[0]}.{found[1]}"
+
+
 def context_parallel() -> bool:
     """Whether ``torch.distributed``'s ``context_parallel`` has sharded the sequences.
 

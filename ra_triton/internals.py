@@ -17,13 +17,14 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module
 from torch.utils import _python_dispatch
 
+OBSERVED = "each call goes through registered operators, which takes longer"
 Constant = TypeVar("Constant", bound=Callable[..., Any])
 
 
 @cache
-def warn_once(message: str) -> None:
+def warn_once(message: str, stacklevel: int = 3) -> None:
     """A UserWarning, the first time that there is this one to give."""
-    warnings.warn(message, UserWarning, stacklevel=3)
+    warnings.warn(message, UserWarning, stacklevel=stacklevel)
 
 
 def _missing(name: str, consequence: str) -> None:
@@ -46,7 +47,7 @@ def transforms_active() -> bool:
         return torch._C._are_functorch_transforms_active()
     except AttributeError:
         name = "torch._C._are_functorch_transforms_active"
-        _missing(name, "each call goes through registered operators, which takes longer")
+        _missing(name, OBSERVED)
         return True
 
 
@@ -60,10 +61,7 @@ def modes_active() -> bool:
             or (torch._C._len_torch_function_stack() and _has_function_mode())
         )
     except AttributeError as error:
-        _missing(
-            f"torch._C.{error.name}",
-            "each call goes through registered operators, which takes longer",
-        )
+        _missing(f"torch._C.{error.name}", OBSERVED)
         return True
 
 
@@ -120,7 +118,7 @@ def is_batch_of_gradients(t: Tensor) -> bool:
         return torch._C._functorch.is_legacy_batchedtensor(t)
     except AttributeError:
         name = "torch._C._functorch.is_legacy_batchedtensor"
-        _missing(name, "each call goes through registered operators, which takes longer")
+        _missing(name, OBSERVED)
         return True
 
 

@@ -8,8 +8,6 @@ reason why it cannot run a call, or None. ``dtype`` is what autocast brings oper
 they are.
 """
 
-import warnings
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor
 from ra_triton.backend import flex, sdpa, triton
 from ra_triton.call.options import AttentionOptions
 from ra_triton.checks import check_choice, distributed, refuse_context_parallel
+from ra_triton.internals import warn_once
 
 BACKENDS: dict[str, ModuleType] = {"triton": triton, "sdpa": sdpa, "flex": flex}
 CHOICES = ("auto", *BACKENDS)
@@ -72,10 +71,5 @@ def choose(
     if no_triton is None:
         return triton, "supported GPU, shapes and options"
     if on_gpu:
-        _warn_once(f"ra_triton runs on SDPA, not on its Triton kernels: {no_triton}")
+        warn_once(f"ra_triton runs on SDPA, not on its Triton kernels: {no_triton}", 5)
     return sdpa, no_triton
-
-
-@cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=5)

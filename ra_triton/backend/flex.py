@@ -22,12 +22,11 @@ from ra_triton import internals
 from ra_triton.backend import sdpa
 from ra_triton.call.offsets import Offsets
 from ra_triton.call.options import AttentionOptions, DecodeOptions
-from ra_triton.checks import distributed, in_dtype, may_keep, needs_grad
+from ra_triton.checks import distributed, in_dtype, may_keep, needs_grad, too_old
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-MIN_CAPABILITY = (8, 0)
 MIN_HEAD_DIM = 16  # on a GPU: what Triton's products need
 BLOCK = 128  # queries, and keys, in a block of a mask; FlexAttention's own size
 KEPT = 64  # masks, and caps, in the cache
@@ -307,9 +306,4 @@ def _look_at(device: torch.device) -> str | None:
         return f"flex_attention is for CUDA and CPU tensors here, got tensors on {device}"
     if find_spec("triton") is None:
         return "flex_attention on a GPU needs triton, which is not installed"
-    found = torch.cuda.get_device_capability(device)
-    if found < MIN_CAPABILITY:
-        return "flex_attention needs compute capability 8.0 (Ampere) or newer, got {}.{}".format(
-            *found
-        )
-    return None
+    return too_old("flex_attention needs", device)

@@ -99,7 +99,9 @@ def _attention(
         out, lse = _by_mathematics(q, k, v, options)
     else:
         out = _fused(q, k, v, _mask(q.shape[2], k.shape[2], options, q.device), options)
-        if needs_grad(q, k, v) and not _transformed():
+        # Compilers and torch.func differentiate the operators that they trace.
+        traced = torch.compiler.is_compiling() or internals.transforms_active()
+        if needs_grad(q, k, v) and not traced:
             out = _Differentiable.apply(out, q, k, v, options)
         lse = logsumexp(q, k, options) if options.return_lse else None
     return out.transpose(1, 2), lse
@@ -496,11 +498,6 @@ class _Differentiable(torch.autograd.Function):
         wanted = [t for t in operands if t.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, d_out, create_graph=True))
         return None, *(next(found) if t.requires_grad else None for t in operands), None
-
-
-def _transformed() -> bool:
-    """Whether a compiler or torch.func traces the call: they differentiate the traced operators."""
-    return torch.compiler.is_compiling() or internals.transforms_active()
 
 
 # PyTorch's kernels

@@ -307,17 +307,14 @@ class RACausalSelfAttention(nn.Module):
         before = None if known is None or any(n != known[0] for n in known) else known[0]
         operands = self.operands(x, cache.lengths if before is None else before)
         if T > FEW_TOKENS and before is not None:
-            return self._prefill(*operands, cache, before).flatten(2)
+            q, k, v = operands
+            cache.append(k, v, backend=self.backend)
+            if before:
+                k, v = (t[:, : before + T] for t in (cache.k_pack, cache.v))
+            return packed_attention(q, k, v, backend=self.backend).flatten(2)
         pieces = zip(*(t.split(FEW_TOKENS, dim=1) for t in operands), strict=True)
         outs = [self._decode(q, k, v, cache) for q, k, v in pieces]
         return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)).flatten(2)
-
-    def _prefill(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, before: int) -> Tensor:
-        """Many tokens after the same number ``before`` in every sequence: ``[B, T, H, D]``."""
-        cache.append(k, v, backend=self.backend)
-        if before:
-            k, v = (t[:, : before + q.shape[1]] for t in (cache.k_pack, cache.v))
-        return packed_attention(q, k, v, backend=self.backend)
 
     def _decode(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
         """A few tokens after what each sequence has: ``[B, T, H, D]``."""

@@ -98,7 +98,8 @@ def from_gpt2(
     check_choice("orientation", orientation, ORIENTATIONS)
     _check_module(module)
     check_state(state)
-    names, expected = _names(module), to_gpt2(module)
+    names = {_plain_name(module, name): name for name in module.state_dict()}
+    expected = to_gpt2(module)
     loaded = {
         name: t
         for name, t in _without_prefixes(state, expected).items()
@@ -136,11 +137,6 @@ def _plain_name(module: nn.Module, name: str) -> str:
             kept.append(part)
         owner = getattr(owner, part, None)  # type: ignore[assignment]
     return ".".join(kept)
-
-
-def _names(module: nn.Module) -> dict[str, str]:
-    """The names in the state dict of ``module``, by what they are without wrappers."""
-    return {_plain_name(module, name): name for name in module.state_dict()}
 
 
 def _without_prefixes(state: Mapping[str, Tensor], expected: Container[str]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@
 matrix. Composing weights costs a few MFLOP, and autograd reaches every factor.
 """
 
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -111,7 +111,9 @@ def compose_weights(
 
     Source: reciprocal attention, github.com/mcgrof/knlp; grouped heads: arXiv:2305.13245.
     """
-    w = _tensors_of(W_q, W_k, W_v, W_recip, w_std, w_rec, biases)
+    gates = (gate if isinstance(gate, Tensor) else None for gate in (w_std, w_rec))
+    given = biases if isinstance(biases, tuple) and len(biases) == 3 else (None, None, None)
+    w = (W_q, W_k, W_v, W_recip, *gates, *given)  # as in Factors; nothing is checked yet
     std, rec = (None if isinstance(gate, Tensor) else gate for gate in (w_std, w_rec))
     numbers = (std, rec, n_head, n_kv_head, weight_layout, dtype, backend, biases is None)
     key = recorded.key_of(w, numbers)
@@ -255,21 +257,6 @@ def _layout_of(w: Tensor, R: int, n_head: int | None, n_kv_head: int | None) -> 
     if w.dim() < 1:
         raise ValueError("W_fused must have at least one dimension, got a scalar tensor")
     return RALayout.from_columns(w.shape[-1], R, n_head, n_kv_head)
-
-
-def _tensors_of(
-    W_q: Tensor,
-    W_k: Tensor,
-    W_v: Tensor,
-    W_recip: Tensor | None,
-    w_std: Tensor | float | None,
-    w_rec: Tensor | float | None,
-    biases: Any,
-) -> tuple[Tensor | None, ...]:
-    """In the order of :class:`Factors`, None where there is none; nothing is checked."""
-    gates = (gate if isinstance(gate, Tensor) else None for gate in (w_std, w_rec))
-    given = biases if isinstance(biases, tuple) and len(biases) == 3 else (None, None, None)
-    return (W_q, W_k, W_v, W_recip, *gates, *given)
 
 
 def _check_factors(

@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ra_triton.checks import check_choice, check_float_tensor
+from ra_triton.checks import check_choice, check_float_tensor, too_old
 from ra_triton.weights.layout import WEIGHT_LAYOUTS, RALayout
 from ra_triton.weights.reduced import WHICH, ReducedWeight, layout_of_columns, take_columns
 
 GROUP, KEPT = 4, 2  # along C
 SPARSE_DTYPES = (torch.float16, torch.bfloat16)
-MIN_CAPABILITY = (8, 0)
 # What the rows (columns of W_fused) and the columns (C) of a sparse operand are multiples of.
 LIMITS = {"cusparselt": (16, 16), "cutlass": (32, 64)}
 CUSPARSELT_OF_HOPPER = 602  # version 0.6.2; CUTLASS's kernels are for compute capability 8 alone
@@ -159,12 +158,10 @@ def kernels_on(device: torch.device) -> str:
         raise NotImplementedError(
             f"2:4 sparse products need an NVIDIA GPU, or a CPU to try them, got {device}"
         )
+    reason = too_old("2:4 sparse products need", device)
+    if reason is not None:
+        raise NotImplementedError(f"{reason}; use the dense weight")
     capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        raise NotImplementedError(
-            "2:4 sparse products need compute capability 8.0 (Ampere) or newer, got {}.{}; use "
-            "the dense weight".format(*capability)
-        )
     library = torch.backends.cusparselt
     version = (library.version() or 0) if library.is_available() else 0
     if version >= (CUSPARSELT_OF_HOPPER if capability >= (9, 0) else 1):

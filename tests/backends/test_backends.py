@@ -12,6 +12,7 @@ from strategies import DEVICE, AttentionCase, backends, forward_backends, normal
 
 import ra_triton
 from ra_triton import backend as registry
+from ra_triton import internals
 
 H, D, C = 2, 16, 12
 
@@ -94,7 +95,7 @@ def test_no_grad_and_detached_weights_run_on_triton():
 @pytest.mark.gpu
 def test_auto_on_a_gpu_warns_once_when_it_cannot_use_triton():
     q, k, v = AttentionCase(T_q=5, T_k=5, D=8).tensors()
-    registry._warn_once.cache_clear()
+    internals.warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):

@@ -19,7 +19,7 @@ from ra_triton.backend.triton.operator import Call, refuse_tangents
 from ra_triton.call.norm_rope import NormRope
 from ra_triton.call.offsets import Offsets, flat
 from ra_triton.call.options import AttentionOptions, DecodeOptions
-from ra_triton.checks import DTYPES, distributed, in_dtype, needs_grad, observed
+from ra_triton.checks import DTYPES, distributed, in_dtype, needs_grad, observed, too_old
 from ra_triton.launch.recorded import Known, device_of
 from ra_triton.weights import sparsity
 from ra_triton.weights.factors import TENSORS, Factors
@@ -29,7 +29,6 @@ from ra_triton.weights.reduced import ReducedWeight, tensors_of
 from ra_triton.weights.sparsity import SparseWeight
 from ra_triton.workspace import Workspace
 
-MIN_CAPABILITY = (8, 0)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
 MAX_QUERIES = 16  # of a decoding call, per sequence
 
@@ -298,9 +297,4 @@ def _look_at(device: torch.device) -> str | None:
         return f"the kernels need an NVIDIA GPU, got tensors on {device}"
     if torch.version.hip is not None:
         return None  # see untried()
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        return "the kernels need compute capability 8.0 (Ampere) or newer, got {}.{}".format(
-            *capability
-        )
-    return None
+    return too_old("the kernels need", device)

@@ -412,8 +412,7 @@ def compose_gradients(
     """
     if dw.stride(1) != 1 and dw.stride(0) != 1:
         dw = dw.contiguous()
-    if dbias is not None and not dbias.is_contiguous():
-        dbias = dbias.contiguous()
+    dbias = None if dbias is None else dbias.contiguous()
     tensors = with_unit_strides(factors)
     W_q = factors.W_q
     wanted = (*needed[:6], *(need and dbias is not None for need in needed[6:]))
@@ -421,11 +420,10 @@ def compose_gradients(
         t.new_empty(t.shape) if t is not None and need else None
         for t, need in zip(tensors, wanted, strict=True)
     ]
-    target = target_of(W_q.device)
     present = tuple(grad is not None for grad in grads)
     aligned = None if dbias is None else dbias.data_ptr() % 16 == 0
-    key = key_of(tensors, factors)
-    (first, second), scratch = _plans(
+    key, target = key_of(tensors, factors), target_of(W_q.device)
+    first, second, scratch = _plans(
         W_q.device, *key, layout_of(dw), dw.dtype, aligned, present, target
     )
     parts = W_q.new_empty(scratch, dtype=torch.float32) if second is not None else None
@@ -450,7 +448,7 @@ def _plans(
     dbias: bool | None,  # whether its address is on 16 bytes; None: there is none
     present: tuple[bool, ...],
     target: str,
-) -> tuple[tuple[Plan | None, Plan | None], int]:
+) -> tuple[Plan | None, Plan | None, int]:
     """Both launches, None where there is nothing to do, and the elements of their scratch memory.
 
     For factors of these layouts and numbers, in the order of :class:`Factors`; ``present`` says of
@@ -463,10 +461,10 @@ def _plans(
     operands = dw_dtype if dw_dtype == dtypes[0] else torch.float32  # of the products
     config = launch_config("compose_backward", D, operands, target, not transposed)
     block_r = min(config.block_n, block_d_of(R))
-    needs = dict(
-        zip(("Q", "K", "V", "RECIP", "STD", "REC", "BQ", "BK", "BV"), present, strict=True)
-    )
+    names = ("Q", "K", "V", "RECIP", "STD", "REC", "BQ", "BK", "BV")
+    needs = dict(zip(names, present, strict=True))
     needs["RECIP"] = needs["RECIP"] and R > 0
+    summed = needs["RECIP"] or needs["STD"] or needs["REC"]
     with_bias = dbias is not None
     variant = Variant(
         **variant_of(layouts, numbers, layout) | {"BIAS": with_bias},
@@ -479,7 +477,7 @@ def _plans(
         PDL=config.pdl,
     )
     partial = Partial(0, 1, 1, 0, 0)
-    if needs["RECIP"] or needs["STD"] or needs["REC"]:
+    if summed:
         partial = _partial(C, H, D * R, max(1, triton.cdiv(R, block_r)), config.block_k, with_bias)
     row_tiles, heads = triton.cdiv(C, config.block_m), layout.packed_heads
     tiles = row_tiles if any(present[:3]) else 0
@@ -492,10 +490,10 @@ def _plans(
         **config.compiler_options,
     }
     first = Plan(_compose_backward_kernel, (programs,), arguments) if programs else None
-    if not (needs["RECIP"] or needs["STD"] or needs["REC"]):
-        return (first, None), 0
+    if not summed:
+        return first, None, 0
     scratch = partial.gates + 2 * partial.parts * partial.r_tiles * H
-    return (first, _sums_plan(layouts, layout, partial, needs, dtypes[0], target)), scratch
+    return first, _sums_plan(layouts, layout, partial, needs, dtypes[0], target), scratch
 
 
 def _partial(
