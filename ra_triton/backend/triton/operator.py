@@ -10,7 +10,7 @@ recorded (``create_graph=True``): it raises when it is differentiated a second t
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,16 @@ LONGEST = "SymInt max_seqlen_q, SymInt max_seqlen_k, bool complete"
 _libraries: list[torch.library.Library] = []  # which end with what holds them
 
 
+class Backward(NamedTuple):
+    """What the backward of an operator gets besides its constants."""
+
+    tensors: Sequence[Any]  # those of the forward, None where there was none
+    outputs: Sequence[Tensor]  # if they are saved
+    incoming: Sequence[Tensor | None]  # gradients; None: zero
+    needed: Sequence[bool]  # which of the first tensors' gradients
+    dtypes: Dtypes  # in which those are wanted
+
+
 class Operator:
     """``(*tensors, *constants) -> outputs``.
 
@@ -46,15 +56,14 @@ class Operator:
         outputs: names of the results.
         forward: ``forward(*tensors, *constants)`` launches and returns a tuple of outputs.
         fake: the same without launches, of fake tensors.
-        backward: ``backward(tensors, outputs, incoming, needed, dtypes, *constants)`` launches and
-            returns the gradients of the first tensors, each only if needed; ``incoming`` has None
-            for a gradient of zero, ``dtypes`` says in which dtypes the gradients are wanted.
+        backward: ``backward(call, *constants)`` of a :class:`Backward` launches and returns the
+            gradients of the first tensors, each only if needed.
         inputs: how many of the first tensors may have a gradient, or are refused one.
         differentiable: how many of the first outputs have one.
         saves_outputs: whether the backward reads the outputs; otherwise it gets none.
         saved: the tensors that the backward gets, in the order of the forward's.
         flops: ``flops(*tensors, *constants, out_val=outputs)``, of the forward.
-        flops_backward: ``flops_backward(tensors, outputs, needed, *constants)``.
+        flops_backward: ``flops_backward(tensors, needed, *constants)``.
     """
 
     def __init__(
@@ -158,7 +167,7 @@ class Operator:
         tensors, outputs, incoming = args[:n], args[n : n + m], args[n + m : n + m + k]
         needed, dtypes, *constants = args[n + m + k :]
         assert self.backward is not None
-        return self.backward(tensors, outputs, incoming, needed, dtypes, *constants)
+        return self.backward(Backward(tensors, outputs, incoming, needed, dtypes), *constants)
 
     def _run_backward(self, *args: Any) -> Any:
         *rest, needed = args
@@ -232,9 +241,8 @@ class Operator:
         return lambda *args: self._as_returned(args[0], fake(*args))
 
     def _flops_backward(self, formula: Callable[..., int], *args: Any, **_: Any) -> int:
-        n, m, k = self._saved_counts()
-        *constants, needed = args[n + m + k :]
-        return formula(args[:n], args[n : n + m], needed, *constants)
+        *constants, needed = args[sum(self._saved_counts()) :]
+        return formula(args[: len(self.tensors)], needed, *constants)
 
 
 class Call:

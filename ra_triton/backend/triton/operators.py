@@ -15,6 +15,7 @@ from ra_triton.backend.triton.flops import gemm, scores
 from ra_triton.backend.triton.operator import (
     LONGEST,
     SCORES,
+    Backward,
     Dtypes,
     Operator,
     Results,
@@ -54,18 +55,12 @@ def _project_fake(x: Tensor, W_packed: Tensor, bias: Tensor | None) -> Results:
     return (x.new_empty(x.shape[0], x.shape[1], W_packed.shape[1]),)
 
 
-def _project_backward(
-    tensors: Sequence[Tensor],
-    outputs: Sequence[Tensor],
-    incoming: Sequence[Tensor | None],
-    needed: Sequence[bool],
-    dtypes: Dtypes,
-) -> Results:
-    x, W_packed, bias = tensors
-    (dy,) = incoming
+def _project_backward(call: Backward) -> Results:
+    (x, W_packed, bias), (dy,) = call.tensors, call.incoming
     if dy is None:
-        return _zeros(tensors, needed)
-    return _projection_gradients(x, W_packed, bias, dy.contiguous(), needed, dtypes)
+        pairs = zip(call.tensors, call.needed, strict=True)
+        return tuple(gradient_like(t).zero_() if need else None for t, need in pairs)
+    return _projection_gradients(x, W_packed, bias, dy.contiguous(), call.needed, call.dtypes)
 
 
 def _projection_gradients(
@@ -97,9 +92,7 @@ project = Operator(
     backward=_project_backward,
     inputs=3,
     flops=lambda x, W_packed, *_, **__: gemm(x, W_packed.shape[1]),
-    flops_backward=lambda tensors, outputs, needed: (
-        sum(needed[:2]) * gemm(tensors[0], tensors[1].shape[1])
-    ),
+    flops_backward=lambda tensors, needed: sum(needed[:2]) * gemm(tensors[0], tensors[1].shape[1]),
 )
 
 
@@ -152,22 +145,14 @@ def _attention_fake(q_pack: Tensor, *others: Any) -> Results:
     return q_pack.new_empty(q_pack.shape), q_pack.new_empty((B, H, T), dtype=torch.float32)
 
 
-def _attention_backward(
-    tensors: Sequence[Any],
-    outputs: Sequence[Tensor],
-    incoming: Sequence[Tensor | None],
-    needed: Sequence[bool],
-    dtypes: Dtypes,
-    *constants: Any,
-) -> Results:
-    q_pack, k_pack, v, cu_seqlens_q, cu_seqlens_k, seed = tensors
-    offsets = _offsets(q_pack, k_pack, cu_seqlens_q, cu_seqlens_k, constants[6:])
-    grads = tuple(
-        _new_gradient(t, offsets) if need else None
-        for t, need in zip((q_pack, k_pack, v), needed, strict=True)
-    )
+def _attention_backward(call: Backward, *constants: Any) -> Results:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, seed = call.tensors
+    offsets = _offsets(q, k, cu_seqlens_q, cu_seqlens_k, constants[6:])
+    operands = (q, k, v)
+    pairs = zip(operands, call.needed, strict=True)
+    grads = tuple(_new_gradient(t, offsets) if need else None for t, need in pairs)
     options = Scores(*constants[:6])
-    _attention_gradients((q_pack, k_pack, v), outputs, incoming, grads, options, seed, offsets)
+    _attention_gradients(operands, call.outputs, call.incoming, grads, options, seed, offsets)
     return grads
 
 
@@ -214,7 +199,7 @@ def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *args: Any, **_: Any) -> i
 
 
 def _attention_backward_flops(
-    tensors: Sequence[Any], outputs: Sequence[Tensor], needed: Sequence[bool], *constants: Any
+    tensors: Sequence[Any], needed: Sequence[bool], *constants: Any
 ) -> int:
     dq, dk, dv = needed
     products = 1 + (dq or dk) + dq + dk + dv  # scores, dP, and the gradients
@@ -283,17 +268,9 @@ def _layer_fake(x: Tensor, W_packed: Tensor, *args: Any) -> Results:
     return x.new_empty((B, T, n_head * D)), lse, x.new_empty((B, T, W_packed.shape[1]))
 
 
-def _layer_backward(
-    tensors: Sequence[Any],
-    outputs: Sequence[Tensor],
-    incoming: Sequence[Tensor | None],
-    needed: Sequence[bool],
-    dtypes: Dtypes,
-    *constants: Any,
-) -> Results:
-    x, W_packed, bias, cu_seqlens_q, cu_seqlens_k, seed = tensors
-    out, lse, packed = outputs
-    (do,) = incoming
+def _layer_backward(call: Backward, *constants: Any) -> Results:
+    x, W_packed, bias, cu_seqlens_q, cu_seqlens_k, seed = call.tensors
+    (out, lse, packed), (do,) = call.outputs, call.incoming
     offsets = _offsets(x, x, cu_seqlens_q, cu_seqlens_k, constants[8:])
     layout, options = _layout(W_packed, *constants[:2]), Scores(*constants[2:8])
     heads = (*x.shape[:2], layout.n_head, layout.head_dim)
@@ -302,7 +279,7 @@ def _layer_backward(
     dpacked = _new_gradient(packed, offsets)
     operands, grads = layout.views(packed), layout.views(dpacked)
     _attention_gradients(operands, (out, lse), (do, None), grads, options, seed, offsets)
-    return _projection_gradients(x, W_packed, bias, dpacked, needed, dtypes)
+    return _projection_gradients(x, W_packed, bias, dpacked, call.needed, call.dtypes)
 
 
 def _layer_flops(x: Tensor, W_packed: Tensor, *args: Any, out_val: Any = None, **_: Any) -> int:
@@ -313,9 +290,7 @@ def _layer_flops(x: Tensor, W_packed: Tensor, *args: Any, out_val: Any = None, *
     return gemm(x, W_packed.shape[1]) + 2 * scores(q, x.shape[1], offsets)
 
 
-def _layer_backward_flops(
-    tensors: Sequence[Any], outputs: Sequence[Tensor], needed: Sequence[bool], *constants: Any
-) -> int:
+def _layer_backward_flops(tensors: Sequence[Any], needed: Sequence[bool], *constants: Any) -> int:
     x, W_packed = tensors[:2]
     layout = _layout(W_packed, *constants[:2])
     q = x.new_empty((*x.shape[:2], layout.n_head, layout.head_dim), device="meta")
@@ -341,28 +316,21 @@ layer = Operator(
 # Lane exchange, norm and rotation: the tensors and constants of a NormRope, field by field
 
 
-def _norm_rope(*call: Any) -> Results:
+def _norm_rope(*fields: Any) -> Results:
     from ra_triton.kernels.lanes.norm_rope import norm_rope
 
-    return norm_rope(NormRope._make(call))
+    return norm_rope(NormRope._make(fields))
 
 
-def _norm_rope_backward(
-    tensors: Sequence[Any],
-    outputs: Sequence[Tensor],
-    incoming: Sequence[Tensor | None],
-    needed: Sequence[bool],
-    dtypes: Dtypes,
-    *constants: Any,
-) -> Results:
+def _norm_rope_backward(call: Backward, *constants: Any) -> Results:
     from ra_triton.kernels.lanes.norm_rope_backward import norm_rope_backward
 
-    call = NormRope._make((*tensors, *constants))
     dq_pack, dk_pack = (
         torch.zeros_like(t) if grad is None else grad
-        for t, grad in zip((call.q, call.k), incoming, strict=True)
+        for t, grad in zip(call.tensors[:2], call.incoming, strict=True)
     )
-    return norm_rope_backward(call, dq_pack, dk_pack, needed)
+    fields = NormRope._make((*call.tensors, *constants))
+    return norm_rope_backward(fields, dq_pack, dk_pack, call.needed)
 
 
 norm_rope = Operator(
@@ -394,28 +362,21 @@ def _compose_fake(*args: Any) -> Results:
     return W_fused, None if factors.b_q is None else W_q.new_empty(N, dtype=factors.dtype)
 
 
-def _compose_backward(
-    tensors: Sequence[Any],
-    outputs: Sequence[Tensor],
-    incoming: Sequence[Tensor | None],
-    needed: Sequence[bool],
-    dtypes: Dtypes,
-    *numbers: Any,
-) -> Results:
+def _compose_backward(call: Backward, *numbers: Any) -> Results:
     from ra_triton.kernels.composition.backward import compose_gradients
 
-    factors, (dW, dbias) = Factors._make((*tensors, *numbers)), incoming
+    factors, (dW, dbias) = Factors._make((*call.tensors, *numbers)), call.incoming
     W_q, N, dtype = factors.W_q, factors.layout.columns, factors.dtype
     if dW is None:  # only the bias was used
         dW = W_q.new_zeros((W_q.shape[0], N), dtype=dtype)
     if factors.b_q is None:
         dbias = None
-    elif dbias is None and any(needed[6:]):
+    elif dbias is None and any(call.needed[6:]):
         dbias = W_q.new_zeros(N, dtype=dtype)
-    grads = compose_gradients(factors, dW, dbias, needed)
+    grads = compose_gradients(factors, dW, dbias, call.needed)
     return tuple(
         g if g is None or not is_transposed(t) else gradient_like(t).copy_(g)
-        for g, t in zip(grads, tensors, strict=True)
+        for g, t in zip(grads, call.tensors, strict=True)
     )
 
 
@@ -436,9 +397,7 @@ def _low_lanes(W_q: Tensor, W_recip: Tensor | None) -> int:
     return 0 if W_recip is None else 2 * W_q.numel() * W_recip.shape[-1]
 
 
-def _compose_backward_flops(
-    tensors: Sequence[Any], outputs: Sequence[Tensor], needed: Sequence[bool], *numbers: Any
-) -> int:
+def _compose_backward_flops(tensors: Sequence[Any], needed: Sequence[bool], *numbers: Any) -> int:
     dW_q, dW_k, _, dW_recip, _, dw_rec, *_ = needed
     products = dW_q + dW_k + dW_recip + (dW_recip or dw_rec)
     return products * _low_lanes(tensors[0], tensors[3])
@@ -584,10 +543,3 @@ def of_quantized(W: QuantizedWeight) -> tuple[tuple[Tensor | None, ...], tuple[A
     layout = W.layout
     sizes = (layout.n_head, layout.n_kv_head, layout.head_dim, layout.R)
     return (W.data, W.scale, W.others), (*sizes, W.activations)
-
-
-def _zeros(tensors: Sequence[Tensor], needed: Sequence[bool]) -> Results:
-    """Gradients of zero."""
-    return tuple(
-        gradient_like(t).zero_() if need else None for t, need in zip(tensors, needed, strict=True)
-    )
