@@ -291,10 +291,7 @@ def distributed(*tensors: Tensor | None) -> bool:
 
 
 def too_old(needs: str, device: torch.device) -> str | None:
-    """Why a GPU is none that PyTorch's and our kernels for Ampere run on, or None.
-
-    ``needs``: ``"the kernels need"``.
-    """
+    """Why a GPU cannot run what is written for Ampere, or None; begins with ``needs``."""
     found = torch.cuda.get_device_capability(device)
     if found >= (8, 0):
         return None

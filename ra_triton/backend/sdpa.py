@@ -88,7 +88,7 @@ def packed_attention(
 def _attention(
     q_pack: Tensor, k_pack: Tensor, v: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor | None]:
-    """:func:`packed_attention` of aligned operands, as those of a projection are, in each row."""
+    """:func:`packed_attention` of operands whose rows are aligned, as those of a projection are."""
     q, k, v = (t.transpose(1, 2) for t in (q_pack, k_pack, v))  # [B, H, T, D]
     lse = None
     if q.numel() == 0 or k.shape[2] == 0:

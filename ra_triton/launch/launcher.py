@@ -10,6 +10,7 @@ Triton's own path, and a warning says so.
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
 from functools import partial
 from types import CellType, FunctionType
 from typing import Any, NoReturn
@@ -77,17 +78,17 @@ Place = tuple[int, int]  # of a tensor: the index of an address in a list, and b
 OnAddresses = Callable[[Sequence[int]], None]  # launches on such a list
 
 
+@dataclass(eq=False)
 class Launch:
     """Launches a compiled kernel.
 
-    Args:
+    Attributes:
         usual: launches through Triton's own path; a profiler's hooks see it.
         direct: launches by Triton's C launcher; None where that cannot be.
     """
 
-    def __init__(self, usual: Callable[..., None], direct: "_Direct | None") -> None:
-        """Nothing is launched yet."""
-        self.usual, self.direct = usual, direct
+    usual: Callable[..., None]
+    direct: "_Direct | None"
 
     def __call__(self, *tensors: Any) -> None:
         """Launch on the kernel's tensors, its first arguments, or on their addresses."""
@@ -202,32 +203,22 @@ def _direct(
     return _Direct(c_launch, stream, recorded, places, described, passed_by, present)
 
 
+@dataclass(eq=False)
 class _Direct:
-    """Triton's C launcher, and what it is passed.
+    """Triton's C launcher, and what it is passed."""
 
-    Args:
-        c_launch: the C launcher.
-        stream: returns the current stream.
-        call: what it is passed, but for the stream and the addresses.
-        places: where it takes addresses.
-        described: where it takes encoded descriptors, which tensor's, and those that are known.
-        passed_by: what Triton would pass it for tensors.
-        present: which of the kernel's tensors there are.
-    """
+    c_launch: Callable[..., None]
+    stream: Callable[[], Any]  # returns the current one
+    call: "_Call"  # all but the stream and the addresses
+    places: "_Places"  # where it takes addresses
+    described: Sequence[tuple[int, int, Descriptors]]  # and descriptors, which tensor's, the known
+    passed_by: "Callable[[Sequence[Any]], _Call]"  # what Triton would pass it for tensors
+    present: Sequence[bool]  # which of the kernel's tensors there are
 
-    def __init__(
-        self,
-        c_launch: Callable[..., None],
-        stream: Callable[[], Any],
-        call: "_Call",
-        places: "_Places",
-        described: Sequence[tuple[int, int, Descriptors]],
-        passed_by: "Callable[[Sequence[Any]], _Call]",
-        present: Sequence[bool],
-    ) -> None:
-        self._c_launch, self._stream, self._call = c_launch, stream, call
-        self._places, self._described, self._passed_by = places, described, passed_by
-        self._in_order = self.on([(i, 0) if there else None for i, there in enumerate(present)])
+    def __post_init__(self) -> None:
+        """For calls with the kernel's tensors in order."""
+        places = [(i, 0) if there else None for i, there in enumerate(self.present)]
+        self._in_order = self.on(places)
 
     def __call__(self, *tensors: Any) -> None:
         """Launch on tensors or their addresses."""
@@ -235,10 +226,10 @@ class _Direct:
 
     def on(self, places: Sequence[Place | None]) -> OnAddresses:
         """See :meth:`Launch.on`."""
-        before, fixed, template, nested = self._call
-        c_launch, stream = self._c_launch, self._stream
-        slots = [(i, *places[position]) for i, position in self._places]  # type: ignore[misc]
-        described = [(i, *places[position], known) for i, position, known in self._described]  # type: ignore[misc]
+        before, fixed, template, nested = self.call
+        c_launch, stream = self.c_launch, self.stream
+        slots = [(i, *places[position]) for i, position in self.places]  # type: ignore[misc]
+        described = [(i, *places[position], known) for i, position, known in self.described]  # type: ignore[misc]
 
         def launch(addresses: Sequence[int]) -> None:
             values: list[Any] = template.copy()  # type: ignore[attr-defined]
@@ -249,7 +240,7 @@ class _Direct:
                 address = addresses[base] + offset
                 found = known.encoded(address)
                 if found is None:
-                    passed = passed or self._passed_by(
+                    passed = passed or self.passed_by(
                         [None if p is None else addresses[p[0]] + p[1] for p in places]
                     )
                     found = passed[2][index]  # all of them are encoded there

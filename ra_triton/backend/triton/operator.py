@@ -9,6 +9,7 @@ recorded (``create_graph=True``): it raises when it is differentiated a second t
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -245,38 +246,33 @@ class Operator:
         return formula(args[: len(self.tensors)], needed, *constants)
 
 
+@dataclass(eq=False)
 class Call:
     """Eager calls of an operator with the same constants, on tensors of the same layouts.
 
     Attributes:
-        run: takes the operator's tensors (None may be left out behind the last one) and returns a
-            tuple of outputs, in which those that nobody wants may be missing.
-
-    Args:
         operator: what is called.
         constants: its arguments after the tensors.
         dtype: what its differentiable inputs are cast to; None: nothing.
         recorded: whether autograd records it.
-        wanted: how many of the outputs are wanted.
+        wanted: how many of the outputs are wanted; None: all.
         repeats: whether to remember the launches of the first call for the later ones.
+        run: takes the operator's tensors (None may be left out behind the last one) and returns a
+            tuple of outputs, in which those that nobody wants may be missing.
     """
 
-    def __init__(
-        self,
-        operator: Operator,
-        constants: tuple[Any, ...],
-        dtype: torch.dtype | None,
-        recorded: bool,
-        wanted: int | None = None,
-        *,
-        repeats: bool = True,
-    ) -> None:
+    operator: Operator
+    constants: tuple[Any, ...]
+    dtype: torch.dtype | None
+    recorded: bool
+    wanted: int | None = None
+    repeats: bool = True
+    tape: Tape | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
         """Nothing has run yet."""
-        self.operator, self.constants, self.dtype = operator, constants, dtype
-        self.wanted, self.repeats = None if recorded else wanted, repeats
-        self.tape: Tape | None = None
-        self.run: Callable[..., Results] = partial(_Eager.apply, self) if recorded else self
-        self._recorded = recorded
+        self.wanted = None if self.recorded else self.wanted
+        self.run: Callable[..., Results] = partial(_Eager.apply, self) if self.recorded else self
 
     def __call__(self, *tensors: Tensor | None) -> Results:
         """Launch on the operator's tensors, which are cast before."""
@@ -292,7 +288,7 @@ class Call:
                 return self.operator.forward(*tensors, *self.constants)
             outputs, self.tape = record(self.operator.forward, tensors, self.constants, self.wanted)
         self.repeats = self.tape is not None
-        if self.tape is not None and self.dtype is None and not self._recorded:
+        if self.tape is not None and self.dtype is None and not self.recorded:
             self.run = self.tape
         return outputs
 
