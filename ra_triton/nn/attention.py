@@ -57,7 +57,8 @@ class RACausalSelfAttention(nn.Module):
 
     For speed the weights of ``c_attn``, ``q_norm`` and ``k_norm`` are read by attention's kernels.
     A child that is wrapped, replaced, parametrised or has hooks is called instead: ``c_attn`` on x,
-    for ``[B, T, N]`` in packed order, the norms on packed heads ``[B, T, H, D]``, before rotation.
+    for ``[B, T, N]`` in packed order, the norms on packed heads ``[B, T, H, D]``, before rotation;
+    by PyTorch's own kernels, so that the last bits may be others.
 
     Both start as GPT-2 does: normal weights of standard deviation 0.02, zero biases.
     """
