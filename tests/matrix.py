@@ -48,7 +48,7 @@ assert gluon.MISSING is None, gluon.MISSING
 AHEAD_OF_TIME = """
 import sys, warnings
 from bench.machine_code.aot import shipped
-warnings.simplefilter("error")
+warnings.simplefilter("error", UserWarning)  # Triton itself has some of what Python deprecates
 in_gluon, plain = set(), set()
 for kernel in shipped("sm_90", only=sys.argv[1]):
     own = "hopper" in kernel.name or "GROUPS" in kernel.constants
