@@ -39,6 +39,7 @@ from ra_triton.kernels.tiles import (
     kept,
     key_range,
     load_rows,
+    processors_of,
     query_range,
     raw_scores,
     row_at,
@@ -446,7 +447,7 @@ def _hopper_plans(
     from ra_triton.kernels.attention.backward_hopper import backward_plans
 
     call, config = _call("attention_backward", dtype, operands, *options)
-    return backward_plans(call, gradients, config, target=options[-2])
+    return backward_plans(call, gradients, config, options[-2], processors_of(device))
 
 
 @planned

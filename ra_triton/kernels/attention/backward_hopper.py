@@ -8,21 +8,21 @@ are computed once for all three gradients, five products instead of seven:
     dv = pᵀ do    dk = c dsᵀ q    dq = c ds k    c = softmax_scale
 
 Three launches. The first writes delta, and lse in powers of 2, both in whole tiles. The second has
-one program for 128 keys of a key/value head, which goes through the queries of its group of heads.
-Two warpgroups compute, 64 keys each; one warp copies; one warp adds tiles of dq to a workspace in
-float32. Scores are transposed, so that pᵀ and dsᵀ are operands in registers of dv and dk; ds also
-goes to shared memory, where the warpgroups meet once a tile, for each computes half of a tile of
-dq: half of the lanes, or of the queries. The third launch scales and rounds dq.
+one program an SM, each of which takes 128 keys of a key/value head after another, and goes with
+them through the queries of the group of heads. Two warpgroups compute, 64 keys each; one warp
+copies; one warp adds tiles of dq to a workspace in float32. Scores are transposed, so that pᵀ and
+dsᵀ are operands in registers of dv and dk; ds also goes to shared memory, where the warpgroups meet
+once a tile, for each computes half of a tile of dq: half of the lanes, or of the queries. The third
+launch scales and rounds dq.
 
-Sums have one order, so that the same call gives the same bits. All programs of a head that see a
-tile of queries add to it, in turns: that of the last keys first, as causal masks let it come first
-by itself. A counter for each tile says whose turn it is. The first one stores instead of adding, so
-that the workspace need not be zero.
+Sums have one order, so that the same call gives the same bits: what is added to a tile of queries
+is added in turns, that of the first keys first, and a counter for each tile says whose turn it is.
+The first one stores instead of adding, so that the workspace need not be zero. Queries are visited
+from the last to the first, so that a program rarely waits for its turn: the one before is ahead.
 
-No deadlock: a program takes the next ticket when it begins, and its keys by the ticket; later keys
-of a head have earlier tickets. So a program only ever waits for programs that have begun before it,
-and the earliest one that runs waits for none, however few run at once and in whatever order they
-were launched.
+No deadlock: keys are handed out in the order of the turns, by a counter of tickets, and a program
+works on them in the order in which it got them. So the earliest keys that are not done wait for
+none, however few programs run at once and in whatever order they begin.
 
 After FlashAttention-3 (arXiv:2407.08608). Overwrites only dq, dk and dv.
 """
@@ -66,10 +66,22 @@ COMPUTING = gl.constexpr(256)  # threads
 WITH_ONE_WARP = gl.constexpr(256 + 32)
 # Named barriers: those before are Triton's, and there are 16.
 EMPTY = gl.constexpr(5)  # one for each stage of q and do
-DS_READY = gl.constexpr(9)
-DQ_FULL = gl.constexpr(10)
-DQ_EMPTY = gl.constexpr(11)
-RESULTS_READY = gl.constexpr(12)
+DS_READY = gl.constexpr(8)
+DQ_FULL = gl.constexpr(9)
+DQ_EMPTY = gl.constexpr(10)
+RESULTS_READY = gl.constexpr(11)
+WORK = gl.constexpr(12)  # there is an assignment, for those that compute
+WORK_TO_ADD = gl.constexpr(13)  # and for the one that adds
+WORK_READ = gl.constexpr(14)  # by the one that adds
+
+
+# What the copying warp writes into Buffers.work, for the others to read:
+TICKET = gl.constexpr(0)
+STEPS = gl.constexpr(1)  # tiles of queries of the group of heads; -1 at the end
+COLUMN = gl.constexpr(2)  # from which on the first key is seen, in the first tile of a head
+LAST_COLUMN = gl.constexpr(3)  # and in the last one
+KEYS_LEFT = gl.constexpr(4)  # from the first on
+K_PHASE = gl.constexpr(5)  # of the mbarrier of k and v
 
 
 class Sizes(NamedTuple):
@@ -93,13 +105,14 @@ class Buffers(NamedTuple):
     rows: gl.shared_memory_descriptor  # lse and delta
     ds: gl.shared_memory_descriptor
     dq: gl.shared_memory_descriptor  # one for each warpgroup
+    work: gl.shared_memory_descriptor  # what comes next
     k_full: gl.shared_memory_descriptor
     q_full: gl.shared_memory_descriptor
     do_full: gl.shared_memory_descriptor
 
 
 class Place(NamedTuple):
-    """The keys of a program: batch, key/value head, and tile."""
+    """The keys of a ticket: batch, key/value head, and tile."""
 
     b: int
     h: int
@@ -191,17 +204,16 @@ def _round_dq_kernel(
 
 @gluon.jit
 def _place(ticket, n_heads, section, sizes) -> Place:
-    """What a program computes: heads fastest, the last keys first, ``section`` heads at a time.
+    """The keys of a ticket: heads fastest, the first keys first, ``section`` heads at a time.
 
-    The last keys have fewest queries where the mask is causal, and a program's first tile of
-    queries is one to which no other program adds before.
+    The first keys have most queries where the mask is causal.
     """
     n_n = gl.cdiv(sizes.T_k, KEYS)
     first = ticket // (section * n_n) * section
     heads = gl.minimum(section, n_heads - first)
     rest = ticket - first * n_n
     head = first + rest % heads
-    return Place(head // sizes.H_kv, head % sizes.H_kv, n_n - 1 - rest // heads)
+    return Place(head // sizes.H_kv, head % sizes.H_kv, rest // heads)
 
 
 @gluon.jit
@@ -219,83 +231,122 @@ def _queries(n, sizes, BLOCK_M: gl.constexpr) -> Queries:
 
 @gluon.jit
 def _turn(m, n, sizes, BLOCK_M: gl.constexpr):
-    """How many programs add to query tile ``m`` before that of key tile ``n``."""
-    end = (m + 1) * BLOCK_M + (sizes.T_k - sizes.T_q) + sizes.right  # of the keys that it sees
-    return (gl.minimum(end, sizes.T_k) - 1) // KEYS - n
+    """How many key tiles add to query tile ``m`` before key tile ``n``."""
+    first = m * BLOCK_M + (sizes.T_k - sizes.T_q) - sizes.left  # of the keys that it sees
+    return n - gl.maximum(first, 0) // KEYS
 
 
 @gluon.jit
-def _copy(buffers, sources, results, place, sizes):
-    """The copying warp: k and v, q, do, lse and delta tile after tile, and in the end dk and dv."""
+def _write(work, i: gl.constexpr, value):
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    work.index(i).store(gl.full([1], value, gl.int32, LAYOUT))
+
+
+@gluon.jit
+def _read(work, i: gl.constexpr, WARPS: gl.constexpr):
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    return gl.sum(work.index(i).load(LAYOUT), 0)
+
+
+@gluon.jit
+def _copy(buffers, sources, results, turns_ptr, tickets, n_heads, section, sizes):
+    """The copying warp: k and v; q, do, lse and delta tile after tile; and dk and dv from there."""
     q_source, k_source, v_source, do_source, rows_source = sources
+    dk_source, dv_source = results
     STAGES: gl.constexpr = buffers.q.shape[0]
     BLOCK_M: gl.constexpr = buffers.q.shape[3]
-    mbarrier.expect(buffers.k_full.index(0), 2 * k_source.block_type.nbytes)
-    async_load(
-        k_source, [place.b, place.h, place.n * KEYS, 0], buffers.k_full.index(0), buffers.k.index(0)
-    )
-    for w in gl.static_range(2):
-        row = place.n * KEYS + w * HALF
-        async_load(
-            v_source, [place.b, place.h, row, 0], buffers.k_full.index(0), buffers.v.index(w)
-        )
-    queries = _queries(place.n, sizes, BLOCK_M)
     step = 0
-    for g in range(sizes.group):
-        h = place.h * sizes.group + g
-        head = place.b * sizes.H_kv * sizes.group + h
-        for m in range(queries.begin, queries.end):
-            stage = step % STAGES
-            if step >= STAGES:
-                await_at(EMPTY + stage, WITH_ONE_WARP)
-            row = m * BLOCK_M
-            full = buffers.q_full.index(stage)
-            mbarrier.expect(full, q_source.block_type.nbytes + rows_source.block_type.nbytes)
-            async_load(q_source, [place.b, h, row, 0], full, buffers.q.index(stage))
-            async_load(rows_source, [head, 0, row], full, buffers.rows.index(stage))
-            full = buffers.do_full.index(stage)
-            mbarrier.expect(full, do_source.block_type.nbytes)
-            async_load(do_source, [place.b, h, row, 0], full, buffers.do.index(stage))
-            step += 1
+    k_phase = 0
+    ticket = gl.atomic_add(turns_ptr, 1, sem="relaxed")
+    while ticket < tickets:
+        place = _place(ticket, n_heads, section, sizes)
+        queries = _queries(place.n, sizes, BLOCK_M)
+        key = place.n * KEYS
+        tiles = gl.maximum(queries.end - queries.begin, 0)
+        _write(buffers.work, TICKET, ticket)
+        _write(buffers.work, STEPS, sizes.group * tiles)
+        column = key - (sizes.T_k - sizes.T_q) - sizes.right - (queries.end - 1) * BLOCK_M
+        _write(buffers.work, COLUMN, column)
+        _write(buffers.work, LAST_COLUMN, column + (tiles - 1) * BLOCK_M)
+        _write(buffers.work, KEYS_LEFT, sizes.T_k - key)
+        _write(buffers.work, K_PHASE, k_phase)
+        k_phase ^= 1
+        arrive_at(WORK, WITH_ONE_WARP)
+        arrive_at(WORK_TO_ADD, 64)
+        full = buffers.k_full.index(0)
+        mbarrier.expect(full, 2 * k_source.block_type.nbytes)
+        async_load(k_source, [place.b, place.h, key, 0], full, buffers.k.index(0))
+        for w in gl.static_range(2):
+            row = key + w * HALF
+            async_load(v_source, [place.b, place.h, row, 0], full, buffers.v.index(w))
+        for g in range(sizes.group):
+            h = place.h * sizes.group + g
+            head = place.b * sizes.H_kv * sizes.group + h
+            for i in range(tiles):
+                stage = step % STAGES
+                if step >= STAGES:
+                    await_at(EMPTY + stage, WITH_ONE_WARP)
+                row = (queries.end - 1 - i) * BLOCK_M
+                full = buffers.q_full.index(stage)
+                mbarrier.expect(full, q_source.block_type.nbytes + rows_source.block_type.nbytes)
+                async_load(q_source, [place.b, h, row, 0], full, buffers.q.index(stage))
+                async_load(rows_source, [head, 0, row], full, buffers.rows.index(stage))
+                full = buffers.do_full.index(stage)
+                mbarrier.expect(full, do_source.block_type.nbytes)
+                async_load(do_source, [place.b, h, row, 0], full, buffers.do.index(stage))
+                step += 1
+        ticket = gl.atomic_add(turns_ptr, 1, sem="relaxed")
+        await_at(RESULTS_READY, WITH_ONE_WARP)
+        async_store(dk_source, [place.b, place.h, key, 0], buffers.k.index(0))
+        for w in gl.static_range(2):
+            async_store(dv_source, [place.b, place.h, key + w * HALF, 0], buffers.v.index(w))
+        store_wait(0)
+        await_at(WORK_READ, 64)
+    _write(buffers.work, TICKET, ticket)
+    _write(buffers.work, STEPS, -1)
+    arrive_at(WORK, WITH_ONE_WARP)
+    arrive_at(WORK_TO_ADD, 64)
     for i in range(gl.maximum(step - STAGES, 0), step):  # every arrival is awaited
         await_at(EMPTY + i % STAGES, WITH_ONE_WARP)
-    await_at(RESULTS_READY, WITH_ONE_WARP)
-    dk_source, dv_source = results
-    async_store(dk_source, [place.b, place.h, place.n * KEYS, 0], buffers.k.index(0))
-    for w in gl.static_range(2):
-        row = place.n * KEYS + w * HALF
-        async_store(dv_source, [place.b, place.h, row, 0], buffers.v.index(w))
-    store_wait(0)
 
 
 @gluon.jit
-def _add(buffers, dq_source, turns_ptr, place, sizes):
-    """The adding warp: every tile of dq to the workspace, when the programs before have added."""
+def _add(buffers, dq_source, turns_ptr, tickets, n_heads, section, sizes):
+    """The adding warp: every tile of dq to the workspace, when those before have been added."""
     BLOCK_M: gl.constexpr = buffers.q.shape[3]
     D: gl.constexpr = buffers.q.shape[4]
     ROWS_APART: gl.constexpr = buffers.dq.shape[3] % BLOCK_M  # 0 if both halves have all of them
     LANES_APART: gl.constexpr = buffers.dq.shape[4] % D
-    queries = _queries(place.n, sizes, BLOCK_M)
     n_m = gl.cdiv(sizes.T_q, BLOCK_M)
-    for g in range(sizes.group):
-        h = place.h * sizes.group + g
-        head_turns = turns_ptr + (place.b * sizes.H_kv * sizes.group + h) * n_m
-        for m in range(queries.begin, queries.end):
-            turn = _turn(m, place.n, sizes, BLOCK_M)
-            await_at(DQ_FULL, WITH_ONE_WARP)
-            done = gl.atomic_add(head_turns + m, 0, sem="acquire")
-            while done != turn:
+    arrive_at(DQ_EMPTY, WITH_ONE_WARP)
+    await_at(WORK_TO_ADD, 64)
+    ticket = _read(buffers.work, TICKET, 1)
+    while ticket < tickets:
+        arrive_at(WORK_READ, 64)
+        place = _place(ticket, n_heads, section, sizes)
+        queries = _queries(place.n, sizes, BLOCK_M)
+        for g in range(sizes.group):
+            h = place.h * sizes.group + g
+            head_turns = turns_ptr + 1 + (place.b * sizes.H_kv * sizes.group + h) * n_m
+            for i in range(queries.end - queries.begin):
+                m = queries.end - 1 - i
+                turn = _turn(m, place.n, sizes, BLOCK_M)
+                await_at(DQ_FULL, WITH_ONE_WARP)
                 done = gl.atomic_add(head_turns + m, 0, sem="acquire")
-            for w in gl.static_range(2):
-                at = [place.b, h, m * BLOCK_M + w * ROWS_APART, w * LANES_APART]
-                if turn == 0:
-                    async_store(dq_source, at, buffers.dq.index(w))
-                else:
-                    async_reduce_add(dq_source, at, buffers.dq.index(w))
-            store_wait(0)
-            arrive_at(DQ_EMPTY, WITH_ONE_WARP)
-            store_wait_written()
-            gl.atomic_add(head_turns + m, 1, sem="release")
+                while done != turn:
+                    done = gl.atomic_add(head_turns + m, 0, sem="acquire")
+                for w in gl.static_range(2):
+                    at = [place.b, h, m * BLOCK_M + w * ROWS_APART, w * LANES_APART]
+                    if turn == 0:
+                        async_store(dq_source, at, buffers.dq.index(w))
+                    else:
+                        async_reduce_add(dq_source, at, buffers.dq.index(w))
+                store_wait(0)
+                arrive_at(DQ_EMPTY, WITH_ONE_WARP)
+                store_wait_written()
+                gl.atomic_add(head_turns + m, 1, sem="release")
+        await_at(WORK_TO_ADD, 64)
+        ticket = _read(buffers.work, TICKET, 1)
 
 
 @gluon.jit
@@ -322,13 +373,12 @@ def _seen(p, first, limit, WINDOW: gl.constexpr, BLOCK_M: gl.constexpr):
 @gluon.jit
 def _compute(
     buffers,
-    n,
-    sizes,
+    width,  # how many queries see a key
     scale_log2,
     WHICH: gl.constexpr,
     WINDOW: gl.constexpr,
 ):
-    """One warpgroup: dk and dv of 64 of the keys in tile n, and its half of every tile of dq."""
+    """One warpgroup: dk and dv of its 64 keys, and its half of every tile of dq."""
     STAGES: gl.constexpr = buffers.q.shape[0]
     BLOCK_M: gl.constexpr = buffers.q.shape[3]
     D: gl.constexpr = buffers.q.shape[4]
@@ -339,89 +389,89 @@ def _compute(
     ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_LANES, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, ACC_LAYOUT, 2)
-    queries = _queries(n, sizes, BLOCK_M)
-    key = n * KEYS + WHICH * HALF
-    keys = sizes.T_k - key  # that there are, from this warpgroup's first on
-    # The first key is seen from this column of a tile of queries on: in the first tile, and so on.
-    first_column = key - (sizes.T_k - sizes.T_q) - sizes.right - queries.begin * BLOCK_M
-    column = first_column
-    width = sizes.left + 1 + sizes.right  # of what sees a key
-
     s_zero = gl.zeros([HALF, BLOCK_M], gl.float32, layout=S_LAYOUT)
     dq_zero = gl.zeros([DQ_ROWS, DQ_LANES], gl.float32, layout=DQ_LAYOUT)
-    dk = gl.zeros([HALF, D], gl.float32, layout=ACC_LAYOUT)
-    dv = gl.zeros([HALF, D], gl.float32, layout=ACC_LAYOUT)
-    mbarrier.wait(buffers.k_full.index(0), 0)
-    tiles = gl.maximum(queries.end - queries.begin, 0)
-    last_column = first_column - (tiles - 1) * BLOCK_M
-    total = sizes.group * tiles
-    for step in range(total):
-        # Else the descriptors of k and v, one for each step of a product, stay in registers.
-        zero = opaque_zero()
-        k_all = buffers.k.index(zero).reshape((KEYS, D))
-        k = k_all.slice(WHICH * HALF, HALF, 0)
-        v = buffers.v.index(WHICH + zero).reshape((HALF, D))
-        stage = step % STAGES
-        phase = step // STAGES & 1
-        q = buffers.q.index(stage).reshape((BLOCK_M, D))
-        do = buffers.do.index(stage).reshape((BLOCK_M, D))
-        rows = buffers.rows.index(stage).reshape((2, BLOCK_M))
-        mbarrier.wait(buffers.q_full.index(stage), phase)
-        s = warpgroup_mma(k, q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
-        mbarrier.wait(buffers.do_full.index(stage), phase)
-        dp = warpgroup_mma(v, do.permute((1, 0)), s_zero, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(1, deps=[s])
-        # Loaded after the wait: before it they would hold registers while products run.
-        p = gl.exp2(s * scale_log2 - rows.slice(0, 1, 0).load(S_LAYOUT))
-        cut = (column > 1 - HALF) | (keys < HALF)
-        if WINDOW:
-            cut = cut | (column + width < BLOCK_M)
-        if cut:  # computed inside, from what no register holds outside: few tiles come this way
-            rows_n = gl.arange(0, HALF, layout=gl.SliceLayout(1, S_LAYOUT)) + zero
-            first = gl.where(rows_n < keys, rows_n + column, BLOCK_M)
-            p = _seen(p, first, rows_n + (column + width), WINDOW, BLOCK_M)
-        p_narrow = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
-        dv = warpgroup_mma(p_narrow, do, dv, is_async=True)
-        if BLOCK_M == 128:  # else registers spill
-            dp, dv, p_narrow = warpgroup_mma_wait(0, deps=[dp, dv, p_narrow])
-        else:
-            dp = warpgroup_mma_wait(1, deps=[dp])
-        ds = (p * (dp - rows.slice(1, 1, 0).load(S_LAYOUT))).to(DTYPE)
-        # Queries are rows in shared memory, so that addresses of the last stores differ from these,
-        # and are not kept in registers all along.
-        ds_tile = buffers.ds.index(step % 2)
-        ds_tile.slice(WHICH * HALF, HALF, 1).permute((1, 0)).store(ds)
-        fence_async_shared()
-        await_at(DS_READY, COMPUTING)
-        if DQ_ROWS < BLOCK_M:
-            dq = warpgroup_mma(
-                ds_tile.slice(WHICH * DQ_ROWS, DQ_ROWS, 0), k_all, dq_zero,
-                use_acc=False, is_async=True,
-            )  # fmt: skip
-        else:
-            dq = warpgroup_mma(
-                ds_tile, k_all.slice(WHICH * DQ_LANES, DQ_LANES, 1), dq_zero,
-                use_acc=False, is_async=True,
-            )  # fmt: skip
-        ds_narrow = gl.convert_layout(ds, P_LAYOUT)
-        dk = warpgroup_mma(ds_narrow, q, dk, is_async=True)
-        dq, dv, p_narrow = warpgroup_mma_wait(1, deps=[dq, dv, p_narrow])
-        if step > 0:
+    begin = 0
+    await_at(WORK, WITH_ONE_WARP)
+    steps = _read(buffers.work, STEPS, 4)
+    while steps >= 0:
+        first_column = _read(buffers.work, COLUMN, 4) + WHICH * HALF
+        last_column = _read(buffers.work, LAST_COLUMN, 4) + WHICH * HALF
+        keys = _read(buffers.work, KEYS_LEFT, 4) - WHICH * HALF
+        column = first_column
+        dk = gl.zeros([HALF, D], gl.float32, layout=ACC_LAYOUT)
+        dv = gl.zeros([HALF, D], gl.float32, layout=ACC_LAYOUT)
+        mbarrier.wait(buffers.k_full.index(0), _read(buffers.work, K_PHASE, 4))
+        end = begin + steps
+        for step in range(begin, end):
+            # Else the descriptors of k and v, one for each step of a product, stay in registers.
+            zero = opaque_zero()
+            k_all = buffers.k.index(zero).reshape((KEYS, D))
+            k = k_all.slice(WHICH * HALF, HALF, 0)
+            v = buffers.v.index(WHICH + zero).reshape((HALF, D))
+            stage = step % STAGES
+            phase = step // STAGES & 1
+            q = buffers.q.index(stage).reshape((BLOCK_M, D))
+            do = buffers.do.index(stage).reshape((BLOCK_M, D))
+            rows = buffers.rows.index(stage).reshape((2, BLOCK_M))
+            mbarrier.wait(buffers.q_full.index(stage), phase)
+            s = warpgroup_mma(k, q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+            mbarrier.wait(buffers.do_full.index(stage), phase)
+            dp = warpgroup_mma(v, do.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(1, deps=[s])
+            # Loaded after the wait: before it they would hold registers while products run.
+            p = gl.exp2(s * scale_log2 - rows.slice(0, 1, 0).load(S_LAYOUT))
+            cut = (column > 1 - HALF) | (keys < HALF)
+            if WINDOW:
+                cut = cut | (column + width < BLOCK_M)
+            if cut:  # computed inside, from what no register holds outside: few tiles come this way
+                rows_n = gl.arange(0, HALF, layout=gl.SliceLayout(1, S_LAYOUT)) + zero
+                first = gl.where(rows_n < keys, rows_n + column, BLOCK_M)
+                p = _seen(p, first, rows_n + (column + width), WINDOW, BLOCK_M)
+            p_narrow = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+            dv = warpgroup_mma(p_narrow, do, dv, is_async=True)
+            if BLOCK_M == 128:  # else registers spill
+                dp, dv, p_narrow = warpgroup_mma_wait(0, deps=[dp, dv, p_narrow])
+            else:
+                dp = warpgroup_mma_wait(1, deps=[dp])
+            ds = (p * (dp - rows.slice(1, 1, 0).load(S_LAYOUT))).to(DTYPE)
+            # Queries are rows in shared memory, so that addresses of the last stores differ from
+            # these, and are not kept in registers all along.
+            ds_tile = buffers.ds.index(step % 2)
+            ds_tile.slice(WHICH * HALF, HALF, 1).permute((1, 0)).store(ds)
+            fence_async_shared()
+            await_at(DS_READY, COMPUTING)
+            if DQ_ROWS < BLOCK_M:
+                dq = warpgroup_mma(
+                    ds_tile.slice(WHICH * DQ_ROWS, DQ_ROWS, 0), k_all, dq_zero,
+                    use_acc=False, is_async=True,
+                )  # fmt: skip
+            else:
+                dq = warpgroup_mma(
+                    ds_tile, k_all.slice(WHICH * DQ_LANES, DQ_LANES, 1), dq_zero,
+                    use_acc=False, is_async=True,
+                )  # fmt: skip
+            ds_narrow = gl.convert_layout(ds, P_LAYOUT)
+            dk = warpgroup_mma(ds_narrow, q, dk, is_async=True)
+            dq, dv, p_narrow = warpgroup_mma_wait(1, deps=[dq, dv, p_narrow])
             await_at(DQ_EMPTY, WITH_ONE_WARP)
-        buffers.dq.index(WHICH + zero).reshape((DQ_ROWS, DQ_LANES)).store(dq)
+            buffers.dq.index(WHICH + zero).reshape((DQ_ROWS, DQ_LANES)).store(dq)
+            fence_async_shared()
+            arrive_at(DQ_FULL, WITH_ONE_WARP)
+            dk, ds_narrow = warpgroup_mma_wait(0, deps=[dk, ds_narrow])
+            arrive_at(EMPTY + stage, WITH_ONE_WARP)
+            column = gl.where(column == last_column, first_column, column + BLOCK_M)
+        begin = end
+        await_at(DS_READY, COMPUTING)  # both have read k, whose place takes dk, as v's takes dv
+        zero = opaque_zero()
+        k = buffers.k.index(zero).reshape((KEYS, D)).slice(WHICH * HALF, HALF, 0)
+        k.store((dk * (scale_log2 * LN2)).to(DTYPE))
+        buffers.v.index(WHICH + zero).reshape((HALF, D)).store(dv.to(DTYPE))
         fence_async_shared()
-        arrive_at(DQ_FULL, WITH_ONE_WARP)
-        dk, ds_narrow = warpgroup_mma_wait(0, deps=[dk, ds_narrow])
-        arrive_at(EMPTY + stage, WITH_ONE_WARP)
-        column = gl.where(column == last_column, first_column, column - BLOCK_M)
-    if total > 0:  # every arrival is awaited, and after this one the other warpgroup has read k too
-        await_at(DQ_EMPTY, WITH_ONE_WARP)
-    zero = opaque_zero()
-    k = buffers.k.index(zero).reshape((KEYS, D)).slice(WHICH * HALF, HALF, 0)
-    k.store((dk * (scale_log2 * LN2)).to(DTYPE))
-    buffers.v.index(WHICH + zero).reshape((HALF, D)).store(dv.to(DTYPE))
-    fence_async_shared()
-    arrive_at(RESULTS_READY, WITH_ONE_WARP)
+        arrive_at(RESULTS_READY, WITH_ONE_WARP)
+        await_at(WORK, WITH_ONE_WARP)
+        steps = _read(buffers.work, STEPS, 4)
+    await_at(DQ_EMPTY, WITH_ONE_WARP)  # every arrival is awaited
 
 
 @gluon.jit(do_not_specialize=["B", "H_kv", "group", "T_q", "T_k", "left", "right", "section"])
@@ -448,7 +498,7 @@ def _attention_backward_hopper_kernel(
     STAGES: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """One key tile of one key/value head."""
+    """Key tiles of key/value heads, ticket after ticket."""
     DTYPE: gl.constexpr = q_source.dtype
     BLOCK_M: gl.constexpr = q_source.block_type.shape[2]
     D: gl.constexpr = q_source.block_type.shape[3]
@@ -465,6 +515,7 @@ def _attention_backward_hopper_kernel(
         gl.allocate_shared_memory(gl.float32, [STAGES, 1, 2, BLOCK_M], rows_source.layout),
         gl.allocate_shared_memory(DTYPE, [2, BLOCK_M, KEYS], DS_LAYOUT),
         gl.allocate_shared_memory(gl.float32, [2, 1, 1, DQ_ROWS, DQ_LANES], dq_source.layout),
+        gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
@@ -474,17 +525,18 @@ def _attention_backward_hopper_kernel(
         mbarrier.init(buffers.q_full.index(stage), count=1)
         mbarrier.init(buffers.do_full.index(stage), count=1)
     follow(PDL)
-    ticket = gl.atomic_add(turns_ptr, 1, sem="relaxed")
     sizes = Sizes(T_q, T_k, H_kv, group, left, right)
-    place = _place(ticket, B * H_kv, section, sizes)
+    n_heads = B * H_kv
+    tickets = n_heads * gl.cdiv(T_k, KEYS)
+    width = left + 1 + right
     sources = (q_source, k_source, v_source, do_source, rows_source)
     results = (dk_source, dv_source)
     gl.warp_specialize(
         [
-            (_compute, (buffers, place.n, sizes, scale_log2, 0, WINDOW)),
-            (_compute, (buffers, place.n, sizes, scale_log2, 1, WINDOW)),
-            (_copy, (buffers, sources, results, place, sizes)),
-            (_add, (buffers, dq_source, turns_ptr + 1, place, sizes)),
+            (_compute, (buffers, width, scale_log2, 0, WINDOW)),
+            (_compute, (buffers, width, scale_log2, 1, WINDOW)),
+            (_copy, (buffers, sources, results, turns_ptr, tickets, n_heads, section, sizes)),
+            (_add, (buffers, dq_source, turns_ptr, tickets, n_heads, section, sizes)),
         ],
         [4, 1, 1],
         [REGISTERS, COPIER_REGISTERS, COPIER_REGISTERS],
@@ -504,8 +556,9 @@ def backward_plans(
     gradients: tuple[Layout, Layout, Layout],
     config: LaunchConfig,
     target: str,
+    processors: int,
 ) -> Plans:
-    """The launches for operands and ``(dq, dk, dv)`` that suit bulk copies."""
+    """The launches for operands and ``(dq, dk, dv)`` that suit bulk copies, on so many SMs."""
     (q, k, v, do), (dq, dk, dv) = call.inputs, gradients
     (B, T_q, T_k, H, H_kv, group), D, dtype = call.sizes, q.shape[3], call.dtype
     M, options = config.block_m, config.options
@@ -545,7 +598,7 @@ def backward_plans(
         "STAGES": config.num_stages,
         **options,
     }
-    grid = (B * H_kv * triton.cdiv(T_k, KEYS.value),)
+    grid = (min(B * H_kv * triton.cdiv(T_k, KEYS.value), processors),)
     one_pass = Plan(_attention_backward_hopper_kernel, grid, arguments, bulk)
 
     n_rows = B * H * T_q
