@@ -73,8 +73,6 @@ RESULTS_READY = gl.constexpr(11)
 WORK = gl.constexpr(12)  # there is an assignment, for those that compute
 WORK_TO_ADD = gl.constexpr(13)  # and for the one that adds
 WORK_READ = gl.constexpr(14)  # by the one that adds
-
-
 # What the copying warp writes into Buffers.work, for the others to read:
 TICKET = gl.constexpr(0)
 STEPS = gl.constexpr(1)  # tiles of queries of the group of heads; -1 at the end
