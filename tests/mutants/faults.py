@@ -325,19 +325,19 @@ TABLE: dict[str, list[tuple]] = {
     ("hopper backward: keys before a query's own are left out of the turns", TURNS, "_turn",
      "m * BLOCK_M + (sizes.T_k - sizes.T_q)« - sizes.left →»"),
     ("hopper backward: queries overwritten while they are read", BACKWARD_ORDER, "_copy",
-     "«await_at(EMPTY + stage, WITH_ONE_WARP) → pass»"),
+     "«await_at(EMPTY + stage, COMPUTING_AND_WARP) → pass»"),
     ("hopper backward: dk and dv leave before they are there", BACKWARD_ORDER, "_copy",
-     "«await_at(RESULTS_READY, WITH_ONE_WARP) → pass»"),
+     "«await_at(RESULTS_READY, COMPUTING_AND_WARP) → pass»"),
     ("hopper backward: queries free before the last product has read them", BACKWARD_ORDER,
      "_compute", "«dk, ds_narrow = warpgroup_mma_wait(0, deps=[dk, ds_narrow]); "
-     "arrive_at(EMPTY + stage, WITH_ONE_WARP) → arrive_at(EMPTY + stage, WITH_ONE_WARP); "
+     "arrive_at(EMPTY + stage, COMPUTING_AND_WARP) → arrive_at(EMPTY + stage, COMPUTING_AND_WARP); "
      "dk, ds_narrow = warpgroup_mma_wait(0, deps=[dk, ds_narrow])»"),
     ("hopper backward: one buffer of ds for two tiles", BACKWARD_ORDER, "_compute",
      "«buffers.ds.index(step % 2) → buffers.ds.index(0)»"),
     ("hopper backward: the halves of ds do not meet", BACKWARD_ORDER, "_compute",
      "fence_async_shared(); «await_at(DS_READY, COMPUTING) → pass»"),
     ("hopper backward: dq stored over the tile before", BACKWARD_ORDER, "_compute",
-     "«await_at(DQ_EMPTY, WITH_ONE_WARP); → »"
+     "«await_at(DQ_EMPTY + WHICH, ONE_GROUP_AND_WARP); → »"
      "buffers.dq.index(WHICH + zero).reshape((DQ_ROWS, DQ_LANES)).store(dq)"),
     ("hopper backward: k overwritten while the other warpgroup reads it", BACKWARD_ORDER,
      "_compute", "«await_at(DS_READY, COMPUTING); → »zero = opaque_zero(); "
@@ -348,7 +348,7 @@ TABLE: dict[str, list[tuple]] = {
     ("hopper backward: the next keys come before dk and dv have left", BACKWARD_ORDER, "_copy",
      "«store_wait(0) → pass»"),
     ("hopper backward: work is written before the last has been read", BACKWARD_ORDER, "_copy",
-     "«await_at(WORK_READ, 64) → pass»"),
+     "«await_at(WORK_READ, TWO_WARPS) → pass»"),
     ("hopper backward: the keys of the next ticket come in the phase of the last", BACKWARD_ORDER,
      "_copy", "«k_phase ^= 1 → pass»"),
     ("hopper backward: the first ticket is everyone's", BACKWARD_ORDER, "_copy",

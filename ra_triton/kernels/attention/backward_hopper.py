@@ -63,16 +63,18 @@ KEYS = gl.constexpr(128)  # of a program
 REGISTERS = gl.constexpr(240)
 COPIER_REGISTERS = gl.constexpr(24)  # of one that copies or adds: the least there is
 COMPUTING = gl.constexpr(256)  # threads
-WITH_ONE_WARP = gl.constexpr(256 + 32)
+COMPUTING_AND_WARP = gl.constexpr(256 + 32)
+ONE_GROUP_AND_WARP = gl.constexpr(128 + 32)
+TWO_WARPS = gl.constexpr(64)
 # Named barriers: those before are Triton's, and there are 16.
 EMPTY = gl.constexpr(5)  # one for each stage of q and do
-DS_READY = gl.constexpr(8)
-DQ_FULL = gl.constexpr(9)
+DS_READY = gl.constexpr(7)
+DQ_FULL = gl.constexpr(8)  # one for each warpgroup, as the next
 DQ_EMPTY = gl.constexpr(10)
-RESULTS_READY = gl.constexpr(11)
-WORK = gl.constexpr(12)  # there is an assignment, for those that compute
-WORK_TO_ADD = gl.constexpr(13)  # and for the one that adds
-WORK_READ = gl.constexpr(14)  # by the one that adds
+RESULTS_READY = gl.constexpr(12)
+WORK = gl.constexpr(13)  # there is some, for those that compute
+WORK_TO_ADD = gl.constexpr(14)  # and for the one that adds
+WORK_READ = gl.constexpr(15)  # by the one that adds
 # What the copying warp writes into Buffers.work, for the others to read:
 TICKET = gl.constexpr(0)
 STEPS = gl.constexpr(1)  # tiles of queries of the group of heads; -1 at the end
@@ -269,8 +271,8 @@ def _copy(buffers, sources, results, turns_ptr, tickets, n_heads, section, sizes
         _write(buffers.work, KEYS_LEFT, sizes.T_k - key)
         _write(buffers.work, K_PHASE, k_phase)
         k_phase ^= 1
-        arrive_at(WORK, WITH_ONE_WARP)
-        arrive_at(WORK_TO_ADD, 64)
+        arrive_at(WORK, COMPUTING_AND_WARP)
+        arrive_at(WORK_TO_ADD, TWO_WARPS)
         full = buffers.k_full.index(0)
         mbarrier.expect(full, 2 * k_source.block_type.nbytes)
         async_load(k_source, [place.b, place.h, key, 0], full, buffers.k.index(0))
@@ -283,7 +285,7 @@ def _copy(buffers, sources, results, turns_ptr, tickets, n_heads, section, sizes
             for i in range(tiles):
                 stage = step % STAGES
                 if step >= STAGES:
-                    await_at(EMPTY + stage, WITH_ONE_WARP)
+                    await_at(EMPTY + stage, COMPUTING_AND_WARP)
                 row = (queries.end - 1 - i) * BLOCK_M
                 full = buffers.q_full.index(stage)
                 mbarrier.expect(full, q_source.block_type.nbytes + rows_source.block_type.nbytes)
@@ -294,18 +296,18 @@ def _copy(buffers, sources, results, turns_ptr, tickets, n_heads, section, sizes
                 async_load(do_source, [place.b, h, row, 0], full, buffers.do.index(stage))
                 step += 1
         ticket = gl.atomic_add(turns_ptr, 1, sem="relaxed")
-        await_at(RESULTS_READY, WITH_ONE_WARP)
+        await_at(RESULTS_READY, COMPUTING_AND_WARP)
         async_store(dk_source, [place.b, place.h, key, 0], buffers.k.index(0))
         for w in gl.static_range(2):
             async_store(dv_source, [place.b, place.h, key + w * HALF, 0], buffers.v.index(w))
         store_wait(0)
-        await_at(WORK_READ, 64)
+        await_at(WORK_READ, TWO_WARPS)
     _write(buffers.work, TICKET, ticket)
     _write(buffers.work, STEPS, -1)
-    arrive_at(WORK, WITH_ONE_WARP)
-    arrive_at(WORK_TO_ADD, 64)
+    arrive_at(WORK, COMPUTING_AND_WARP)
+    arrive_at(WORK_TO_ADD, TWO_WARPS)
     for i in range(gl.maximum(step - STAGES, 0), step):  # every arrival is awaited
-        await_at(EMPTY + i % STAGES, WITH_ONE_WARP)
+        await_at(EMPTY + i % STAGES, COMPUTING_AND_WARP)
 
 
 @gluon.jit
@@ -316,11 +318,12 @@ def _add(buffers, dq_source, turns_ptr, tickets, n_heads, section, sizes):
     ROWS_APART: gl.constexpr = buffers.dq.shape[3] % BLOCK_M  # 0 if both halves have all of them
     LANES_APART: gl.constexpr = buffers.dq.shape[4] % D
     n_m = gl.cdiv(sizes.T_q, BLOCK_M)
-    arrive_at(DQ_EMPTY, WITH_ONE_WARP)
-    await_at(WORK_TO_ADD, 64)
+    for w in gl.static_range(2):
+        arrive_at(DQ_EMPTY + w, ONE_GROUP_AND_WARP)
+    await_at(WORK_TO_ADD, TWO_WARPS)
     ticket = _read(buffers.work, TICKET, 1)
     while ticket < tickets:
-        arrive_at(WORK_READ, 64)
+        arrive_at(WORK_READ, TWO_WARPS)
         place = _place(ticket, n_heads, section, sizes)
         queries = _queries(place.n, sizes, BLOCK_M)
         for g in range(sizes.group):
@@ -329,21 +332,22 @@ def _add(buffers, dq_source, turns_ptr, tickets, n_heads, section, sizes):
             for i in range(queries.end - queries.begin):
                 m = queries.end - 1 - i
                 turn = _turn(m, place.n, sizes, BLOCK_M)
-                await_at(DQ_FULL, WITH_ONE_WARP)
                 done = gl.atomic_add(head_turns + m, 0, sem="acquire")
                 while done != turn:
                     done = gl.atomic_add(head_turns + m, 0, sem="acquire")
                 for w in gl.static_range(2):
+                    await_at(DQ_FULL + w, ONE_GROUP_AND_WARP)
                     at = [place.b, h, m * BLOCK_M + w * ROWS_APART, w * LANES_APART]
                     if turn == 0:
                         async_store(dq_source, at, buffers.dq.index(w))
                     else:
                         async_reduce_add(dq_source, at, buffers.dq.index(w))
                 store_wait(0)
-                arrive_at(DQ_EMPTY, WITH_ONE_WARP)
+                for w in gl.static_range(2):
+                    arrive_at(DQ_EMPTY + w, ONE_GROUP_AND_WARP)
                 store_wait_written()
                 gl.atomic_add(head_turns + m, 1, sem="release")
-        await_at(WORK_TO_ADD, 64)
+        await_at(WORK_TO_ADD, TWO_WARPS)
         ticket = _read(buffers.work, TICKET, 1)
 
 
@@ -390,7 +394,7 @@ def _compute(
     s_zero = gl.zeros([HALF, BLOCK_M], gl.float32, layout=S_LAYOUT)
     dq_zero = gl.zeros([DQ_ROWS, DQ_LANES], gl.float32, layout=DQ_LAYOUT)
     begin = 0
-    await_at(WORK, WITH_ONE_WARP)
+    await_at(WORK, COMPUTING_AND_WARP)
     steps = _read(buffers.work, STEPS, 4)
     while steps >= 0:
         first_column = _read(buffers.work, COLUMN, 4) + WHICH * HALF
@@ -452,12 +456,12 @@ def _compute(
             ds_narrow = gl.convert_layout(ds, P_LAYOUT)
             dk = warpgroup_mma(ds_narrow, q, dk, is_async=True)
             dq, dv, p_narrow = warpgroup_mma_wait(1, deps=[dq, dv, p_narrow])
-            await_at(DQ_EMPTY, WITH_ONE_WARP)
+            await_at(DQ_EMPTY + WHICH, ONE_GROUP_AND_WARP)
             buffers.dq.index(WHICH + zero).reshape((DQ_ROWS, DQ_LANES)).store(dq)
             fence_async_shared()
-            arrive_at(DQ_FULL, WITH_ONE_WARP)
+            arrive_at(DQ_FULL + WHICH, ONE_GROUP_AND_WARP)
             dk, ds_narrow = warpgroup_mma_wait(0, deps=[dk, ds_narrow])
-            arrive_at(EMPTY + stage, WITH_ONE_WARP)
+            arrive_at(EMPTY + stage, COMPUTING_AND_WARP)
             column = gl.where(column == last_column, first_column, column + BLOCK_M)
         begin = end
         await_at(DS_READY, COMPUTING)  # both have read k, whose place takes dk, as v's takes dv
@@ -466,10 +470,10 @@ def _compute(
         k.store((dk * (scale_log2 * LN2)).to(DTYPE))
         buffers.v.index(WHICH + zero).reshape((HALF, D)).store(dv.to(DTYPE))
         fence_async_shared()
-        arrive_at(RESULTS_READY, WITH_ONE_WARP)
-        await_at(WORK, WITH_ONE_WARP)
+        arrive_at(RESULTS_READY, COMPUTING_AND_WARP)
+        await_at(WORK, COMPUTING_AND_WARP)
         steps = _read(buffers.work, STEPS, 4)
-    await_at(DQ_EMPTY, WITH_ONE_WARP)  # every arrival is awaited
+    await_at(DQ_EMPTY + WHICH, ONE_GROUP_AND_WARP)  # every arrival is awaited
 
 
 @gluon.jit(do_not_specialize=["B", "H_kv", "group", "T_q", "T_k", "left", "right", "section"])
