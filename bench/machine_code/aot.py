@@ -39,8 +39,9 @@ from ra_triton.kernels.lanes import append, norm_rope, norm_rope_backward, packi
 from ra_triton.kernels.projection import backward as projection_backward
 from ra_triton.kernels.projection import forward as projection
 from ra_triton.kernels.projection import int8 as projection_int8
+from ra_triton.kernels.tiles import TRITON_VERSION
 from ra_triton.launch import plans
-from ra_triton.launch.configs import LaunchConfig
+from ra_triton.launch.configs import LaunchConfig, warp_specialised
 from ra_triton.weights.factors import Factors
 from ra_triton.weights.layout import Columns, RALayout
 
@@ -229,7 +230,8 @@ def shipped(
         if configs:
             plans.forget_plans()
             stack.callback(plans.forget_plans)
-        for names, label, launch in _launches(target):
+        launches = [*_launches(target), *(_specialised() if target == "sm_90" else ())]
+        for names, label, launch in launches:
             if not any(pattern.search(f"{name} {label}") for name in names.split()):
                 continue
             with compile_for(target) as recorded:
@@ -438,6 +440,23 @@ def _windowed() -> Iterator[_Launch]:
             yield names, label, _with_dropout(launch) if dropout else launch
 
 
+def _specialised() -> Iterator[_Launch]:
+    """What Hopper's own forward kernel takes only when a config asks for it."""
+    bf16, window, softcap = torch.bfloat16, {"window_size": (255, 0)}, {"softcap": 30.0}
+    for D, T in ((64, 1024), (64, 4096), (128, 4096)):
+        config = warp_specialised(D, bf16, "sm_90", T, True, TRITON_VERSION)
+        offsets = {"offsets": Offsets(_tensor(torch.int32, 3), _tensor(torch.int32, 3), T, T)}
+        for kind, options in (
+            ("window", window),
+            ("varlen", offsets),
+            ("softcap", softcap),
+            ("varlen window softcap", {**offsets, **window, **softcap}),
+        ):
+            label = f"bfloat16 D={D} {kind}" + " T=1024" * (T == 1024)
+            call = _attention(bf16, D, T=T, B=1 if "offsets" in options else 2)
+            yield _HOPPER, label, partial(call, config=config, **options)
+
+
 def _with_dropout(launch: Callable[..., Any]) -> Callable[[], Any]:
     return partial(launch, dropout_p=0.1, seed=_tensor(torch.int64, 1))
 
@@ -463,9 +482,9 @@ def _tensor(dtype: torch.dtype, *shape: int, offset: int = 0) -> Tensor:
 
 
 def _attention(
-    dtype: torch.dtype, D: int, causal: bool = True, offset: int = 0, T: int = 128
+    dtype: torch.dtype, D: int, causal: bool = True, offset: int = 0, T: int = 128, B: int = 2
 ) -> Callable[..., Any]:
-    q, k, v = _tensor(dtype, 2, T, 3, 12, D, offset=offset).unbind(2)
+    q, k, v = _tensor(dtype, B, T, 3, 12, D, offset=offset).unbind(2)
     return partial(attention_forward.attention_forward, q, k, v, causal=causal, softmax_scale=None)
 
 

@@ -389,6 +389,9 @@ def warp_specialised(
 ) -> LaunchConfig | None:
     """The row of :data:`SPECIALISED`, or None.
 
+    Windows, softcaps and variable lengths have not run on a GPU yet. They spill as little in these
+    rows, but go to the plain kernel unless a config with several groups is asked for by name.
+
     Args:
         head_dim: ``D``.
         dtype: of the operands, which suit bulk copies; there is no dropout.

@@ -10,9 +10,11 @@ import pytest
 import torch
 from budget import assert_attention_close, assert_bitwise
 from gluon_interpreter import interpret
-from strategies import normal, quick
+from strategies import NAN, normal, quick
 
+from ra_triton.call.offsets import Offsets, lengths
 from ra_triton.kernels.attention import forward as attention_forward
+from ra_triton.kernels.attention.arguments import attention_of
 from ra_triton.kernels.attention.forward_hopper import (
     REGISTERS,
     SECTION_BYTES,
@@ -119,13 +121,21 @@ def test_what_suits_it_is_launched_with_it_and_nothing_else_is(D):
     assert {kernel_of(D, **other) for other in others} == {plain}
 
 
+def plan_of(q, k, v, config, processors, causal=True, scale=None, sequences=None, **options):
+    """The kernel's launch for these layouts."""
+    window_size, softcap = options.get("window_size", (-1, -1)), options.get("softcap", 0.0)
+    mask = (causal, window_size, scale, softcap, options.get("dropout_p", 0.0))
+    call = attention_of(options.get("dtype", torch.bfloat16), (q, k, v), sequences, *mask, "ieee")
+    return forward_plan(call, config, processors)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_programs_of_a_plan_cover_the_queries(causal):
     rows = (torch.empty(2, T, 3, 6, 64, device="meta") for T in (4097, 5000))
     q, k = (layout_of(t[:, :, 0]) for t in rows)
     n_m = 22  # 21 tiles of 192 are 4032
     for processors, programs in ((100, 100), (300, 2 * 6 * n_m)):
-        plan = forward_plan(torch.bfloat16, q, k, k, causal, 0.5, ROWS["64"][1], processors)
+        plan = plan_of(q, k, k, ROWS["64"][1], processors, causal, 0.5)
         assert plan.grid == (programs, 1, 1)
         section, per_section, rounds = (
             plan.arguments[name] for name in ("section", "per_section", "rounds")
@@ -142,7 +152,7 @@ def test_programs_of_a_plan_cover_the_queries(causal):
 
 def test_a_last_section_of_fewer_heads_has_rounds_too():
     q = layout_of(torch.empty(2, 4097, 7, 64, device="meta"))
-    plan = forward_plan(torch.bfloat16, q, q, q, True, None, ROWS["64"][1], 30)
+    plan = plan_of(q, q, q, ROWS["64"][1], 30)
     section, per_section, rounds = (
         plan.arguments[name] for name in ("section", "per_section", "rounds")
     )
@@ -254,18 +264,20 @@ def test_it_waits_for_the_kernel_before_ahead_of_the_first_copy(machine_code):
     assert all(code["waits_first"] for code in machine_code.values())
 
 
-def run(row, q, k, v, causal=True, scale=None, *, seed=0, processors=3):
+def run(row, q, k, v, causal=True, scale=None, *, seed=0, processors=3, offsets=None, **options):
     """On a GPU; without one in the interpreter of Gluon, in an order of ``seed``."""
     config = ROWS[row][1]
     if q.is_cuda:
         return attention_forward.attention_forward(
-            q, k, v, causal=causal, softmax_scale=scale, config=config
+            q, k, v, causal=causal, softmax_scale=scale, offsets=offsets, config=config, **options
         )
     o, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q[..., 0].mT.shape)
-    layouts = (layout_of(t) for t in (q, k, v))
-    plan = forward_plan(q.dtype, *layouts, causal, scale, config, processors)
-    operands = (q, k, v, None, None, None, o, lse)
-    interpret(plan, operands, seed=seed, processors=processors)
+    layouts = [layout_of(t) for t in (q, k, v)]
+    sequences = None if offsets is None else lengths(offsets)
+    options["dtype"] = q.dtype
+    plan = plan_of(*layouts, config, processors, causal, scale, sequences, **options)
+    cu_seqlens = (None, None) if offsets is None else offsets[:2]
+    interpret(plan, (q, k, v, None, *cu_seqlens, o, lse), seed=seed, processors=processors)
     return o, lse
 
 
@@ -383,3 +395,236 @@ def test_memory_around_the_operands_does_not_matter(row):
         views.append(wide[:, 100:250, 3 * i : 3 * i + 3])
     for got, expected in zip(run(row, *views), (out, lse), strict=True):
         assert_bitwise(got, expected)
+
+
+# Windows
+
+WINDOWS = {  # name: causal, window
+    "causal": (True, (70, 0)),
+    "narrow": (True, (5, -1)),
+    "own key": (False, (0, 0)),
+    "both sides": (False, (100, 33)),
+    "to the left": (False, (90, -1)),
+    "to the right": (False, (-1, 65)),
+}
+windows = pytest.mark.parametrize("window", WINDOWS)
+
+
+def check(row, q, k, v, causal, seed=0, processors=3, **options):
+    """Output and logsumexp through the gate."""
+    out, lse = run(row, q, k, v, causal, 0.3, seed=seed, processors=processors, **options)
+    assert_attention_close(out, q, k, v, lse=lse, causal=causal, softmax_scale=0.3, **options)
+
+
+@pytest.mark.parametrize(
+    ("T_q", "T_k", "dtype", "seed", "processors"),
+    quick(
+        [
+            *((321, 321, torch.bfloat16, 0, 3), (130, 387, torch.float16, 1, 2)),
+            *((321, 65, torch.bfloat16, 2, 5), (700, 515, torch.float16, 3, 4)),
+            *((1, 300, torch.bfloat16, 4, 1), (192, 192, torch.bfloat16, 5, 2)),
+        ],
+        2,
+    ),
+)
+@rows
+@windows
+def test_windows(row, window, T_q, T_k, dtype, seed, processors):
+    causal, window_size = WINDOWS[window]
+    q, k, v = operands(row, T_q, T_k, dtype, B=1, H=4, H_kv=2)
+    check(row, q, k, v, causal, seed, processors, window_size=window_size)
+
+
+@pytest.mark.gpu
+@rows
+@pytest.mark.parametrize("left", [0, 1, 62, 63, 64, 65, 127, 128, 129, 191, 192, 193, 300, 5000])
+@pytest.mark.parametrize("right", [0, 1, 63, 64, 129, -1])
+def test_windows_around_tile_boundaries(row, left, right):
+    for T_q, T_k in ((500, 500), (1000, 130), (130, 1000), (1, 700)):
+        q, k, v = operands(row, T_q, T_k, H=4, H_kv=2)
+        check(row, q, k, v, False, window_size=(left, right))
+        check(row, q, k, v, True, window_size=(left, right))
+
+
+@rows
+@windows
+def test_rows_whose_window_is_empty_give_zero_and_minus_infinity(row, window):
+    causal, window_size = WINDOWS[window]
+    q, k, v = operands(row, 300, 70, B=1, H=2, H_kv=1)
+    out, lse = run(row, q, k, v, causal, window_size=window_size)
+    blind = 230 - (0 if causal else window_size[1] if window_size[1] >= 0 else 230)
+    assert_bitwise(out[:, :blind], torch.zeros_like(out[:, :blind]))
+    assert lse[..., :blind].isneginf().all()
+    assert lse[..., blind:].isfinite().all()
+
+
+@rows
+def test_keys_far_outside_of_a_window_are_not_visited(row):
+    q, k, v = operands(row, 600, 600, B=1, H=1, H_kv=1)
+    options = {"causal": False, "window_size": (40, 20)}
+    out, lse = run(row, q, k, v, **options)
+    for far in (slice(0, 128), slice(384, 600)):
+        k_bad, v_bad = k.clone(), v.clone()
+        k_bad[:, far], v_bad[:, far] = NAN, NAN
+        # The tile of 192 queries before the last, and keys of 128 around their windows
+        bad, lse_bad = run(row, q, k_bad, v_bad, **options)
+        part = slice(384, 600) if far.start == 0 else slice(0, 192)
+        assert_bitwise(bad[:, part], out[:, part])
+        assert_bitwise(lse_bad[..., part], lse[..., part])
+
+
+# Softcap
+
+
+@pytest.mark.parametrize(
+    ("T", "causal", "window_size"),
+    quick([(257, True, (-1, -1)), (200, False, (50, 7)), (321, False, (-1, -1))], 2),
+)
+@pytest.mark.parametrize("softcap", [0.5, 20.0])
+@rows
+def test_softcap(row, T, causal, window_size, softcap):
+    q, k, v = operands(row, T, T + 30, B=1, H=2, H_kv=1)
+    check(row, q, k, v, causal, seed=T, window_size=window_size, softcap=softcap)
+
+
+@pytest.mark.gpu
+@rows
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [1e-3, 0.7, 50.0, 1e6])
+def test_scores_far_below_and_far_above_the_cap(row, dtype, softcap):
+    for T_q, T_k in ((500, 500), (130, 1000), (700, 130)):
+        q, k, v = operands(row, T_q, T_k, dtype)
+        for factor in (0.01, 1.0, 30.0):
+            for causal in (True, False):
+                check(row, factor * q, k, v, causal, softcap=softcap)
+
+
+# Variable lengths
+
+SEQUENCES = {  # name: queries, keys
+    "cut": ((257, 65, 63), (257, 65, 63)),
+    "empty": ((0, 300, 0, 129, 64, 1, 0), (3, 300, 0, 0, 200, 1, 5)),
+    "other keys": ((5, 200), (400, 130)),
+    "one": ((390,), (390,)),
+    "short": ((3,) * 20, (7,) * 20),
+}
+KINDS = {  # name: causal, options
+    "causal": (True, {}),
+    "full": (False, {}),
+    "window": (True, {"window_size": (70, 0)}),
+    "window and softcap": (False, {"window_size": (100, 33), "softcap": 2.0}),
+}
+
+
+def offsets_of(queries, keys, device, longer=0):
+    cu_seqlens = (torch.tensor([0, *n], device=device).cumsum(0).int() for n in (queries, keys))
+    return Offsets(*cu_seqlens, max(queries) + longer, max(keys) + longer)
+
+
+def check_sequences(row, queries, keys, causal, dtype=torch.bfloat16, longer=0, seed=0, **options):
+    """Each sequence through the gate."""
+    q, k, v = operands(row, sum(queries), sum(keys), dtype, B=1, H=4, H_kv=2)
+    offsets = offsets_of(queries, keys, q.device, longer)
+    at = {"seed": seed, "processors": 1 + seed % 4}
+    out, lse = run(row, q, k, v, causal, 0.3, offsets=offsets, **at, **options)
+    for of_q, of_k in offsets.sequences():
+        one = q[:, of_q], k[:, of_k], v[:, of_k]
+        check_one = {"lse": lse[..., of_q], "causal": causal, "softmax_scale": 0.3, **options}
+        assert_attention_close(out[:, of_q], *one, **check_one)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "dtype", "longer", "seed"),
+    quick(
+        [
+            *(("empty", torch.bfloat16, 0, 0), ("cut", torch.float16, 500, 1)),
+            *(("other keys", torch.bfloat16, 0, 2), ("short", torch.bfloat16, 0, 3)),
+            *(("one", torch.float16, 0, 4), ("cut", torch.bfloat16, 0, 5)),
+        ],
+        3,
+    ),
+)
+@rows
+@pytest.mark.parametrize("kind", KINDS)
+def test_sequences_are_computed_as_if_alone(row, kind, sequences, dtype, longer, seed):
+    causal, options = KINDS[kind]
+    check_sequences(row, *SEQUENCES[sequences], causal, dtype, longer, seed, **options)
+
+
+@pytest.mark.gpu
+@rows
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(8))
+def test_many_sequences(row, kind, seed):
+    causal, options = KINDS[kind]
+    draw = torch.Generator().manual_seed(seed)
+    queries = (torch.rand(40, generator=draw) ** 3 * 3000).int().tolist()
+    for keys in (queries, queries[::-1]):
+        check_sequences(row, queries, keys, causal, **options)
+
+
+@rows
+@pytest.mark.parametrize("causal", quick([True, False]))
+@pytest.mark.parametrize("value", [NAN, float("inf")])
+def test_nothing_passes_from_one_sequence_to_the_next(row, value, causal):
+    queries = (70, 129, 1, 60)
+    q, k, v = operands(row, sum(queries), sum(queries), B=1, H=2, H_kv=1)
+    offsets = offsets_of(queries, queries, q.device)
+    options = {"causal": causal, "offsets": offsets}
+    out, lse = run(row, q, k, v, **options)
+    for bad, _ in offsets.sequences():
+        spoilt = [t.clone() for t in (q, k, v)]
+        for t in spoilt:
+            t[:, bad] = value
+        others = [i for i in range(sum(queries)) if not bad.start <= i < bad.stop]
+        got, got_lse = run(row, *spoilt, seed=bad.start, **options)
+        assert_bitwise(got[:, others], out[:, others])
+        assert_bitwise(got_lse[..., others], lse[..., others])
+
+
+@rows
+@pytest.mark.parametrize(
+    "cu", [(1, 3, 5), (0, 4, 3), (0, 3, 4), (0, 3, 6), (-9, 2**31 - 1, -(2**31))]
+)
+def test_unchecked_offsets_lead_to_no_address_outside(row, cu):
+    """The operands lie among NaN: what is read outside of them would show."""
+    D = ROWS[row][0]
+    q, k, v = (normal(1, 5, 2, D, dtype=torch.bfloat16, seed=seed) for seed in range(3))
+    wide = []
+    for t in (q, k, v):
+        wide.append(torch.full((1, 300, 2, D), NAN, dtype=t.dtype, device=t.device))
+        wide[-1][:, 100:105] = t
+    cu_seqlens = torch.tensor(cu, dtype=torch.int32, device=q.device)
+    offsets = Offsets(cu_seqlens, cu_seqlens, 5, 5)
+    out, _ = run(row, *(t[:, 100:105] for t in wide), offsets=offsets, processors=1)
+    alone, _ = run(row, q, k, v, offsets=offsets, processors=1)
+    written = ~alone.isnan().any(-1).any(-1)
+    assert_bitwise(out[written], alone[written])
+
+
+@rows
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_bits_of_masks_and_sequences_in_whatever_order(row, kind):
+    causal, options = KINDS[kind]
+    q, k, v = operands(row, 250, 250, B=1, H=2, H_kv=1)
+    options["offsets"] = offsets_of((200, 50), (200, 50), q.device)
+    out, lse = run(row, q, k, v, causal, **options)
+    for seed, processors in ((1, 1), (2, 9)):
+        again, lse_again = run(row, q, k, v, causal, seed=seed, processors=processors, **options)
+        assert_bitwise(again, out)
+        assert_bitwise(lse_again, lse)
+
+
+def test_sequences_have_as_many_rounds_as_they_may_need():
+    q = layout_of(torch.empty(1, 5000, 3, 64, device="meta"))
+    config = ROWS["64"][1]  # 192 queries
+    for sequences, tiles in (((4, 5000, 5000), 26 + 4), ((4, 200, 200), 4 * 2), ((1, 5000, 1), 27)):
+        plan = plan_of(q, q, q, config, 7, sequences=sequences)
+        assert plan.grid == (7, 1, 1)
+        assert plan.arguments["rounds"] == -(-3 * tiles // 7)
+
+
+def test_dropout_is_refused():
+    q = layout_of(torch.empty(1, 512, 3, 64, device="meta"))
+    with pytest.raises(ValueError, match=r"no dropout, got dropout_p = 0\.1"):
+        plan_of(q, q, q, ROWS["64"][1], 7, dropout_p=0.1)

@@ -77,7 +77,7 @@ class Language:
     barrier = staticmethod(_nothing)  # the threads of a partition go in step
     allocate_shared_memory = staticmethod(memory.allocate_shared_memory)
     inline_asm_elementwise = staticmethod(hopper.assembly)
-    exp2, log2 = _unary(torch.exp2), _unary(torch.log2)
+    abs, exp2, log2 = _unary(torch.abs), _unary(torch.exp2), _unary(torch.log2)
     maximum, minimum = _binary(max, torch.maximum), _binary(min, torch.minimum)
 
     def __getattr__(self, name: str) -> Any:

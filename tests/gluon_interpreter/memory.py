@@ -214,8 +214,9 @@ class Descriptor:
     layout = None
 
     def __init__(self, descriptor: Any, memory: Accessed) -> None:
-        t, self.block_shape, self.memory = descriptor.base, descriptor.block_shape, memory
-        self.data, self.dtype = t.as_strided(descriptor.shape, descriptor.strides), GLUON[t.dtype]
+        self.tensor = t = descriptor.base
+        self.shape, self.strides = descriptor.shape, descriptor.strides
+        self.block_shape, self.memory, self.dtype = descriptor.block_shape, memory, GLUON[t.dtype]
         nbytes = prod(self.block_shape) * t.element_size()
         self.block_type = SimpleNamespace(shape=self.block_shape, nbytes=nbytes)
 
@@ -225,9 +226,13 @@ class Descriptor:
         if min(first) < 0 or tile.shape != self.block_shape:
             block = f"a block of {self.block_shape} at {first}"
             raise Hazard(f"{block} for {tile.name} {tile.shape}, at {scheduler.line()}")
-        spans = [
-            (i, max(i, min(i + n, size)))
-            for i, n, size in zip(first, self.block_shape, self.data.shape, strict=True)
+        sizes = [
+            max(0, min(n, end - i))
+            for i, n, end in zip(first, self.block_shape, self.shape, strict=True)
         ]
-        inside = self.data[tuple(slice(i, end) for i, end in spans)]
-        return inside, tile.data[tuple(slice(0, end - i) for i, end in spans)]
+        place = sum(i * stride for i, stride in zip(first, self.strides, strict=True))
+        # Addresses are of 64 bits, so that what leads beyond them comes back at the other end.
+        half, size = 2**63, self.tensor.element_size()
+        place = ((place * size + half) % (2 * half) - half) // size if all(sizes) else 0
+        inside = self.tensor.as_strided(sizes, self.strides, self.tensor.storage_offset() + place)
+        return inside, tile.data[tuple(map(slice, sizes))]

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ra_triton.call.offsets import Offsets, flat, lengths
-from ra_triton.kernels.attention.arguments import attention_of
+from ra_triton.kernels.attention.arguments import Attention, attention_of
 from ra_triton.kernels.tiles import (
     LN2,
     TRITON_VERSION,
@@ -248,7 +248,7 @@ def _plan(
     B, T_q, T_k, H, H_kv, _ = call.sizes
     aligned, *special = call.traits
     o_on_16_bytes = others[3]
-    in_gluon = partial(_plan_in_gluon, device, dtype, q, k, v, causal, softmax_scale)
+    in_gluon = partial(_plan_in_gluon, device, call)
     if config is not None and config.groups > 1:
         return in_gluon(config)
     if config is None:
@@ -267,18 +267,8 @@ def _plan(
     return Plan(_attention_forward_kernel, grid, arguments, call.bulk(config))
 
 
-def _plan_in_gluon(
-    device: torch.device,
-    dtype: torch.dtype,
-    q: Layout,
-    k: Layout,
-    v: Layout,
-    causal: bool,
-    softmax_scale: float | None,
-    config: LaunchConfig,
-) -> Plan:
+def _plan_in_gluon(device: torch.device, call: Attention, config: LaunchConfig) -> Plan:
     """The launch of Hopper's own kernel; not even imported where Gluon is not as it was."""
     from ra_triton.kernels.attention.forward_hopper import forward_plan
 
-    processors = processors_of(device)
-    return forward_plan(dtype, q, k, v, causal, softmax_scale, config, processors)
+    return forward_plan(call, config, processors_of(device))

@@ -20,13 +20,12 @@ have read it; a named barrier, which costs a warp one instruction, where an mbar
 warpgroup. After FlashAttention-3 (arXiv:2407.08608).
 """
 
-import math
+from typing import Any, NamedTuple
 
-import torch
 import triton
 
-from ra_triton.kernels.attention.arguments import rows_in_bulk
-from ra_triton.kernels.tiles import LN2, LOG2E, follow
+from ra_triton.kernels.attention.arguments import Attention, rows_in_bulk
+from ra_triton.kernels.tiles import LN2, capped, follow, sequence
 from ra_triton.launch import gluon
 from ra_triton.launch.configs import LaunchConfig
 from ra_triton.launch.gluon import (
@@ -37,12 +36,13 @@ from ra_triton.launch.gluon import (
     fence_async_shared,
     gl,
     mbarrier,
+    opaque_zero,
     store_wait,
     swizzled,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from ra_triton.launch.plans import Layout, Plan
+from ra_triton.launch.plans import Bulk, Layout, Plan
 
 ROWS = gl.constexpr(64)  # queries of a warpgroup: what one WGMMA takes
 # Of a thread that computes, by warpgroups: what the 65536 of an SM leave, in steps of eight.
@@ -52,93 +52,214 @@ Q_BUFFERS = gl.constexpr(2)  # of every warpgroup: for a tile and the next
 # Named barriers: those before are Triton's, and there are 16.
 TURN = gl.constexpr(5)  # one for each warpgroup
 EMPTY = gl.constexpr(8)  # one for each buffer of k, then of v, then one for each of Q_BUFFERS
+FAR = gl.constexpr(2**30)  # more tokens than there are
 SECTION_BYTES = 17 * 2**20  # of k and v: what stays in L2 while all SMs read it
 SECTION_ROUNDS = 4  # more would be no better balanced
 
 
-@gluon.jit
-def _key_tiles(m, rows, T_q, T_k, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Key tiles that any of the queries ``m ... m + rows`` sees, and at least one."""
-    end = T_k
-    if CAUSAL:
-        end = gl.minimum(gl.minimum(m + rows, T_q) + (T_k - T_q), T_k)
-    return gl.maximum(gl.cdiv(end, BLOCK_N), 1)
+class Variant(NamedTuple):
+    """What the compiled code depends on besides dtype, tiles and warpgroups."""
+
+    CAUSAL: bool
+    WINDOW: bool
+    SOFTCAP: bool
+    VARLEN: bool
+
+
+class Sizes(NamedTuple):
+    """Of q ``[B, T_q, H, D]``, and k and v ``[B, T_k, H_kv, D]``."""
+
+    H: int
+    T_q: int  # with VARLEN the most of a sequence
+    T_k: int
+    left: int  # keys seen before a query's own, and after, with WINDOW
+    right: int
+
+
+class Sequences(NamedTuple):
+    """Where sequences begin, with VARLEN."""
+
+    B: int  # how many
+    cu_q: Any  # B + 1 offsets
+    cu_k: Any
+    total_q: int  # tokens of all of them
+    total_k: int
+
+
+class Tile(NamedTuple):
+    """A query tile of one head."""
+
+    some: Any  # False: none, in this round
+    b: Any
+    h: Any
+    m: Any  # its first query; negative where the tile is cut
+    T_q: Any
+    T_k: Any
+    first_q: Any  # tokens before those of its sequence, with VARLEN
+    first_k: Any
+    passed: Any  # tiles of all sequences before
+
+
+class Keys(NamedTuple):
+    """Tiles of keys for a number of queries.
+
+    ``begin ... end``, at least one, are seen by any of the queries, and of those ``whole_begin ...
+    whole_end`` as a whole by all of them.
+    """
+
+    begin: Any
+    whole_begin: Any
+    whole_end: Any
+    end: Any
 
 
 @gluon.jit
-def _whole_key_tiles(m, T_q, T_k, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Key tiles that the queries from ``m`` on see whole."""
-    end = T_k
-    if CAUSAL:
-        end = gl.maximum(gl.minimum(m + 1 + (T_k - T_q), T_k), 0)
-    return end // BLOCK_N
+def _anew(x):
+    """``x``, in a way that what depends on it alone is computed where it is used.
+
+    Else that is computed as a program begins, and has to stay in the 24 registers that a thread of
+    every warp but the first four has until its job begins, or is spilled.
+    """
+    return x | opaque_zero()
 
 
 @gluon.jit
-def _tile(i, schedule, H, T_q, BLOCK_M: gl.constexpr, CAUSAL: gl.constexpr):
-    """Whether this program has a tile in round ``i``, its batch, head, and first query.
+def _keys(m, rows, tile, sizes, V: gl.constexpr, BLOCK_N: gl.constexpr) -> Keys:
+    """Those of the queries ``m ... m + rows``: query i sees ``-left <= j - (i + own) <= right``."""
+    own = tile.T_k - tile.T_q  # the key of query 0
+    begin, whole_begin, whole_end, end = 0, 0, tile.T_k, tile.T_k
+    left, right = 0, 0
+    if V.WINDOW:
+        left, right = _anew(sizes.left), _anew(sizes.right)
+    if V.CAUSAL or V.WINDOW:
+        behind = gl.minimum(m + rows, tile.T_q) + own  # the key after the last query's
+        end = gl.minimum(behind + right, tile.T_k)
+        whole_end = gl.maximum(gl.minimum(m + 1 + own + right, tile.T_k), 0)
+    if V.WINDOW:
+        begin = gl.maximum(m + own - left, 0) // BLOCK_N
+        whole_begin = gl.cdiv(gl.maximum(behind - 1 - left, 0), BLOCK_N)
+    end = gl.maximum(gl.cdiv(end, BLOCK_N), begin + 1)
+    return Keys(begin, whole_begin, whole_end // BLOCK_N, end)
 
-    Causal tiles differ: within a section, which begins with a round of its own, heads are fastest
-    and tiles with most keys first, and every other round runs backwards, so that whoever had the
-    heaviest tile of one round has the lightest of the next. Others go head after head.
+
+@gluon.jit
+def _cut(n, whole_begin, whole_end, V: gl.constexpr):
+    """Whether any query of a warpgroup does not see all of key tile ``n``."""
+    cut = n >= whole_end
+    if V.WINDOW:
+        cut = cut | (n < whole_begin)
+    return cut
+
+
+@gluon.jit
+def _place(i):
+    """This program's place in round ``i``, of as many places as there are programs.
+
+    Every other round runs backwards, so that whoever had the heaviest tile of one round has the
+    lightest of the next.
+    """
+    p = gl.program_id(0)
+    return gl.where(i % 2 == 0, p, gl.num_programs(0) - 1 - p)
+
+
+@gluon.jit
+def _tile(i, schedule, sizes, BLOCK_M: gl.constexpr, V: gl.constexpr) -> Tile:
+    """This program's tile in round ``i``.
+
+    Masked tiles differ: within a section, which begins with a round of its own, heads are fastest
+    and tiles with most keys first. Others go head after head.
     """
     n_heads, section, per_section, _ = schedule
-    n_m = gl.cdiv(T_q, BLOCK_M)
-    programs = gl.num_programs(0)
+    n_m = gl.cdiv(sizes.T_q, BLOCK_M)
     first = i // per_section * section
     heads = gl.minimum(section, n_heads - first)
-    p = gl.program_id(0)
-    place = i % per_section * programs + gl.where(i % 2 == 0, p, programs - 1 - p)
-    if CAUSAL:
+    place = i % per_section * gl.num_programs(0) + _place(i)
+    if V.CAUSAL or V.WINDOW:
         head, tile = first + place % heads, place // heads
     else:
         head, tile = first + place // n_m, place % n_m
-    m = (gl.cdiv(T_q, ROWS) - (tile + 1) * (BLOCK_M // ROWS)) * ROWS
-    return place < heads * n_m, head // H, head % H, m
+    m = (gl.cdiv(sizes.T_q, ROWS) - (tile + 1) * (BLOCK_M // ROWS)) * ROWS
+    some = place < heads * n_m
+    return Tile(some, head // sizes.H, head % sizes.H, m, sizes.T_q, sizes.T_k, 0, 0, 0)
 
 
 @gluon.jit
-def _copy(buffers, sources, sizes, schedule, group, CAUSAL: gl.constexpr, PDL: gl.constexpr):
+def _tile_of_sequences(
+    i, b, passed, schedule, sizes, sequences, BLOCK_M: gl.constexpr, V: gl.constexpr
+) -> Tile:
+    """The same where each sequence has tiles of its own; sequence after sequence, from ``b`` on."""
+    place = i * gl.num_programs(0) + _place(i)
+    first_q, T_q = sequence(sequences.cu_q, b, sequences.total_q)
+    tiles = gl.cdiv(T_q, BLOCK_M) * sizes.H
+    while (place >= passed + tiles) & (b + 1 < sequences.B):
+        passed += tiles
+        b += 1
+        first_q, T_q = sequence(sequences.cu_q, b, sequences.total_q)
+        tiles = gl.cdiv(T_q, BLOCK_M) * sizes.H
+    first_k, T_k = sequence(sequences.cu_k, b, sequences.total_k)
+    if V.CAUSAL or V.WINDOW:
+        h, tile = (place - passed) % sizes.H, (place - passed) // sizes.H
+    else:
+        n_m = gl.maximum(tiles // sizes.H, 1)
+        h, tile = (place - passed) // n_m, (place - passed) % n_m
+    m = (gl.cdiv(T_q, ROWS) - (tile + 1) * (BLOCK_M // ROWS)) * ROWS
+    return Tile(place < passed + tiles, b, h, m, T_q, T_k, first_q, first_k, passed)
+
+
+@gluon.jit
+def _at(b, h, row, first, length, V: gl.constexpr):
+    """Where a descriptor has ``row`` of a head; see :func:`_rows_of_sequences` for VARLEN."""
+    if V.VARLEN:
+        return [FAR, first + length, h, FAR - length + row, 0]
+    else:
+        return [b, h, row, 0]
+
+
+@gluon.jit
+def _copy(buffers, sources, sizes, sequences, schedule, group, V: gl.constexpr, PDL: gl.constexpr):
     """The copying warp: of every tile q of each warpgroup, and key tile after key tile."""
     q_tiles, k_tiles, v_tiles, _, q_full, k_full, v_full = buffers
     q_source, k_source, v_source = sources
-    H, T_q, T_k = sizes
     STAGES: gl.constexpr = k_tiles.shape[0]
-    BLOCK_N: gl.constexpr = k_tiles.shape[3]
+    BLOCK_N: gl.constexpr = k_tiles.shape[-2]
     WARPGROUPS: gl.constexpr = q_tiles.shape[0] // Q_BUFFERS
     BLOCK_M: gl.constexpr = WARPGROUPS * ROWS
     Q_EMPTY: gl.constexpr = EMPTY + 2 * STAGES
     threads = WARPGROUPS * 128 + 32
-    follow(PDL)
+    if not V.VARLEN:
+        follow(PDL)
     tiles = 0  # that were copied, and key tiles of all of them
     step = 0
+    b, passed = 0, 0  # of the last tile's sequence
     for i in range(schedule[3]):
-        some, b, h, m = _tile(i, schedule, H, T_q, BLOCK_M, CAUSAL)
-        if some:
-            n_tiles = _key_tiles(m, BLOCK_M, T_q, T_k, CAUSAL, BLOCK_N)
-            h_kv = h // group
+        if V.VARLEN:
+            tile = _tile_of_sequences(i, b, passed, schedule, sizes, sequences, BLOCK_M, V)
+            b, passed = tile.b, tile.passed
+        else:
+            tile = _tile(i, schedule, sizes, BLOCK_M, V)
+        if tile.some:
+            keys = _keys(tile.m, BLOCK_M, tile, sizes, V, BLOCK_N)
+            h_kv = tile.h // group
             if tiles >= Q_BUFFERS:
                 await_at(Q_EMPTY + tiles % Q_BUFFERS, threads)
             for w in gl.static_range(WARPGROUPS):
                 buffer = tiles % Q_BUFFERS * WARPGROUPS + w
                 mbarrier.expect(q_full.index(buffer), q_source.block_type.nbytes)
                 # Rows before the first belong to nobody, and no copy may start there: any will do.
-                row = gl.maximum(m + w * ROWS, 0)
-                async_load(q_source, [b, h, row, 0], q_full.index(buffer), q_tiles.index(buffer))
-            for n in range(n_tiles):
+                row = gl.maximum(tile.m + w * ROWS, 0)
+                at = _at(tile.b, tile.h, row, tile.first_q, tile.T_q, V)
+                async_load(q_source, at, q_full.index(buffer), q_tiles.index(buffer))
+            for n in range(keys.begin, keys.end):
                 stage = step % STAGES
                 if step >= STAGES:
                     await_at(EMPTY + stage, threads)
+                at = _at(tile.b, h_kv, n * BLOCK_N, tile.first_k, tile.T_k, V)
                 mbarrier.expect(k_full.index(stage), k_source.block_type.nbytes)
-                async_load(
-                    k_source, [b, h_kv, n * BLOCK_N, 0], k_full.index(stage), k_tiles.index(stage)
-                )
+                async_load(k_source, at, k_full.index(stage), k_tiles.index(stage))
                 if step >= STAGES:
                     await_at(EMPTY + STAGES + stage, threads)
                 mbarrier.expect(v_full.index(stage), v_source.block_type.nbytes)
-                async_load(
-                    v_source, [b, h_kv, n * BLOCK_N, 0], v_full.index(stage), v_tiles.index(stage)
-                )
+                async_load(v_source, at, v_full.index(stage), v_tiles.index(stage))
                 step += 1
             tiles += 1
     for n in range(gl.maximum(step - STAGES, 0), step):  # every arrival is awaited
@@ -149,8 +270,8 @@ def _copy(buffers, sources, sizes, schedule, group, CAUSAL: gl.constexpr, PDL: g
 
 
 @gluon.jit
-def _masked(s, limit, BLOCK_N: gl.constexpr):
-    """``s`` where the column is less than its row's limit, -inf elsewhere.
+def _masked(s, limit, BLOCK_N: gl.constexpr, first=None):
+    """``s`` where the column is less than its row's limit, and from ``first`` on; else -inf.
 
     A thread holds two of every eight columns. With those eight as a dim of their own its columns
     are constants of the code plus one number, where a plain comparison takes 32 registers.
@@ -158,12 +279,24 @@ def _masked(s, limit, BLOCK_N: gl.constexpr):
     LAYOUT: gl.constexpr = s.type.layout
     s = s.reshape([ROWS, BLOCK_N // 8, 8])
     SPLIT: gl.constexpr = s.type.layout
+    ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, SPLIT))
     eights = gl.arange(0, BLOCK_N // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, SPLIT))) * 8
     within = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, SPLIT)))
-    limit = gl.convert_layout(limit, gl.SliceLayout(1, gl.SliceLayout(2, SPLIT)))
-    left = limit[:, None, None] - within[None, None, :]
+    left = gl.convert_layout(limit, ROW)[:, None, None] - within[None, None, :]
     s = gl.where(eights[None, :, None] < left, s, float("-inf"))
+    if first is not None:
+        left = gl.convert_layout(first, ROW)[:, None, None] - within[None, None, :]
+        s = gl.where(eights[None, :, None] >= left, s, float("-inf"))
     return gl.convert_layout(s.reshape([ROWS, BLOCK_N]), LAYOUT)
+
+
+@gluon.jit
+def _in_window(s, offs_m, n, tile, sizes, BLOCK_N: gl.constexpr):
+    """``s`` of key tile ``n`` in the window of its row, -inf elsewhere."""
+    end = tile.T_k - n * BLOCK_N
+    own = end - tile.T_q
+    limit = gl.minimum(offs_m + (own + 1 + _anew(sizes.right)), end)
+    return _masked(s, limit, BLOCK_N, offs_m + (own - _anew(sizes.left)))
 
 
 @gluon.jit
@@ -180,19 +313,43 @@ def _softmax(s, m_i, scale_log2, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def _pass_by(buffers, begin, end, WHICH: gl.constexpr):
+    """Key tiles that only other warpgroups see, by their steps."""
+    _, k_tiles, _, o_tiles, _, k_full, v_full = buffers
+    WARPGROUPS: gl.constexpr = o_tiles.shape[0]
+    STAGES: gl.constexpr = k_tiles.shape[0]
+    threads = WARPGROUPS * 128 + 32
+    for n in range(begin, end):
+        stage = n % STAGES
+        mbarrier.wait(k_full.index(stage), n // STAGES & 1)
+        await_at(TURN + WHICH, 256)
+        arrive_at(TURN + (WHICH + 1) % WARPGROUPS, 256)
+        arrive_at(EMPTY + stage, threads)
+        mbarrier.wait(v_full.index(stage), n // STAGES & 1)
+        arrive_at(EMPTY + STAGES + stage, threads)
+
+
+@gluon.jit
 def _compute(
-    buffers, results, sizes, schedule, scale_log2, WHICH: gl.constexpr, CAUSAL: gl.constexpr
+    buffers,
+    results,
+    sizes,
+    sequences,
+    schedule,
+    scales,
+    WHICH: gl.constexpr,
+    V: gl.constexpr,
 ):
     """One warpgroup: ``s = qkᵀ``, p = 2^(c(s - max s)), o = pv / Σp over the keys of every tile."""
     q_tiles, k_tiles, v_tiles, o_tiles, q_full, k_full, v_full = buffers
     o_source, lse_ptr = results
-    H, T_q, T_k = sizes
+    scale_log2, cap_scale = scales
     WARPGROUPS: gl.constexpr = o_tiles.shape[0]
     BLOCK_M: gl.constexpr = WARPGROUPS * ROWS
     threads = WARPGROUPS * 128 + 32
     STAGES: gl.constexpr = k_tiles.shape[0]
-    BLOCK_N: gl.constexpr = k_tiles.shape[3]
-    D: gl.constexpr = k_tiles.shape[4]
+    BLOCK_N: gl.constexpr = k_tiles.shape[-2]
+    D: gl.constexpr = k_tiles.shape[-1]
     DTYPE: gl.constexpr = k_tiles.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -207,40 +364,56 @@ def _compute(
         arrive_at(TURN, 256)  # the first may begin
     tiles = 0  # of this program so far, and key tiles of all of them, in the same buffers
     step = 0
+    b, passed = 0, 0  # of the last tile's sequence
     for i in range(schedule[3]):
-        some, b, h, first_row = _tile(i, schedule, H, T_q, BLOCK_M, CAUSAL)
-        if some:
-            all_tiles = _key_tiles(first_row, BLOCK_M, T_q, T_k, CAUSAL, BLOCK_N)
-            m = first_row + WHICH * ROWS
-            n_tiles = _key_tiles(m, ROWS, T_q, T_k, CAUSAL, BLOCK_N)
-            whole = _whole_key_tiles(m, T_q, T_k, CAUSAL, BLOCK_N)
+        if V.VARLEN:
+            tile = _tile_of_sequences(i, b, passed, schedule, sizes, sequences, BLOCK_M, V)
+            b, passed = tile.b, tile.passed
+        else:
+            tile = _tile(i, schedule, sizes, BLOCK_M, V)
+        if tile.some:
+            every = _keys(tile.m, BLOCK_M, tile, sizes, V, BLOCK_N)  # of all warpgroups
+            m = tile.m + WHICH * ROWS
+            keys = _keys(m, ROWS, tile, sizes, V, BLOCK_N)
             offs_m = m + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
             # Keys before this one are seen. offs_m where it says nothing keeps it in two registers.
-            limit = gl.minimum(offs_m + 1 + (T_k - T_q) if CAUSAL else offs_m + 1 + T_k, T_k)
+            limit = offs_m + 1 + (tile.T_k - tile.T_q if V.CAUSAL else tile.T_k)
+            limit = gl.minimum(limit, tile.T_k)
             acc = gl.zeros([ROWS, D], gl.float32, layout=O_LAYOUT)
             m_i = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, S_LAYOUT))
 
+            begin = step + (keys.begin - every.begin)
+            if V.WINDOW:
+                _pass_by(buffers, step, begin, WHICH)
             buffer = tiles % Q_BUFFERS * WARPGROUPS + WHICH
             q = q_tiles.index(buffer).reshape((ROWS, D))
             mbarrier.wait(q_full.index(buffer), tiles // Q_BUFFERS & 1)
-            stage = step % STAGES
-            mbarrier.wait(k_full.index(stage), step // STAGES & 1)
+            stage = begin % STAGES
+            mbarrier.wait(k_full.index(stage), begin // STAGES & 1)
             k = k_tiles.index(stage).reshape((BLOCK_N, D)).permute((1, 0))
             await_at(TURN + WHICH, 256)
             s = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
             arrive_at(TURN + NEXT, 256)
             s = warpgroup_mma_wait(0, deps=[s])
             arrive_at(EMPTY + stage, threads)
-            if whole == 0:
+            if V.SOFTCAP:
+                s = capped(s, cap_scale)
+            if V.WINDOW:
+                if _cut(keys.begin, keys.whole_begin, keys.whole_end, V):
+                    s = _in_window(s, offs_m, keys.begin, tile, sizes, BLOCK_N)
+            elif keys.whole_end == 0:
                 s = _masked(s, limit, BLOCK_N)
             p_wide, alpha, m_i, l_i = _softmax(s, m_i, scale_log2, BLOCK_N)
             p = gl.convert_layout(p_wide.to(DTYPE), P_LAYOUT)
-            limit += step * BLOCK_N  # from here on key tiles are counted from the first tile's
-            whole += step
-            last = step + n_tiles - 1
-            after = step + 1
-            mbarrier.wait(k_full.index(after % STAGES), after // STAGES & 1, pred=step < last)
-            for n in range(step + 1, last + 1):
+            # From here on key tiles are counted by their steps, which are ahead of them.
+            ahead = begin - keys.begin
+            limit += ahead * BLOCK_N
+            whole_begin = keys.whole_begin + ahead
+            whole_end = keys.whole_end + ahead
+            last = begin + (keys.end - keys.begin) - 1
+            after = begin + 1
+            mbarrier.wait(k_full.index(after % STAGES), after // STAGES & 1, pred=begin < last)
+            for n in range(begin + 1, last + 1):
                 stage = n % STAGES
                 before = (n - 1) % STAGES
                 k = k_tiles.index(stage).reshape((BLOCK_N, D)).permute((1, 0))
@@ -252,8 +425,13 @@ def _compute(
                 arrive_at(TURN + NEXT, 256)
                 s = warpgroup_mma_wait(1, deps=[s])
                 arrive_at(EMPTY + stage, threads)
-                if n >= whole:
-                    s = _masked(s, limit - n * BLOCK_N, BLOCK_N)
+                if V.SOFTCAP:
+                    s = capped(s, cap_scale)
+                if _cut(n, whole_begin, whole_end, V):
+                    if V.WINDOW:
+                        s = _in_window(s, offs_m, n - ahead, tile, sizes, BLOCK_N)
+                    else:
+                        s = _masked(s, limit - n * BLOCK_N, BLOCK_N)
                 p_wide, alpha, m_i, sums = _softmax(s, m_i, scale_log2, BLOCK_N)
                 l_i *= gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None]
                 l_i += sums
@@ -271,15 +449,9 @@ def _compute(
             acc = warpgroup_mma(p, v, acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             arrive_at(V_EMPTY + last % STAGES, threads)
-            for n in range(last + 1, step + all_tiles):  # what only other warpgroups see
-                stage = n % STAGES
-                mbarrier.wait(k_full.index(stage), n // STAGES & 1)
-                await_at(TURN + WHICH, 256)
-                arrive_at(TURN + NEXT, 256)
-                arrive_at(EMPTY + stage, threads)
-                mbarrier.wait(v_full.index(stage), n // STAGES & 1)
-                arrive_at(V_EMPTY + stage, threads)
-            step += all_tiles
+            end = step + (every.end - every.begin)
+            _pass_by(buffers, last + 1, end, WHICH)
+            step = end
             tiles += 1
 
             total = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, S_LAYOUT))
@@ -290,22 +462,32 @@ def _compute(
             o_tile.reshape((ROWS, D)).store(o.to(DTYPE))
             fence_async_shared()
             if m >= 0:
-                async_store(o_source, [b, h, m, 0], o_tile)
-            head = (b * H + h).to(gl.int64)
-            gl.store(lse_ptr + head * T_q + offs_m, lse, mask=(offs_m >= 0) & (offs_m < T_q))
+                at = _at(tile.b, tile.h, m, tile.first_q, tile.T_q, V)
+                async_store(o_source, at, o_tile)
+            if V.VARLEN:
+                lse_row = tile.h.to(gl.int64) * _anew(sequences.total_q) + tile.first_q
+            else:
+                lse_row = (tile.b * sizes.H + tile.h).to(gl.int64) * sizes.T_q
+            there = (offs_m >= 0) & (offs_m < tile.T_q)
+            gl.store(lse_ptr + lse_row + offs_m, lse, mask=there)
     store_wait(0)
     if WHICH == 0:
         await_at(TURN, 256)  # the last arrival
 
 
-@gluon.jit(do_not_specialize=["B", "H", "group", "T_q", "T_k", "section", "per_section", "rounds"])
+@gluon.jit(
+    do_not_specialize=[
+        *("B", "H", "group", "T_q", "T_k", "section", "per_section", "rounds"),
+        *("left", "right", "total_q", "total_k"),
+    ]
+)
 def _attention_forward_hopper_kernel(
-    q_source,  # descriptors of [B, H, T, D]
+    q_source,  # descriptors of [B, H, T, D], or with VARLEN of :func:`_rows_of_sequences`
     k_source,
     v_source,
-    seed_ptr,  # None, like the next two: the tensors are those of the plain kernel
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
+    seed_ptr,  # None: the tensors are those of the plain kernel
+    cu_q_ptr,  # B + 1 offsets, with VARLEN
+    cu_k_ptr,
     o_source,
     lse_ptr,
     B,
@@ -316,28 +498,33 @@ def _attention_forward_hopper_kernel(
     section,  # heads at a time
     per_section,  # rounds of a section, in each of which a program takes one query tile or none
     rounds,
-    scale_log2,  # softmax_scale * log2(e)
-    CAUSAL: gl.constexpr,
+    scale_log2,  # softmax_scale * log2(e); with SOFTCAP softcap * log2(e)
+    left,
+    right,
+    total_q,
+    total_k,
+    cap_scale,  # softmax_scale / softcap, with SOFTCAP
+    V: gl.constexpr,
     WARPGROUPS: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """One query tile of one head, ``ROWS`` queries for each warpgroup."""
+    """Query tiles of heads, ``ROWS`` queries for each warpgroup."""
     DTYPE: gl.constexpr = q_source.dtype
-    BLOCK_N: gl.constexpr = k_source.block_type.shape[2]
-    D: gl.constexpr = k_source.block_type.shape[3]
+    BLOCK_N: gl.constexpr = k_source.block_type.shape[-2]
     # A warpgroup may be this many key tiles short of another; the copies must not wait for it.
     gl.static_assert((WARPGROUPS - 1) * ROWS <= (STAGES - 1) * BLOCK_N)
     gl.static_assert(TURN + WARPGROUPS <= EMPTY)
     gl.static_assert(EMPTY + 2 * STAGES + Q_BUFFERS <= 16)
 
-    q_tiles = gl.allocate_shared_memory(
-        DTYPE, [Q_BUFFERS * WARPGROUPS, 1, 1, ROWS, D], q_source.layout
-    )
-    o_tiles = gl.allocate_shared_memory(DTYPE, [WARPGROUPS, 1, 1, ROWS, D], o_source.layout)
-    k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, D], k_source.layout)
-    v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_N, D], v_source.layout)
+    # A jit function knows no [STAGES, *k_block].
+    q_block: gl.constexpr = q_source.block_type.shape
+    k_block: gl.constexpr = k_source.block_type.shape
+    q_tiles = gl.allocate_shared_memory(DTYPE, [Q_BUFFERS * WARPGROUPS] + q_block, q_source.layout)  # noqa: RUF005
+    o_tiles = gl.allocate_shared_memory(DTYPE, [WARPGROUPS] + q_block, o_source.layout)  # noqa: RUF005
+    k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES] + k_block, k_source.layout)  # noqa: RUF005
+    v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES] + k_block, v_source.layout)  # noqa: RUF005
     q_full = gl.allocate_shared_memory(
         gl.int64, [Q_BUFFERS * WARPGROUPS, 1], mbarrier.MBarrierLayout()
     )
@@ -352,14 +539,18 @@ def _attention_forward_hopper_kernel(
     buffers = (q_tiles, k_tiles, v_tiles, o_tiles, q_full, k_full, v_full)
     sources = (q_source, k_source, v_source)
     results = (o_source, lse_ptr)
-    sizes = (H, T_q, T_k)
+    sizes = Sizes(H, T_q, T_k, left, right)
+    sequences = Sequences(B, cu_q_ptr, cu_k_ptr, total_q, total_k)
     schedule = (B * H, section, per_section, rounds)
+    scales = (scale_log2, cap_scale)
+    if V.VARLEN:  # all partitions read the offsets
+        follow(PDL)
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [
-                (_compute, (buffers, results, sizes, schedule, scale_log2, 0, CAUSAL)),
-                (_compute, (buffers, results, sizes, schedule, scale_log2, 1, CAUSAL)),
-                (_copy, (buffers, sources, sizes, schedule, group, CAUSAL, PDL)),
+                (_compute, (buffers, results, sizes, sequences, schedule, scales, 0, V)),
+                (_compute, (buffers, results, sizes, sequences, schedule, scales, 1, V)),
+                (_copy, (buffers, sources, sizes, sequences, schedule, group, V, PDL)),
             ],
             [4, 1],
             [REGISTERS, COPIER_REGISTERS],
@@ -368,65 +559,91 @@ def _attention_forward_hopper_kernel(
         gl.static_assert(WARPGROUPS == 3)
         gl.warp_specialize(
             [
-                (_compute, (buffers, results, sizes, schedule, scale_log2, 0, CAUSAL)),
-                (_compute, (buffers, results, sizes, schedule, scale_log2, 1, CAUSAL)),
-                (_compute, (buffers, results, sizes, schedule, scale_log2, 2, CAUSAL)),
-                (_copy, (buffers, sources, sizes, schedule, group, CAUSAL, PDL)),
+                (_compute, (buffers, results, sizes, sequences, schedule, scales, 0, V)),
+                (_compute, (buffers, results, sizes, sequences, schedule, scales, 1, V)),
+                (_compute, (buffers, results, sizes, sequences, schedule, scales, 2, V)),
+                (_copy, (buffers, sources, sizes, sequences, schedule, group, V, PDL)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, COPIER_REGISTERS],
         )
 
 
-def forward_plan(
-    dtype: torch.dtype,
-    q: Layout,
-    k: Layout,
-    v: Layout,
-    causal: bool,
-    softmax_scale: float | None,
-    config: LaunchConfig,
-    processors: int,
-) -> Plan:
+def forward_plan(call: Attention, config: LaunchConfig, processors: int) -> Plan:
     """The launch of ``attention_forward.py`` for operands that suit bulk copies, and o too.
 
     ``processors``: SMs of the GPU.
     """
-    B, T_q, H, D = q.shape
-    T_k, H_kv = k.shape[1:3]
-    if softmax_scale is None:
-        softmax_scale = 1 / math.sqrt(D)
-    o = Layout(q.shape, (T_q * H * D, H * D, D, 1), True)
+    if call.scores.dropout_p:
+        raise ValueError(
+            f"Hopper's forward has no dropout, got dropout_p = {call.scores.dropout_p}"
+        )
+    q, k, v = call.inputs
+    B, T_q, T_k, H, H_kv, group = call.sizes
+    D = q.shape[3]
+    total_q, total_k = q.shape[1], k.shape[1]
+    o = Layout(q.shape, (total_q * H * D, H * D, D, 1), True)
     rows = {
         0: (q, config.block_m),
         1: (k, config.block_n),
         2: (v, config.block_n),
         6: (o, config.block_m),
     }
-    n_m = triton.cdiv(T_q, config.groups * config.block_m)
-    programs = min(B * H * n_m, processors)
-    bytes_per_head = 2 * T_k * D * dtype.itemsize * H_kv // H
-    section = heads_filling_rounds(B * H, n_m, bytes_per_head, programs) if causal else B * H
-    per_section = triton.cdiv(section * n_m, programs)
-    sections, rest = divmod(B * H, section)
+    variant = Variant(call.mask.CAUSAL, call.mask.WINDOW, call.softcap, call.varlen)
+    block_m = config.groups * config.block_m
+    n_m = triton.cdiv(T_q, block_m)
+    if call.varlen:  # every sequence may have a tile that is cut
+        n_tiles = min(B * n_m, total_q // block_m + B) * H
+        programs = min(n_tiles, processors)
+        section = per_section = 0
+        rounds = triton.cdiv(n_tiles, programs)
+    else:
+        programs = min(B * H * n_m, processors)
+        bytes_per_head = 2 * T_k * D * call.dtype.itemsize * H_kv // H
+        section = B * H
+        if variant.CAUSAL or variant.WINDOW:
+            section = heads_filling_rounds(B * H, n_m, bytes_per_head, programs)
+        per_section = triton.cdiv(section * n_m, programs)
+        sections, rest = divmod(B * H, section)
+        rounds = sections * per_section + triton.cdiv(rest * n_m, programs)
     arguments = {
         "B": B,
         "H": H,
-        "group": H // H_kv,
+        "group": group,
         "T_q": T_q,
         "T_k": T_k,
         "section": section,
         "per_section": per_section,
-        "rounds": sections * per_section + triton.cdiv(rest * n_m, programs),
-        "scale_log2": softmax_scale * LOG2E.value,
-        "CAUSAL": causal,
+        "rounds": rounds,
+        "scale_log2": call.scores.scale_log2,
+        "left": call.mask.left,
+        "right": call.mask.right,
+        "total_q": total_q,
+        "total_k": total_k,
+        "cap_scale": call.scores.cap_scale,
+        "V": variant,
         "WARPGROUPS": config.groups,
         "STAGES": config.num_stages,
         "REGISTERS": REGISTERS[config.groups],
         **config.options,
     }
-    bulk = {i: swizzled(rows_in_bulk(t, n), dtype) for i, (t, n) in rows.items()}
+    in_bulk = _rows_of_sequences if call.varlen else rows_in_bulk
+    bulk = {i: swizzled(in_bulk(t, n), call.dtype) for i, (t, n) in rows.items()}
     return Plan(_attention_forward_hopper_kernel, (programs,), arguments, bulk)
+
+
+def _rows_of_sequences(t: Layout, rows: int) -> Bulk:
+    """``[1, total, H, D]`` as ``rows`` of one head of one sequence, which end where it does.
+
+    What lies behind the tensor's end is read as 0, and not written. So that this holds for each
+    sequence, rows end at FAR, and row ``i`` of one with ``n`` rows is row ``FAR - n + i``. That is
+    led back by an element ``first + n`` of another dim over the same rows, and by FAR times the
+    first dim's stride, which is ``-FAR`` rows: addresses are of 64 bits, and FAR times 2^34
+    elements of two bytes is 2^65.
+    """
+    (_, total, H, D), (_, row, head, lane) = t.shape, t.strides
+    shape = (FAR.value + 1, total + 1, H, FAR.value, D)
+    return Bulk(shape, (2**34 - row, row, head, row, lane), (1, 1, 1, rows, D))
 
 
 def heads_filling_rounds(n_heads: int, n_m: int, bytes_per_head: int, programs: int) -> int:
