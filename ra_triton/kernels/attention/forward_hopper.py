@@ -6,6 +6,8 @@ suit bulk copies, heads of 64 or 128 lanes, and no dropout:
     o[b, t, h] = Σ_j p_j v[b, j, h'] / Σ_j p_j    p_j = exp(softmax_scale * q[b, t, h]·k[b, j, h'])
     lse[b, h, t] = log Σ_j p_j                    h' = h // (H // H_kv)
 
+with the plain kernel's windows, softcap and sequences of different lengths.
+
 One warp copies, and two or three warpgroups of four warps compute 64 queries each on key tiles that
 they share. A warpgroup has two products in flight, ``q kᵀ`` of a key tile and ``p v`` of the one
 before, and takes exponentials while the second runs; the warpgroups issue products in turns, so
@@ -13,7 +15,10 @@ that the softmax of one hides behind the products of another. Overwrites nothing
 
 Grid: one program an SM, each of which takes one query tile after another (:func:`_tile`), while
 the copies run ahead into the next one. Tiles end where the queries end, so that the tile with most
-keys is full and the one with fewest is cut.
+keys is full and the one with fewest is cut. All warpgroups go by the key tiles of the whole query
+tile; one that sees none of a tile passes by (:func:`_pass_by`), with its turn. Sequences that lie
+one after the other have tiles of their own (:func:`_tile_of_sequences`), whose copies end where
+they do (:func:`_rows_of_sequences`).
 
 Full: the copying warp has filled a buffer; an mbarrier, which counts bytes. Empty: all warpgroups
 have read it; a named barrier, which costs a warp one instruction, where an mbarrier would stop its
