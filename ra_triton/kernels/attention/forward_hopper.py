@@ -158,7 +158,7 @@ def _cut(n, whole_begin, whole_end, V: gl.constexpr):
 
 @gluon.jit
 def _place(i):
-    """This program's place in round ``i``, of as many places as there are programs.
+    """This program's place among all in round ``i``.
 
     Every other round runs backwards, so that whoever had the heaviest tile of one round has the
     lightest of the next.
@@ -276,7 +276,7 @@ def _copy(buffers, sources, sizes, sequences, schedule, group, V: gl.constexpr, 
 
 @gluon.jit
 def _masked(s, limit, BLOCK_N: gl.constexpr, first=None):
-    """``s`` where the column is less than its row's limit, and from ``first`` on; else -inf.
+    """``s`` where the column is less than its row's limit, and at least its first; else -inf.
 
     A thread holds two of every eight columns. With those eight as a dim of their own its columns
     are constants of the code plus one number, where a plain comparison takes 32 registers.
@@ -287,11 +287,11 @@ def _masked(s, limit, BLOCK_N: gl.constexpr, first=None):
     ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, SPLIT))
     eights = gl.arange(0, BLOCK_N // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, SPLIT))) * 8
     within = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, SPLIT)))
-    left = gl.convert_layout(limit, ROW)[:, None, None] - within[None, None, :]
-    s = gl.where(eights[None, :, None] < left, s, float("-inf"))
+    end = gl.convert_layout(limit, ROW)[:, None, None] - within[None, None, :]
+    s = gl.where(eights[None, :, None] < end, s, float("-inf"))
     if first is not None:
-        left = gl.convert_layout(first, ROW)[:, None, None] - within[None, None, :]
-        s = gl.where(eights[None, :, None] >= left, s, float("-inf"))
+        begin = gl.convert_layout(first, ROW)[:, None, None] - within[None, None, :]
+        s = gl.where(eights[None, :, None] >= begin, s, float("-inf"))
     return gl.convert_layout(s.reshape([ROWS, BLOCK_N]), LAYOUT)
 
 
