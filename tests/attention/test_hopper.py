@@ -72,6 +72,16 @@ def test_newer_assemblers_get_tiles_of_two_groups_for_long_rows_of_64():
         assert old == new
 
 
+def test_a_softcap_gets_tiles_of_two_groups_for_long_rows_of_64():
+    for head_dim, length in ((64, 4096), (64, 1024), (128, 4096)):
+        row, capped = (
+            warp_specialised(head_dim, torch.bfloat16, "sm_90", length, True, softcap=softcap)
+            for softcap in (False, True)
+        )
+        long = (head_dim, length) == (64, 4096)
+        assert capped == (ROWS["short full 64"][1] if long else row)
+
+
 def test_its_rows_fit_the_registers_of_an_sm():
     for _, config in ROWS.values():
         # The threads of the copying warp's group, three warps of which are idle, have 24 each.

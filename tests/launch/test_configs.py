@@ -57,8 +57,9 @@ def test_each_row_is_for_some_call_and_says_why():
         for call in plain
         for operands in (unaligned, aligned, {**aligned, "cut": True})
     ]
-    lengths = itertools.product((64, 128), (256, 4096), (False, True), ((3, 6), (3, 9)))
-    of_length = [dict(zip(("D", "below", "causal", "since"), c, strict=True)) for c in lengths]
+    names = ("D", "below", "causal", "softcap", "since")
+    lengths = (64, 128), (256, 4096), (False, True), (False, True), ((3, 6), (3, 9))
+    of_length = [dict(zip(names, c, strict=True)) for c in itertools.product(*lengths)]
     for rows, some in (*((rows, calls) for rows in TABLE.values()), (SPECIALISED, of_length)):
         taken = {id(first_of(rows, call)) for call in some}
         assert [row for row in rows if id(row) not in taken] == []

@@ -594,6 +594,9 @@ TABLE: dict[str, list[tuple]] = {
      "_partial", "triton.cdiv(C, part_rows)« + with_bias →»"),
 ],
 "ra_triton/launch/configs.py": [
+    ("configs: three groups for long capped rows of 64",
+     "hopper::a_softcap_gets_tiles_of_two_groups_for_long_rows_of_64",
+     "warp_specialised", '"softcap": «softcap → False»'),
     ("configs: fusion of products and sums as Triton has it",
      "gluon::a_name_that_is_gone_is_found_by_the_compiler",
      "LaunchConfig.compiler_options", 'options["enable_fp_fusion"] = «True → False»'),
