@@ -1,4 +1,4 @@
-"""All that a GPU has to show, in one command: training, sweeps, ladder, host cost, tests, a page.
+"""All that a GPU has to show, in one command: times of layers and training, tests, and a page.
 
     python bench/gpu.py
     python bench/gpu.py --out results --commit 0123abc        # in a copy without git

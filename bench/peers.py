@@ -142,13 +142,12 @@ class OnePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """In one pass, with tiles that fit the head dim."""
+        """In one pass."""
         from ra_triton.kernels.attention.backward import attention_backward
-        from ra_triton.launch.configs import LaunchConfig
+        from ra_triton.launch.configs import ONE_PASS
 
         tensors = ctx.saved_tensors
-        D = tensors[0].shape[3]
-        config = LaunchConfig(8192 // D, 4, 2, block_n=128, use_tma=True, pdl=True, groups=2)
+        config = ONE_PASS[tensors[0].shape[3]]
         new = [torch.empty_like(t) for t in tensors[:3]]
         attention_backward(*tensors, *grads, *new, **ctx.options, config=config)
         return *new, None, None
@@ -199,6 +198,7 @@ class Peer:
         make: ``attend(q, k, v)`` of a case.
         module: what has to be installed.
         on_cpu: whether it runs there.
+        hopper: whether it is for sm_90 alone.
         windows: whether it has them.
         context: entered around each run of calls.
     """
@@ -206,6 +206,7 @@ class Peer:
     make: Callable[[Case], Attend]
     module: str | None = None
     on_cpu: bool = False
+    hopper: bool = False
     windows: bool = True
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
@@ -213,6 +214,8 @@ class Peer:
         """Why it cannot run on a device type, or None."""
         if device == "cpu" and not self.on_cpu:
             return NO_TRITON_HERE if self.module is None else "needs a CUDA device"
+        if self.hopper and torch.cuda.get_device_capability() != (9, 0):
+            return "is for Hopper (sm_90) alone"
         try:
             import_module(self.module or "ra_triton")
         except Exception as error:  # a package may break in any way where it does not fit
@@ -228,7 +231,7 @@ def _pinned(backend: SDPBackend) -> Peer:
 FA4 = "flash_attn.cute.interface"
 PEERS = {
     "ra": Peer(partial(_ra, "triton")),
-    "ra-one-pass": Peer(_one_pass),
+    "ra-one-pass": Peer(_one_pass, hopper=True),
     "ra-sdpa": Peer(partial(_ra, "sdpa"), on_cpu=True),
     "sdpa": Peer(_sdpa, module="torch", on_cpu=True, windows=False),
     "cudnn": _pinned(SDPBackend.CUDNN_ATTENTION),
@@ -238,7 +241,9 @@ PEERS = {
     "fa3": Peer(partial(_flash, "flash_attn_interface"), module="flash_attn_interface"),
     "fa2": Peer(partial(_flash, "flash_attn"), module="flash_attn"),
 }
-DEFAULT = tuple(name for name in PEERS if name not in ("ra-sdpa", "sdpa"))
+# The first has not run yet: a GPU that it stops would take the other rows along.
+NOT_BY_DEFAULT = ("ra-one-pass", "ra-sdpa", "sdpa")
+DEFAULT = tuple(name for name in PEERS if name not in NOT_BY_DEFAULT)
 
 
 @dataclass

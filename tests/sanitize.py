@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 
 import ra_triton
+from ra_triton.kernels.attention.backward import attention_backward
+from ra_triton.kernels.attention.forward import attention_forward
+from ra_triton.kernels.tiles import TRITON_VERSION
+from ra_triton.launch.configs import ONE_PASS, warp_specialised
 from ra_triton.nn import KVCache
 
 SHAPES = (  # B, T, H, H_kv, D
@@ -47,6 +51,7 @@ def main(chosen: list[int]) -> None:
                 out.float().square().sum().backward()
                 q, k, v = ra_triton.project(x, W, backend="triton", **heads)
                 cut(q, k, v, dropout_p)
+                of_hopper(q, k, v)
                 turn(q, k, W[0, :D].detach())
                 with torch.no_grad():
                     quantize(x, W, bias, "int8" if dropout_p else "none", heads)
@@ -65,6 +70,21 @@ def cut(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> None:
     most = len(q) - len(q) // 3
     flat = ra_triton.packed_attention_varlen(q, k, v, offsets, offsets, most, most, **options)
     (out.float().square().sum() + flat.float().square().sum()).backward(retain_graph=True)
+
+
+def of_hopper(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Hopper's own kernels in calls that do not take them by themselves."""
+    D = q.shape[3]
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    if not hopper or q.dtype == torch.float32 or D not in ONE_PASS:
+        return
+    q, k, v = (t.detach() for t in (q, k, v))
+    options = {"causal": True, "softmax_scale": None}
+    config = warp_specialised(D, q.dtype, "sm_90", 4096, True, TRITON_VERSION, softcap=True)
+    attention_forward(q, k, v, window_size=(33, 0), softcap=5.0, config=config, **options)
+    o, lse = attention_forward(q, k, v, **options)
+    grads = [torch.empty_like(t) for t in (q, k, v)]
+    attention_backward(q, k, v, o, lse, o, *grads, config=ONE_PASS[D], **options)
 
 
 def turn(q: Tensor, k: Tensor, weight: Tensor) -> None:

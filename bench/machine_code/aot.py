@@ -41,7 +41,7 @@ from ra_triton.kernels.projection import forward as projection
 from ra_triton.kernels.projection import int8 as projection_int8
 from ra_triton.kernels.tiles import TRITON_VERSION
 from ra_triton.launch import plans
-from ra_triton.launch.configs import LaunchConfig, warp_specialised
+from ra_triton.launch.configs import ONE_PASS, LaunchConfig, warp_specialised
 from ra_triton.weights.factors import Factors
 from ra_triton.weights.layout import Columns, RALayout
 
@@ -381,12 +381,11 @@ def _launches(target: str) -> Iterator[_Launch]:
 
 
 def _in_one_pass() -> Iterator[_Launch]:
-    """The backward that no row of the table takes yet, with each tile of its own."""
-    for D, block_m in ((64, 128), (64, 64), (128, 64)):
-        config = LaunchConfig(block_m, 4, 2, block_n=128, use_tma=True, pdl=True, groups=2)
+    """The backward that no call takes by itself yet."""
+    for D, config in ONE_PASS.items():
         for name, window in (("", (-1, 0)), (" window", (255, 0))):
             launch = partial(_attention_grad(torch.bfloat16, D), window_size=window, config=config)
-            yield _HOPPER_BACKWARD, f"bfloat16 D={D} M={block_m}{name}", launch
+            yield _HOPPER_BACKWARD, f"bfloat16 D={D}{name}", launch
 
 
 def _composing() -> Iterator[_Launch]:

@@ -65,7 +65,7 @@ class Row(NamedTuple):
     why: str
 
 
-HOLDS: dict[str, Callable[[Any, Any], bool]] = {  # of a call and a row; the others are equal
+HOLDS: dict[str, Callable[[Any, Any], bool]] = {  # a call's value and a row's; others are equal
     "D": operator.le,
     "on": lambda target, targets: target in targets.split(),
     "below": operator.lt,
@@ -87,11 +87,12 @@ def row(
 ) -> Row:
     """A row: tiles of ``m`` x ``n`` x ``k`` and the rest of a :class:`LaunchConfig`, and for what.
 
-    ``when``, all of it: ``D``, the largest head dim; ``on``, targets separated by blanks; ``fp32``;
-    ``aligned``; ``dropout``; ``cut``, aligned operands of a window or of variable lengths;
-    ``causal``; ``softcap``; ``below``, more than the length; ``since``, the first version of
-    Triton. "static": chosen from the compiled machine code: no spilled register, asynchronous
-    loads, two CTAs per SM where they fit.
+    ``when``, all of which has to hold: ``D``, a head dim of at most this; ``on``, one of these
+    targets, separated by blanks; ``fp32``, ``aligned``, ``dropout``, ``causal``, ``softcap``, the
+    same; ``cut``, whether aligned operands have a window or variable lengths; ``below``, fewer
+    queries or keys than this; ``since``, this version of Triton or a newer one. ``why``: what chose
+    the row. "static": the compiled machine code: no spilled register, asynchronous loads, two CTAs
+    per SM where they fit.
     """
     return Row(when, LaunchConfig(m, warps, stages, n, k, tma, groups=groups), why)
 
@@ -105,7 +106,7 @@ def first_of(rows: Sequence[Row], call: Mapping[str, Any]) -> Row:
     return next(row for row in rows if all(fits(*item) for item in row.when.items()))
 
 
-# "No spill" is of Triton 3.7.1. With 3.9 words lie aside outside of the hot loop: 8 or 12 bytes on
+# "No spill" is of Triton 3.7.1. With 3.9 these spill outside of the hot loop: 8 or 12 bytes on
 # sm_86 and sm_89 (query_gradient of D = 128 in 16 bits, not causal; in float32 attention_forward of
 # D = 32, not causal, and of D = 64 misaligned, key_value_gradient of D = 128 with dropout), 16 on
 # sm_120 (query_gradient of D = 128 in TF32); tiles without that cost more inside the loop. Open on
@@ -307,6 +308,13 @@ SPECIALISED = (
         why="T = 512: 110 us (138, 102), 1024: 148 us (204, 160), 2048: 249 us (314, 272), "
         "4096: 430 us (597, 515), 16384: 1692 us (2106, 1974)"),
 )
+
+# The backward for Hopper in one pass, by head dim: static. It has not run on a GPU yet, so no call
+# takes it unless it is the ``config`` of ``attention_backward``.
+ONE_PASS = {
+    D: LaunchConfig(m, 4, 2, block_n=128, use_tma=True, pdl=True, groups=2)
+    for D, m in ((64, 128), (128, 64))
+}
 
 INTERPRETER = {  # m, n, k of small tiles, so that short inputs reach every loop
     "attention_forward": (32, 16), "key_value_gradient": (16, 32), "query_gradient": (32, 16),

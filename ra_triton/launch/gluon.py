@@ -62,6 +62,14 @@ try:
         )  # fmt: skip
 
     @jit
+    def fence_async_global():  # type: ignore[no-untyped-def]
+        """What this warp has acquired comes ahead of its bulk copies to global memory."""
+        gl.inline_asm_elementwise(
+            "fence.proxy.async.global; mov.u32 $0, $1;", "=r,r", [gl.to_tensor(0)],
+            dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+    @jit
     def store_wait_written():  # type: ignore[no-untyped-def]
         """Wait until this warp's bulk stores are written, where ``store_wait`` has them read."""
         gl.inline_asm_elementwise(
@@ -88,6 +96,7 @@ __all__ = [
     "async_reduce_add",
     "async_store",
     "await_at",
+    "fence_async_global",
     "fence_async_shared",
     "gdc_launch_dependents",
     "gdc_wait",

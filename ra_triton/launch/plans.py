@@ -45,7 +45,7 @@ def planned(derive: Planner) -> Planner:
 
 
 def forget_plans() -> None:
-    """Derive every plan anew, for who has changed the config table or Triton's knobs.
+    """Derive every plan anew: for callers that have changed the config table or Triton's knobs.
 
     Recorded calls hold plans of their own: ``ra_triton.launch.recorded.forget()`` lets go of those.
     """

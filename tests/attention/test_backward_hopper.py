@@ -9,16 +9,13 @@ from gluon_interpreter import as_python, interpreted
 from gradient_budget import attention_gradient_budgets, check_gradients, exact_attention
 from strategies import DEVICE, NAN, dtypes_for, normal, quick
 
+from ra_triton.call.offsets import Offsets
 from ra_triton.kernels.attention import backward, backward_hopper
 from ra_triton.kernels.attention.arguments import mask_of
 from ra_triton.kernels.attention.forward import attention_forward
-from ra_triton.launch.configs import LaunchConfig
+from ra_triton.launch.configs import ONE_PASS
 
-CONFIGS = {
-    (D, M): LaunchConfig(M, 4, 2, block_n=128, use_tma=True, pdl=True, groups=2)
-    for D, M in ((64, 128), (64, 64), (128, 64))
-}
-configs = pytest.mark.parametrize("row", CONFIGS, ids=lambda row: f"D{row[0]}-M{row[1]}")
+heads = pytest.mark.parametrize("D", ONE_PASS)
 MASKS = {
     "causal": (True, (-1, -1)),
     "full": (False, (-1, -1)),
@@ -37,7 +34,7 @@ def three_processors(monkeypatch):
         backward._hopper_plans.cache_clear()
 
 
-def gradients(row, q, k, v, do, mask="causal", dlse=None, scale=None, *, into=None, **order):
+def gradients(D, q, k, v, do, mask="causal", dlse=None, scale=None, *, into=None, **order):
     """``{"dq": ..., ...}`` on a GPU; without one in the interpreter of Gluon, in some order."""
     causal, window_size = MASKS[mask]
     options = {"causal": causal, "softmax_scale": scale, "window_size": window_size}
@@ -45,26 +42,25 @@ def gradients(row, q, k, v, do, mask="causal", dlse=None, scale=None, *, into=No
     inputs = (q, k, v, o.to(q.dtype).contiguous(), lse.float().contiguous(), do)
     grads = into or [torch.full_like(t, NAN) for t in (q, k, v)]
     with nullcontext() if q.is_cuda else interpreted(**order):
-        backward.attention_backward(*inputs, *grads, dlse=dlse, **options, config=CONFIGS[row])
+        backward.attention_backward(*inputs, *grads, dlse=dlse, **options, config=ONE_PASS[D])
     return dict(zip(("dq", "dk", "dv"), grads, strict=True))
 
 
-def operands(row, T_q, T_k, dtype=None, B=1, H=2, H_kv=1):
+def operands(D, T_q, T_k, dtype=None, B=1, H=2, H_kv=1):
     """Views of one buffer, as the projection leaves them where ``T_q == T_k``, and dO."""
     dtype = dtype or dtypes_for("triton")[-1]
-    D, _ = row
     rows = normal(B, max(T_q, T_k), H + 2 * H_kv, D, dtype=dtype)
     q, k, v = rows.split((H, H_kv, H_kv), dim=2)
     do = normal(B, T_q, H, D, dtype=dtype, seed=1)
     return q[:, :T_q], k[:, :T_k], v[:, :T_k], do
 
 
-def check(row, q, k, v, do, mask="causal", dlse=None, scale=None, **order):
+def check(D, q, k, v, do, mask="causal", dlse=None, scale=None, **order):
     causal, window_size = MASKS[mask]
-    found = gradients(row, q, k, v, do, mask, dlse, scale, **order)
+    found = gradients(D, q, k, v, do, mask, dlse, scale, **order)
     options = {"causal": causal, "window_size": window_size, "softmax_scale": scale}
     budgets = attention_gradient_budgets(q, k, v, do, dlse, **options)
-    check_gradients(found, budgets, dtype=q.dtype, case=f"{row} {mask} {q.shape} {k.shape}")
+    check_gradients(found, budgets, dtype=q.dtype, case=f"{D} {mask} {q.shape} {k.shape}")
 
 
 CASES = [
@@ -75,70 +71,87 @@ CASES = [
 ]
 
 
-@configs
+@heads
 @pytest.mark.parametrize(("mask", "T_q", "T_k"), quick(CASES, 4))
-def test_it_computes_the_gradients(row, mask, T_q, T_k):
+def test_it_computes_the_gradients(D, mask, T_q, T_k):
     seed = T_q + T_k
-    q, k, v, do = operands(row, T_q, T_k)
-    check(row, q, k, v, do, mask, seed=seed, processors=1 + seed % 4)
+    q, k, v, do = operands(D, T_q, T_k)
+    check(D, q, k, v, do, mask, seed=seed, processors=1 + seed % 4)
 
 
-@configs
+@heads
 @pytest.mark.parametrize("mask", ["causal", "full", "both"])
-def test_several_batches_grouped_heads_and_a_gradient_of_lse(row, mask):
-    q, k, v, do = operands(row, 200, 260, torch.float16, B=2, H=4, H_kv=2)
+def test_several_batches_grouped_heads_and_a_gradient_of_lse(D, mask):
+    q, k, v, do = operands(D, 200, 260, torch.float16, B=2, H=4, H_kv=2)
     dlse = normal(2, 4, 200, seed=2)
-    check(row, q, k, v, do, mask, dlse, 0.2, seed=5, processors=4)
+    check(D, q, k, v, do, mask, dlse, 0.2, seed=5, processors=4)
 
 
-@configs
-def test_same_bits_in_whatever_order_programs_and_warps_go_on(row):
-    q, k, v, do = operands(row, 400, 400)
-    once = gradients(row, q, k, v, do)
+@heads
+def test_same_bits_in_whatever_order_programs_and_warps_go_on(D):
+    q, k, v, do = operands(D, 400, 400)
+    once = gradients(D, q, k, v, do)
     for seed, processors in ((1, 1), (2, 2), (3, 9), (4, 4)):
-        again = gradients(row, q, k, v, do, seed=seed, processors=processors)
+        again = gradients(D, q, k, v, do, seed=seed, processors=processors)
         for name, t in once.items():
             assert_bitwise(again[name], t, name)
 
 
-@configs
-def test_rows_without_keys_have_gradients_of_zero(row):
-    q, k, v, do = operands(row, 400, 70)
-    dq = gradients(row, q, k, v, do)["dq"]
+@heads
+def test_rows_without_keys_have_gradients_of_zero(D):
+    q, k, v, do = operands(D, 400, 70)
+    dq = gradients(D, q, k, v, do)["dq"]
     assert_bitwise(dq[:, :330], torch.zeros_like(dq[:, :330]))
     dlse = normal(1, 2, 400, seed=2)
     dlse[..., :330] = 0.0  # that of -inf does not count
-    check(row, q, k, v, do, dlse=dlse)
+    check(D, q, k, v, do, dlse=dlse)
 
 
-@configs
-def test_keys_without_queries_have_gradients_of_zero(row):
-    q, k, v, do = operands(row, 100, 600)
-    found = gradients(row, q, k, v, do, "own")
+@heads
+def test_keys_without_queries_have_gradients_of_zero(D):
+    q, k, v, do = operands(D, 100, 600)
+    found = gradients(D, q, k, v, do, "own")
     for name in ("dk", "dv"):
         assert_bitwise(found[name][:, :500], torch.zeros_like(found[name][:, :500]), name)
 
 
-@configs
-def test_scores_that_no_key_has_do_not_count(row):
+@heads
+def test_scores_that_no_key_has_do_not_count(D):
     """Behind the keys p would be exp(-lse), infinite here, and no number times a key of zeros."""
-    q, k, v, do = operands(row, 150, 150)
-    check(row, q.abs(), -4 * k.abs(), v, do, "full", scale=1.0)
+    q, k, v, do = operands(D, 150, 150)
+    check(D, q.abs(), -4 * k.abs(), v, do, "full", scale=1.0)
 
 
-@configs
-def test_gradients_go_into_a_buffer_of_the_projection(row):
-    D, _ = row
-    q, k, v, do = operands(row, 200, 200)
-    expected = gradients(row, q, k, v, do)
+@heads
+def test_gradients_go_into_a_buffer_of_the_projection(D):
+    q, k, v, do = operands(D, 200, 200)
+    expected = gradients(D, q, k, v, do)
     wide = torch.full((1, 260, 7, D), NAN, dtype=q.dtype, device=q.device)
     views = wide[:, 30:230].split((2, 1, 1, 3), dim=2)[:3]
-    gradients(row, q, k, v, do, into=views)
+    gradients(D, q, k, v, do, into=views)
     for name, t in zip(expected, views, strict=True):
         assert_bitwise(t, expected[name], name)
     untouched = torch.ones(wide.shape, dtype=torch.bool)
     untouched[:, 30:230, :4] = False
     assert wide[untouched.to(wide.device)].isnan().all()
+
+
+def test_calls_that_it_does_not_have_raise():
+    q, k, v, do = operands(64, 40, 40)
+    o, lse = exact_attention(q, k, v)
+    o, lse = o.to(q.dtype).contiguous(), lse.float()
+    grads = [torch.empty_like(t) for t in (q, k, v)]
+    offsets = Offsets(*[torch.tensor([0, 40], dtype=torch.int32, device=DEVICE)] * 2, 40, 40)
+    options = {"causal": True, "softmax_scale": None, "config": ONE_PASS[64]}
+    seed = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    for other in ({"dropout_p": 0.1, "seed": seed}, {"softcap": 3.0}, {"offsets": offsets}):
+        with pytest.raises(ValueError, match="neither dropout, softcap nor variable lengths"):
+            backward.attention_backward(q, k, v, o, lse, do, *grads, **options, **other)
+    with pytest.raises(ValueError, match="computes all of dq, dk and dv"):
+        backward.attention_backward(q, k, v, o, lse, do, None, *grads[1:], **options)
+    unaligned = torch.empty(k.numel() + 1, dtype=k.dtype, device=DEVICE)[1:].view(k.shape)
+    with pytest.raises(ValueError, match="suit bulk copies"):
+        backward.attention_backward(q, k, v, o, lse, do, grads[0], unaligned, grads[2], **options)
 
 
 # Turns
@@ -184,24 +197,24 @@ def test_turns_count_the_programs_that_add_to_a_tile(mask, T_q, T_k):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 127, 128, 129, 255, 257, 640, 1000])
-@configs
+@heads
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_lengths_around_tile_boundaries(row, T, mask, dtype):
-    q, k, v, do = operands(row, T, T, dtype, B=2, H=4, H_kv=2)
-    check(row, q, k, v, do, mask, normal(2, 4, T, seed=2), 0.2)
+def test_lengths_around_tile_boundaries(D, T, mask, dtype):
+    q, k, v, do = operands(D, T, T, dtype, B=2, H=4, H_kv=2)
+    check(D, q, k, v, do, mask, normal(2, 4, T, seed=2), 0.2)
 
 
-def many_programs(row, mask="causal", times=1):
+def many_programs(D, mask="causal", times=1):
     """Far more programs than run at once; each time the gradients of the first time."""
-    q, k, v, do = operands(row, 2048, 2048, B=4, H=16, H_kv=16)
+    q, k, v, do = operands(D, 2048, 2048, B=4, H=16, H_kv=16)
     causal, window_size = MASKS[mask]
     options = {"causal": causal, "softmax_scale": None, "window_size": window_size}
     o, lse = attention_forward(q, k, v, **options)
     first = None
     for _ in range(times):
         grads = [torch.full_like(t, NAN) for t in (q, k, v)]
-        backward.attention_backward(q, k, v, o, lse, do, *grads, **options, config=CONFIGS[row])
+        backward.attention_backward(q, k, v, o, lse, do, *grads, **options, config=ONE_PASS[D])
         first = first or grads
         for t, expected in zip(grads, first, strict=True):
             assert torch.equal(t, expected)
@@ -209,30 +222,30 @@ def many_programs(row, mask="causal", times=1):
 
 
 @pytest.mark.gpu
-@configs
+@heads
 @pytest.mark.parametrize("mask", ["causal", "full", "both"])
-def test_the_same_bits_five_hundred_times(row, mask):
-    many_programs(row, mask, 500)
+def test_the_same_bits_five_hundred_times(D, mask):
+    many_programs(D, mask, 500)
 
 
 @pytest.mark.gpu
-@configs
+@heads
 @pytest.mark.parametrize("mask", ["causal", "full", "both"])
-def test_heads_of_many_are_those_of_one(row, mask):
-    (q, k, v, do), grads = many_programs(row, mask)
+def test_heads_of_many_are_those_of_one(D, mask):
+    (q, k, v, do), grads = many_programs(D, mask)
     for b, h in ((0, 0), (2, 7), (3, 15)):
         one = [t[b : b + 1, :, h : h + 1] for t in (q, k, v, do)]
-        check(row, *one, mask)
-        for t, alone in zip(grads, gradients(row, *one, mask).values(), strict=True):
+        check(D, *one, mask)
+        for t, alone in zip(grads, gradients(D, *one, mask).values(), strict=True):
             assert_bitwise(t[b : b + 1, :, h : h + 1], alone)
 
 
 @pytest.mark.gpu
-@configs
+@heads
 @pytest.mark.parametrize("mask", ["causal", "full"])
-def test_it_ends_while_another_stream_takes_the_processors(row, mask):
-    """Programs wait for such as have begun before them, however few find room."""
-    _, expected = many_programs(row, mask)
+def test_it_ends_while_another_stream_takes_the_processors(D, mask):
+    """A program waits only for keys that were handed out before its own, however few run."""
+    _, expected = many_programs(D, mask)
     a = torch.randn(8192, 8192, dtype=torch.bfloat16, device=DEVICE)
     other = torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -240,7 +253,7 @@ def test_it_ends_while_another_stream_takes_the_processors(row, mask):
         with torch.cuda.stream(other):
             for _ in range(20):
                 a @ a
-        _, grads = many_programs(row, mask)
+        _, grads = many_programs(D, mask)
         for t, quiet in zip(grads, expected, strict=True):
             assert torch.equal(t, quiet)
     torch.cuda.synchronize()

@@ -219,7 +219,7 @@ from bench.machine_code.aot import shipped
 from bench.machine_code.sass import Program
 
 found = {}
-for kernel in shipped("sm_90", only="attention_forward_hopper .* causal=True"):
+for kernel in shipped("sm_90", only="attention_forward_hopper .*(causal=True|varlen)"):
     loop, steps = Program(kernel.sass).hot_loop(), []
     for i in loop.body:
         if i.opcode.startswith("WARPGROUP.DEPBAR"):
@@ -229,8 +229,8 @@ for kernel in shipped("sm_90", only="attention_forward_hopper .* causal=True"):
         elif i.opcode == "MUFU.EX2":
             steps.append(["exp2", 1])
     ptx = kernel.kernel.asm["ptx"]
-    copy = re.search(r"cp[.]async[.]bulk[.]tensor\\S*complete_tx", ptx).start()
-    early = 0 <= ptx.find("griddepcontrol.wait") < copy
+    first = re.search(r"ld[.]global|cp[.]async[.]bulk[.]tensor\\S*complete_tx", ptx).start()
+    early = 0 <= ptx.find("griddepcontrol.wait") < first
     found[kernel.label] = {"steps": steps, "waits_first": early}
 print(json.dumps(found))
 """

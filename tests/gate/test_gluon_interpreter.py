@@ -314,7 +314,7 @@ def test_programs_wait_for_each_other_through_memory():
         assert in_turns(seed=seed, processors=1 + seed % 5) == [0, 1, 2, 3, 4, 4]
 
 
-def test_who_spins_for_ever_is_named():
+def test_a_livelock_names_the_programs_that_spin():
     for seed in SEEDS:
         with pytest.raises(
             Deadlock, match=r"program 0, _in_turns_kernel spins; program 1, .* spins"

@@ -360,6 +360,7 @@ ASSEMBLY: dict[str, Callable[..., Any]] = {
     "bar.sync": _bar_sync,
     "cp.async.bulk.wait_group 0": _written,
     "mov.u32 $0, 0": lambda *_: integer(0),
+    "fence.proxy.async.global": lambda *_: integer(0),
 }
 
 

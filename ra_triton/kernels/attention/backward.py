@@ -371,8 +371,12 @@ def attention_backward(
     ``q [B, T_q, H, D]``, ``k, v [B, T_k, H_kv, D]``; ``o``, contiguous, and ``lse [B, H, T_q]``
     from the forward; ``do`` like o and ``dlse`` like lse in any layout. dq, dk and dv have the
     shapes of q, k and v and unit last stride. Options, seed and offsets are the forward's.
-    ``config`` replaces the table's for both gradient kernels; one with two groups is that of
-    Hopper's own kernel, ``backward_hopper.py``, which has no row in the table before it is timed.
+    ``config`` replaces the table's for both gradient kernels; one of ``configs.ONE_PASS`` is that
+    of Hopper's own kernel, ``backward_hopper.py``.
+
+    Raises:
+        ValueError: a config of ``ONE_PASS`` where one of dq, dk and dv is None, or for a call that
+            the kernel does not have.
     """
     if q.numel() == 0 or k.numel() == 0:
         for t in (dq, dk, dv):
@@ -388,13 +392,12 @@ def attention_backward(
     scores = (softmax_scale, float(softcap), float(dropout_p), dot_precision(dtype))
     options = (sequences, causal, window_size, *scores, target, config)
     if config is not None and config.groups > 1:
-        from ra_triton.kernels.attention.backward_hopper import attention_backward_hopper
-
         if dq is None or dk is None or dv is None:
             raise ValueError("one pass computes all of dq, dk and dv")
-        gradients, others = (layout_of(dq), layout_of(dk), layout_of(dv)), on_16_bytes(o, lse, dlse)
+        gradients = (layout_of(dq), layout_of(dk), layout_of(dv))
+        others = on_16_bytes(o, lse, dlse)
         plans = _hopper_plans(device, dtype, operands, gradients, others, *options)
-        attention_backward_hopper(plans, q, k, v, o, lse, do, dlse, dq, dk, dv)
+        plans(q, k, v, o, lse, do, dlse, dq, dk, dv)
         return
     delta = torch.empty_like(lse)
     if dq is not None or dk is not None:

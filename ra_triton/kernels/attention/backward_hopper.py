@@ -7,7 +7,7 @@ are computed once for all three gradients, five products instead of seven:
     p = exp(softmax_scale * qkᵀ - lse)    ds = p (do vᵀ - delta)    delta = Σ_d o do - dlse
     dv = pᵀ do    dk = c dsᵀ q    dq = c ds k    c = softmax_scale
 
-Three launches. The first writes delta, and lse in powers of 2, both in whole tiles. The second has
+Three launches. The first writes delta and ``lse log2(e)``, padded to whole tiles. The second has
 one program an SM, each of which takes 128 keys of a key/value head after another, and goes with
 them through the queries of the group of heads. Two warpgroups compute, 64 keys each; one warp
 copies; one warp adds tiles of dq to a workspace in float32. Scores are transposed, so that pᵀ and
@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ra_triton.kernels.attention.arguments import Attention, heads_per_section, rows_in_bulk
-from ra_triton.kernels.tiles import LN2, LOG2E, follow, row_at, strides_of
+from ra_triton.kernels.tiles import LN2, LOG2E, follow, is_aligned, row_at, strides_of
 from ra_triton.launch import gluon
 from ra_triton.launch.configs import LaunchConfig, launch_config
 from ra_triton.launch.gluon import (
@@ -44,6 +44,7 @@ from ra_triton.launch.gluon import (
     async_reduce_add,
     async_store,
     await_at,
+    fence_async_global,
     fence_async_shared,
     gl,
     mbarrier,
@@ -66,20 +67,20 @@ COMPUTING = gl.constexpr(256)  # threads
 COMPUTING_AND_WARP = gl.constexpr(256 + 32)
 ONE_GROUP_AND_WARP = gl.constexpr(128 + 32)
 TWO_WARPS = gl.constexpr(64)
-# Named barriers: those before are Triton's, and there are 16.
+# Named barriers: the hardware has 16, and Triton uses those below 5.
 EMPTY = gl.constexpr(5)  # one for each stage of q and do
 DS_READY = gl.constexpr(7)
 DQ_FULL = gl.constexpr(8)  # one for each warpgroup, as the next
 DQ_EMPTY = gl.constexpr(10)
 RESULTS_READY = gl.constexpr(12)
-WORK = gl.constexpr(13)  # there is some, for those that compute
-WORK_TO_ADD = gl.constexpr(14)  # and for the one that adds
-WORK_READ = gl.constexpr(15)  # by the one that adds
+WORK = gl.constexpr(13)  # is written: for the warpgroups
+WORK_TO_ADD = gl.constexpr(14)  # the same, for the adding warp
+WORK_READ = gl.constexpr(15)  # by the adding warp
 # What the copying warp writes into Buffers.work, for the others to read:
 TICKET = gl.constexpr(0)
 STEPS = gl.constexpr(1)  # tiles of queries of the group of heads; -1 at the end
-COLUMN = gl.constexpr(2)  # from which on the first key is seen, in the first tile of a head
-LAST_COLUMN = gl.constexpr(3)  # and in the last one
+COLUMN = gl.constexpr(2)  # of a head's first tile from which the first key is seen; may be < 0
+LAST_COLUMN = gl.constexpr(3)  # the same of its last tile
 KEYS_LEFT = gl.constexpr(4)  # from the first on
 K_PHASE = gl.constexpr(5)  # of the mbarrier of k and v
 
@@ -126,7 +127,7 @@ class Queries(NamedTuple):
     end: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _delta_and_lse_kernel(
     o_ptr,  # contiguous [B, T, H, D]
     do_ptr,
@@ -144,9 +145,9 @@ def _delta_and_lse_kernel(
     BLOCK_M: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``delta = Σ_d o do - dlse`` and lse in powers of 2; the first ticket, and all turns, 0.
+    """``delta = Σ_d o do - dlse`` and ``lse log2(e)``; the counter of tickets and all turns are 0.
 
-    A row behind the queries, for which copies bring zeros, gets any finite number.
+    Rows behind the queries get 0: any number would do, because copies fill their q and do with 0.
     """
     follow(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -218,7 +219,7 @@ def _place(ticket, n_heads, section, sizes) -> Place:
 
 @gluon.jit
 def _queries(n, sizes, BLOCK_M: gl.constexpr) -> Queries:
-    """The tiles of queries of key tile ``n``."""
+    """The tiles of queries that see any key of tile ``n``; none if ``end <= begin``."""
     own = sizes.T_k - sizes.T_q  # the key of query 0
     first = n * KEYS
     end = gl.minimum(first + KEYS, sizes.T_k)
@@ -238,12 +239,14 @@ def _turn(m, n, sizes, BLOCK_M: gl.constexpr):
 
 @gluon.jit
 def _write(work, i: gl.constexpr, value):
+    """``work[i] = value``, by one warp."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     work.index(i).store(gl.full([1], value, gl.int32, LAYOUT))
 
 
 @gluon.jit
 def _read(work, i: gl.constexpr, WARPS: gl.constexpr):
+    """``work[i]`` as a scalar, by ``WARPS`` warps."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     return gl.sum(work.index(i).load(LAYOUT), 0)
 
@@ -335,6 +338,7 @@ def _add(buffers, dq_source, turns_ptr, tickets, n_heads, section, sizes):
                 done = gl.atomic_add(head_turns + m, 0, sem="acquire")
                 while done != turn:
                     done = gl.atomic_add(head_turns + m, 0, sem="acquire")
+                fence_async_global()
                 for w in gl.static_range(2):
                     await_at(DQ_FULL + w, ONE_GROUP_AND_WARP)
                     at = [place.b, h, m * BLOCK_M + w * ROWS_APART, w * LANES_APART]
@@ -353,7 +357,7 @@ def _add(buffers, dq_source, turns_ptr, tickets, n_heads, section, sizes):
 
 @gluon.jit
 def _seen(p, first, limit, WINDOW: gl.constexpr, BLOCK_M: gl.constexpr):
-    """``p`` where the column is at least its row's ``first``, and less than ``limit``; else 0.
+    """``p [64, BLOCK_M]`` where ``first <= column < limit``, both ``[64]``; 0 elsewhere.
 
     A thread holds two of every eight columns. With those eight as a dim of their own its columns
     are constants of the code plus one number, where a plain comparison takes 32 registers.
@@ -426,7 +430,7 @@ def _compute(
             cut = (column > 1 - HALF) | (keys < HALF)
             if WINDOW:
                 cut = cut | (column + width < BLOCK_M)
-            if cut:  # computed inside, from what no register holds outside: few tiles come this way
+            if cut:  # bounds are computed here, so that no register holds them for most tiles
                 rows_n = gl.arange(0, HALF, layout=gl.SliceLayout(1, S_LAYOUT)) + zero
                 first = gl.where(rows_n < keys, rows_n + column, BLOCK_M)
                 p = _seen(p, first, rows_n + (column + width), WINDOW, BLOCK_M)
@@ -437,8 +441,8 @@ def _compute(
             else:
                 dp = warpgroup_mma_wait(1, deps=[dp])
             ds = (p * (dp - rows.slice(1, 1, 0).load(S_LAYOUT))).to(DTYPE)
-            # Queries are rows in shared memory, so that addresses of the last stores differ from
-            # these, and are not kept in registers all along.
+            # [queries, keys]: with keys as rows, these stores would have the addresses of those of
+            # dk and dv below, and the compiler would keep them in registers throughout.
             ds_tile = buffers.ds.index(step % 2)
             ds_tile.slice(WHICH * HALF, HALF, 1).permute((1, 0)).store(ds)
             fence_async_shared()
@@ -464,7 +468,7 @@ def _compute(
             arrive_at(EMPTY + stage, COMPUTING_AND_WARP)
             column = gl.where(column == last_column, first_column, column + BLOCK_M)
         begin = end
-        await_at(DS_READY, COMPUTING)  # both have read k, whose place takes dk, as v's takes dv
+        await_at(DS_READY, COMPUTING)  # both have read k; its buffer takes dk, and v's takes dv
         zero = opaque_zero()
         k = buffers.k.index(zero).reshape((KEYS, D)).slice(WHICH * HALF, HALF, 0)
         k.store((dk * (scale_log2 * LN2)).to(DTYPE))
@@ -482,7 +486,7 @@ def _attention_backward_hopper_kernel(
     k_source,
     v_source,
     do_source,
-    rows_source,  # descriptor of fp32 [B * H, 2, whole tiles]: lse in powers of 2, delta
+    rows_source,  # descriptor of fp32 [B * H, 2, whole tiles]: lse log2(e), delta
     dq_source,  # descriptor of an fp32 workspace [B, H, T_q, D]
     dk_source,
     dv_source,
@@ -552,6 +556,34 @@ class Plans(NamedTuple):
     one_pass: Plan  # on (q, k, v, do, rows, sums, dk, dv, turns)
     rounding: Plan  # on (sums, dq)
 
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        lse: Tensor,
+        do: Tensor,
+        dlse: Tensor | None,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+    ) -> None:
+        """Write dq, dk and dv.
+
+        Allocates ``4 B T_q H D`` bytes of sums, and of the queries in whole tiles 8 bytes for each
+        row and 4 for each tile.
+        """
+        bulk, device = self.one_pass.bulk, q.device
+        rows, sums = (
+            torch.empty(bulk[i].shape, dtype=torch.float32, device=device) for i in (4, 5)
+        )
+        tiles = rows[:, 0].numel() // bulk[4].block[2]
+        turns = torch.empty(1 + tiles, dtype=torch.int32, device=device)
+        self.rows(o, do, lse, dlse, rows, turns)
+        self.one_pass(q, k, v, do, rows, sums, dk, dv, turns)
+        self.rounding(sums, dq)
+
 
 def backward_plans(
     call: Attention,
@@ -560,9 +592,21 @@ def backward_plans(
     target: str,
     processors: int,
 ) -> Plans:
-    """The launches for operands and ``(dq, dk, dv)`` that suit bulk copies, on so many SMs."""
+    """The launches for operands and ``(dq, dk, dv)`` that suit bulk copies, on so many SMs.
+
+    Raises:
+        ValueError: dropout, a softcap, sequences of different lengths, or memory that does not suit
+            bulk copies.
+    """
     (q, k, v, do), (dq, dk, dv) = call.inputs, gradients
     (B, T_q, T_k, H, H_kv, group), D, dtype = call.sizes, q.shape[3], call.dtype
+    if call.scores.dropout_p or call.softcap or call.varlen:
+        raise ValueError(
+            "Hopper's backward has neither dropout, softcap nor variable lengths, got dropout_p = "
+            f"{call.scores.dropout_p}, softcap: {call.softcap}, variable lengths: {call.varlen}"
+        )
+    if not call.aligned or not all(is_aligned(t, dtype) for t in (dk, dv)):
+        raise ValueError("Hopper's backward takes q, k, v, do, dk and dv that suit bulk copies")
     M, options = config.block_m, config.options
     tiles = triton.cdiv(T_q, M)
     whole = tiles * M
@@ -608,26 +652,3 @@ def backward_plans(
     of_sums["softmax_scale"] = call.scores.scale_log2 * LN2.value
     rounding = Plan(_round_dq_kernel, (triton.cdiv(n_rows, by_row.block_m),), of_sums | row)
     return Plans(rows, one_pass, rounding)
-
-
-def attention_backward_hopper(
-    plans: Plans,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    do: Tensor,
-    dlse: Tensor | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-) -> None:
-    """Write dq, dk and dv, by way of a workspace of ``4 B T_q H D`` bytes and some for each row."""
-    bulk, device = plans.one_pass.bulk, q.device
-    rows, sums = (torch.empty(bulk[i].shape, dtype=torch.float32, device=device) for i in (4, 5))
-    tiles = rows[:, 0].numel() // bulk[4].block[2]
-    turns = torch.empty(1 + tiles, dtype=torch.int32, device=device)
-    plans.rows(o, do, lse, dlse, rows, turns)
-    plans.one_pass(q, k, v, do, rows, sums, dk, dv, turns)
-    plans.rounding(sums, dq)

@@ -142,7 +142,7 @@ def _decode_kernel(
         # A row that has seen no key yet has m = -inf, and -inf - -inf is NaN.
         m_known = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = tl.exp2(s * scores.scale_log2 - (m_known * scores.scale_log2)[:, None])
-        alpha = tl.exp2((m_i - m_known) * scores.scale_log2)  # see attention_forward.py
+        alpha = tl.exp2((m_i - m_known) * scores.scale_log2)  # see forward.py
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         v = load_rows(v_ptr, b, h_kv, n, length, strides.v.t, V.BLOCK_N, True, V)

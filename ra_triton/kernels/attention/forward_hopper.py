@@ -1,6 +1,6 @@
 """Flash attention forward on Hopper (sm_90), with one job for each group of warps.
 
-What ``attention_forward.py`` computes, whose kernel is its specification, for 16-bit operands that
+What ``forward.py`` computes, whose kernel is its specification, for 16-bit operands that
 suit bulk copies, heads of 64 or 128 lanes, and no dropout:
 
     o[b, t, h] = Σ_j p_j v[b, j, h'] / Σ_j p_j    p_j = exp(softmax_scale * q[b, t, h]·k[b, j, h'])
@@ -15,10 +15,10 @@ that the softmax of one hides behind the products of another. Overwrites nothing
 
 Grid: one program an SM, each of which takes one query tile after another (:func:`_tile`), while
 the copies run ahead into the next one. Tiles end where the queries end, so that the tile with most
-keys is full and the one with fewest is cut. All warpgroups go by the key tiles of the whole query
-tile; one that sees none of a tile passes by (:func:`_pass_by`), with its turn. Sequences that lie
-one after the other have tiles of their own (:func:`_tile_of_sequences`), whose copies end where
-they do (:func:`_rows_of_sequences`).
+keys is full and the one with fewest is cut. All warpgroups go through the key tiles of the whole
+query tile; one whose queries see none of a key tile skips it, but takes its turn (:func:`_skip`).
+With VARLEN each sequence has tiles of its own (:func:`_tile_of_sequences`), and copies are cut
+where it ends (:func:`_rows_of_sequences`).
 
 Full: the copying warp has filled a buffer; an mbarrier, which counts bytes. Empty: all warpgroups
 have read it; a named barrier, which costs a warp one instruction, where an mbarrier would stop its
@@ -57,7 +57,7 @@ Q_BUFFERS = gl.constexpr(2)  # of every warpgroup: for a tile and the next
 # Named barriers: those before are Triton's, and there are 16.
 TURN = gl.constexpr(5)  # one for each warpgroup
 EMPTY = gl.constexpr(8)  # one for each buffer of k, then of v, then one for each of Q_BUFFERS
-FAR = gl.constexpr(2**30)  # more tokens than there are
+FAR = gl.constexpr(2**30)  # more tokens than there are; see _rows_of_sequences
 SECTION_BYTES = 17 * 2**20  # of k and v: what stays in L2 while all SMs read it
 SECTION_ROUNDS = 4  # more would be no better balanced
 
@@ -108,8 +108,8 @@ class Tile(NamedTuple):
 class Keys(NamedTuple):
     """Tiles of keys for a number of queries.
 
-    ``begin ... end``, at least one, are seen by any of the queries, and of those ``whole_begin ...
-    whole_end`` as a whole by all of them.
+    ``begin ... end``: those that any of the queries sees, at least one. ``whole_begin ...
+    whole_end``: those of them that every query sees in full.
     """
 
     begin: Any
@@ -120,10 +120,10 @@ class Keys(NamedTuple):
 
 @gluon.jit
 def _anew(x):
-    """``x``, in a way that what depends on it alone is computed where it is used.
+    """``x``, opaque to the compiler, so that what depends on it is computed where it is used.
 
-    Else that is computed as a program begins, and has to stay in the 24 registers that a thread of
-    every warp but the first four has until its job begins, or is spilled.
+    Otherwise that is computed as the program begins, and held in the 24 registers that a thread of
+    a worker warp has until its job begins, or spilled.
     """
     return x | opaque_zero()
 
@@ -160,8 +160,8 @@ def _cut(n, whole_begin, whole_end, V: gl.constexpr):
 def _place(i):
     """This program's place among all in round ``i``.
 
-    Every other round runs backwards, so that whoever had the heaviest tile of one round has the
-    lightest of the next.
+    Every other round runs backwards, so that the program with the heaviest tile of one round gets
+    the lightest of the next.
     """
     p = gl.program_id(0)
     return gl.where(i % 2 == 0, p, gl.num_programs(0) - 1 - p)
@@ -192,7 +192,10 @@ def _tile(i, schedule, sizes, BLOCK_M: gl.constexpr, V: gl.constexpr) -> Tile:
 def _tile_of_sequences(
     i, b, passed, schedule, sizes, sequences, BLOCK_M: gl.constexpr, V: gl.constexpr
 ) -> Tile:
-    """The same where each sequence has tiles of its own; sequence after sequence, from ``b`` on."""
+    """:func:`_tile` with VARLEN: tiles are numbered sequence after sequence.
+
+    ``b`` and ``passed`` are those of this program's tile before, from which the search goes on.
+    """
     place = i * gl.num_programs(0) + _place(i)
     first_q, T_q = sequence(sequences.cu_q, b, sequences.total_q)
     tiles = gl.cdiv(T_q, BLOCK_M) * sizes.H
@@ -213,7 +216,7 @@ def _tile_of_sequences(
 
 @gluon.jit
 def _at(b, h, row, first, length, V: gl.constexpr):
-    """Where a descriptor has ``row`` of a head; see :func:`_rows_of_sequences` for VARLEN."""
+    """Coordinates of ``row`` of a head; VARLEN has descriptors of :func:`_rows_of_sequences`."""
     if V.VARLEN:
         return [FAR, first + length, h, FAR - length + row, 0]
     else:
@@ -250,7 +253,8 @@ def _copy(buffers, sources, sizes, sequences, schedule, group, V: gl.constexpr, 
             for w in gl.static_range(WARPGROUPS):
                 buffer = tiles % Q_BUFFERS * WARPGROUPS + w
                 mbarrier.expect(q_full.index(buffer), q_source.block_type.nbytes)
-                # Rows before the first belong to nobody, and no copy may start there: any will do.
+                # Rows before the first do not exist, and no copy may start there: row 0 comes in
+                # their place, and its results are not stored.
                 row = gl.maximum(tile.m + w * ROWS, 0)
                 at = _at(tile.b, tile.h, row, tile.first_q, tile.T_q, V)
                 async_load(q_source, at, q_full.index(buffer), q_tiles.index(buffer))
@@ -318,8 +322,8 @@ def _softmax(s, m_i, scale_log2, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def _pass_by(buffers, begin, end, WHICH: gl.constexpr):
-    """Key tiles that only other warpgroups see, by their steps."""
+def _skip(buffers, begin, end, WHICH: gl.constexpr):
+    """Take the turns of key tiles that only other warpgroups need, by their steps; free buffers."""
     _, k_tiles, _, o_tiles, _, k_full, v_full = buffers
     WARPGROUPS: gl.constexpr = o_tiles.shape[0]
     STAGES: gl.constexpr = k_tiles.shape[0]
@@ -389,7 +393,7 @@ def _compute(
 
             begin = step + (keys.begin - every.begin)
             if V.WINDOW:
-                _pass_by(buffers, step, begin, WHICH)
+                _skip(buffers, step, begin, WHICH)
             buffer = tiles % Q_BUFFERS * WARPGROUPS + WHICH
             q = q_tiles.index(buffer).reshape((ROWS, D))
             mbarrier.wait(q_full.index(buffer), tiles // Q_BUFFERS & 1)
@@ -455,7 +459,7 @@ def _compute(
             acc = warpgroup_mma_wait(0, deps=[acc])
             arrive_at(V_EMPTY + last % STAGES, threads)
             end = step + (every.end - every.begin)
-            _pass_by(buffers, last + 1, end, WHICH)
+            _skip(buffers, last + 1, end, WHICH)
             step = end
             tiles += 1
 
@@ -575,7 +579,7 @@ def _attention_forward_hopper_kernel(
 
 
 def forward_plan(call: Attention, config: LaunchConfig, processors: int) -> Plan:
-    """The launch of ``attention_forward.py`` for operands that suit bulk copies, and o too.
+    """The launch of ``forward.py``'s function for operands that suit bulk copies, and o too.
 
     ``processors``: SMs of the GPU.
     """
@@ -640,11 +644,11 @@ def forward_plan(call: Attention, config: LaunchConfig, processors: int) -> Plan
 def _rows_of_sequences(t: Layout, rows: int) -> Bulk:
     """``[1, total, H, D]`` as ``rows`` of one head of one sequence, which end where it does.
 
-    What lies behind the tensor's end is read as 0, and not written. So that this holds for each
-    sequence, rows end at FAR, and row ``i`` of one with ``n`` rows is row ``FAR - n + i``. That is
-    led back by an element ``first + n`` of another dim over the same rows, and by FAR times the
-    first dim's stride, which is ``-FAR`` rows: addresses are of 64 bits, and FAR times 2^34
-    elements of two bytes is 2^65.
+    A copy is cut at the end of a dim. Row ``i`` of a sequence of ``n`` rows from ``first`` on is
+    ``[FAR, first + n, h, FAR - n + i, 0]``: the fourth dim ends with the sequence's last row. The
+    two dims of rows lead to row ``FAR + first + i``, and index FAR of the first dim, whose stride
+    is ``2^34 - row`` elements, takes FAR rows off again: FAR times 2^34 elements of two bytes are
+    2^65 bytes, which is 0 in addresses of 64 bits. After Triton's ``tools/ragged_tma.py``.
     """
     (_, total, H, D), (_, row, head, lane) = t.shape, t.strides
     shape = (FAR.value + 1, total + 1, H, FAR.value, D)
