@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
-TEST_TIME := 6 and a half minutes on two cores without a GPU
-TEST_ALL_TIME := 24 minutes on two cores without a GPU
+TEST_TIME := 7 and a half minutes on two cores without a GPU
+TEST_ALL_TIME := half an hour on two cores without a GPU
 
 .PHONY: sweep test test-all matrix gpu ladder study generate static mutants lint types clean
 

@@ -135,6 +135,7 @@ def test_layers_are_timed_compiled_or_not_in_both_precisions(short_stack, tmp_pa
         assert (row["extra_us"] == 0) == (row["provider"] == "plain")
 
 
+@pytest.mark.slow
 def test_layers_see_the_precision_that_their_row_names(short_stack, monkeypatch):
     seen = {}
 

@@ -210,6 +210,7 @@ def test_what_is_no_number_fails():
 # Rows
 
 
+@pytest.mark.slow
 def test_every_attention_has_a_row_in_each_mode(tmp_path, capsys):
     file = tmp_path / "train.json"
     assert train_speed.main([*FAST, "--mode", "eager", "compile", "--json", str(file)]) == 0
@@ -275,7 +276,8 @@ def test_a_wrong_model_gets_no_time_and_the_others_do(monkeypatch, capsys):
         (RuntimeError("it broke\nbadly"), "error", "RuntimeError: it broke"),
     ],
 )
-@pytest.mark.parametrize("calls", [pytest.param(0, marks=pytest.mark.slow), 15])
+@pytest.mark.slow
+@pytest.mark.parametrize("calls", [0, 15])
 def test_a_model_that_breaks_takes_no_other_with_it(calls, error, status, note, monkeypatch):
     """While it is built, or while it is timed."""
 
