@@ -38,11 +38,10 @@ from bench.harness.report import (
     ERROR,
     FAILED_GATE,
     SKIPPED,
-    aligned,
     environment,
     header,
+    in_blocks,
     number,
-    remark,
     times,
     write_json,
 )
@@ -311,13 +310,7 @@ def table(rows: Sequence[DecodeRow]) -> str:
         ]
         for row in rows
     ]
-    title, *body = aligned([titles, *cells])
-    lines = [title]
-    for i, row in enumerate(rows):
-        if i and (row.B, row.length) != (rows[i - 1].B, rows[i - 1].length):
-            lines.append("")
-        lines.append(f"{body[i]}  {remark(row.status, row.note)}".rstrip())
-    return "\n".join(lines)
+    return in_blocks(titles, cells, rows, lambda row: (row.B, row.length))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -43,11 +43,10 @@ from bench.harness.providers import PROVIDERS, Layer, make_problem
 from bench.harness.report import (
     ERROR,
     FAILED_GATE,
-    aligned,
     environment,
     header,
+    in_blocks,
     number,
-    remark,
     times,
     write_json,
 )
@@ -315,13 +314,7 @@ def table(rows: Sequence[HostRow]) -> str:
         ]
         for row in rows
     ]
-    title, *body = aligned([titles, *cells], text_columns=4)
-    lines = [title]
-    for i, row in enumerate(rows):
-        if i and _case(row) != _case(rows[i - 1]):
-            lines.append("")
-        lines.append(f"{body[i]}  {remark(row.status, row.note)}".rstrip())
-    return "\n".join(lines)
+    return in_blocks(titles, cells, rows, _case, text_columns=4)
 
 
 def _case(row: HostRow) -> tuple[str, str, str]:

@@ -42,11 +42,10 @@ from bench.harness.report import (
     ERROR,
     FAILED_GATE,
     SKIPPED,
-    aligned,
     environment,
     header,
+    in_blocks,
     number,
-    remark,
     times,
     write_json,
 )
@@ -417,13 +416,7 @@ def table(rows: Sequence[PeerRow]) -> str:
         ]
         for row in rows
     ]
-    title, *body = aligned([titles, *cells])
-    lines = [title]
-    for i, row in enumerate(rows):
-        if i and (row.case, row.phase) != (rows[i - 1].case, rows[i - 1].phase):
-            lines.append("")
-        lines.append(f"{body[i]}  {remark(row.status, row.note)}".rstrip())
-    return "\n".join(lines)
+    return in_blocks(titles, cells, rows, lambda row: (row.case, row.phase))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -40,11 +40,10 @@ from bench.harness.report import (
     FAILED_GATE,
     OK,
     SKIPPED,
-    aligned,
     environment,
     header,
+    in_blocks,
     number,
-    remark,
     times,
     write_json,
 )
@@ -335,13 +334,8 @@ def table(rows: Sequence[TrainRow]) -> str:
         ]
         for row in rows
     ]
-    title, *body = aligned([titles, *cells], text_columns=3)
-    lines = [title]
-    for i, row in enumerate(rows):
-        if i and (row.shape, row.mode) != (rows[i - 1].shape, rows[i - 1].mode):
-            lines.append("")
-        lines.append(f"{body[i]}  {remark(row.status, row.note)}".rstrip())
-    return "\n".join([*lines, "", "loss error, gradient: 1 is the most that passes the gate"])
+    text = in_blocks(titles, cells, rows, lambda row: (row.shape, row.mode), text_columns=3)
+    return f"{text}\n\nloss error, gradient: 1 is the most that passes the gate"
 
 
 def loss_share(row: TrainRow) -> float | None:

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -135,12 +135,24 @@ def subject(stage: str, phase: str, dtype: str) -> str:
 def table(rows: Sequence[Row]) -> str:
     """Aligned columns; the GPU's own columns only where they hold something."""
     on_gpu = any(row.host_us is not None for row in rows)
-    title, *cells = aligned([_titles(on_gpu), *(_cells(row, on_gpu) for row in rows)])
+    cells = [_cells(row, on_gpu) for row in rows]
+    return in_blocks(_titles(on_gpu), cells, rows, _case)
+
+
+def in_blocks(
+    titles: Sequence[str],
+    cells: Sequence[Sequence[str]],
+    rows: Sequence[Any],
+    block: Callable[[Any], Any],
+    text_columns: int = 2,
+) -> str:
+    """Aligned columns with each row's remark behind them, a blank line between blocks of rows."""
+    title, *body = aligned([titles, *cells], text_columns)
     lines = [title]
     for i, row in enumerate(rows):
-        if i and _case(row) != _case(rows[i - 1]):
+        if i and block(row) != block(rows[i - 1]):
             lines.append("")
-        lines.append(f"{cells[i]}  {remark(row.status, row.note)}".rstrip())
+        lines.append(f"{body[i]}  {remark(row.status, row.note)}".rstrip())
     return "\n".join(lines)
 
 

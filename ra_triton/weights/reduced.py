@@ -3,6 +3,7 @@
 ``weights/quantization.py`` has int8 columns, ``weights/sparsity.py`` 2:4 sparse ones.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from ra_triton.weights.layout import RALayout
 WHICH = ("reciprocal", "all")
 
 
-class ReducedWeight:
+class ReducedWeight(ABC):
     """A fused projection whose matrices hold a column of W_fused per row, as ``nn.Linear`` does.
 
     ``data`` has all columns in packed order, or ``[K_low | Q_low]``; ``others`` the columns
@@ -53,12 +54,12 @@ class ReducedWeight:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Everything that a projection reads."""
+        """The tensors that a projection by this weight reads."""
         return (self.data,) if self.others is None else (self.data, self.others)
 
+    @abstractmethod
     def check_dtype(self, dtype: torch.dtype) -> None:
         """TypeError if it cannot be multiplied with an x in this dtype."""
-        raise NotImplementedError
 
 
 def tensors_of(W: Tensor | ReducedWeight) -> tuple[Tensor, ...]:
@@ -69,7 +70,11 @@ def tensors_of(W: Tensor | ReducedWeight) -> tuple[Tensor, ...]:
 def layout_of_columns(
     W_fused: Tensor, R: int, which: str, n_head: int | None, n_kv_head: int | None
 ) -> RALayout:
-    """The columns of ``W_fused [C, N]``, some of which are to be reduced."""
+    """The columns of ``W_fused [C, N]``, some of which are to be reduced.
+
+    Raises:
+        ValueError: sizes that do not fit, or ``which="reciprocal"`` with R = 0.
+    """
     layout = RALayout.from_columns(W_fused.shape[1], R, n_head, n_kv_head)
     if which == "reciprocal" and R == 0:
         raise ValueError("which='reciprocal' needs R >= 1, got R=0: there is no such column")

@@ -35,7 +35,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ra_triton.kernels.attention.arguments import Attention, heads_per_section, rows_in_bulk
-from ra_triton.kernels.tiles import LN2, LOG2E, follow, is_aligned, row_at, strides_of
+from ra_triton.kernels.attention.hopper_tiles import columns_within
+from ra_triton.kernels.tiles import (
+    LN2,
+    LOG2E,
+    follow,
+    head_and_tile,
+    is_aligned,
+    row_at,
+    strides_of,
+)
 from ra_triton.launch import gluon
 from ra_triton.launch.configs import LaunchConfig, launch_config
 from ra_triton.launch.gluon import (
@@ -209,12 +218,8 @@ def _place(ticket, n_heads, section, sizes) -> Place:
 
     The first keys have most queries where the mask is causal.
     """
-    n_n = gl.cdiv(sizes.T_k, KEYS)
-    first = ticket // (section * n_n) * section
-    heads = gl.minimum(section, n_heads - first)
-    rest = ticket - first * n_n
-    head = first + rest % heads
-    return Place(head // sizes.H_kv, head % sizes.H_kv, rest // heads)
+    head, n = head_and_tile(ticket, n_heads, gl.cdiv(sizes.T_k, KEYS), section, True)
+    return Place(head // sizes.H_kv, head % sizes.H_kv, n)
 
 
 @gluon.jit
@@ -356,27 +361,6 @@ def _add(buffers, dq_source, turns_ptr, tickets, n_heads, section, sizes):
 
 
 @gluon.jit
-def _seen(p, first, limit, WINDOW: gl.constexpr, BLOCK_M: gl.constexpr):
-    """``p [64, BLOCK_M]`` where ``first <= column < limit``, both ``[64]``; 0 elsewhere.
-
-    A thread holds two of every eight columns. With those eight as a dim of their own its columns
-    are constants of the code plus one number, where a plain comparison takes 32 registers.
-    """
-    LAYOUT: gl.constexpr = p.type.layout
-    p = p.reshape([HALF, BLOCK_M // 8, 8])
-    SPLIT: gl.constexpr = p.type.layout
-    ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, SPLIT))
-    eights = gl.arange(0, BLOCK_M // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, SPLIT))) * 8
-    within = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, SPLIT)))
-    left = gl.convert_layout(first, ROW)[:, None, None] - within[None, None, :]
-    p = gl.where(eights[None, :, None] >= left, p, 0.0)
-    if WINDOW:
-        left = gl.convert_layout(limit, ROW)[:, None, None] - within[None, None, :]
-        p = gl.where(eights[None, :, None] < left, p, 0.0)
-    return gl.convert_layout(p.reshape([HALF, BLOCK_M]), LAYOUT)
-
-
-@gluon.jit
 def _compute(
     buffers,
     width,  # how many queries see a key
@@ -433,7 +417,10 @@ def _compute(
             if cut:  # bounds are computed here, so that no register holds them for most tiles
                 rows_n = gl.arange(0, HALF, layout=gl.SliceLayout(1, S_LAYOUT)) + zero
                 first = gl.where(rows_n < keys, rows_n + column, BLOCK_M)
-                p = _seen(p, first, rows_n + (column + width), WINDOW, BLOCK_M)
+                if WINDOW:
+                    p = columns_within(p, first, rows_n + (column + width), 0.0)
+                else:
+                    p = columns_within(p, first, None, 0.0)
             p_narrow = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
             dv = warpgroup_mma(p_narrow, do, dv, is_async=True)
             if BLOCK_M == 128:  # else registers spill

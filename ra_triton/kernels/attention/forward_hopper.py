@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import triton
 
 from ra_triton.kernels.attention.arguments import Attention, rows_in_bulk
+from ra_triton.kernels.attention.hopper_tiles import columns_within
 from ra_triton.kernels.tiles import LN2, capped, follow, sequence
 from ra_triton.launch import gluon
 from ra_triton.launch.configs import LaunchConfig
@@ -279,33 +280,13 @@ def _copy(buffers, sources, sizes, sequences, schedule, group, V: gl.constexpr, 
 
 
 @gluon.jit
-def _masked(s, limit, BLOCK_N: gl.constexpr, first=None):
-    """``s`` where the column is less than its row's limit, and at least its first; else -inf.
-
-    A thread holds two of every eight columns. With those eight as a dim of their own its columns
-    are constants of the code plus one number, where a plain comparison takes 32 registers.
-    """
-    LAYOUT: gl.constexpr = s.type.layout
-    s = s.reshape([ROWS, BLOCK_N // 8, 8])
-    SPLIT: gl.constexpr = s.type.layout
-    ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, SPLIT))
-    eights = gl.arange(0, BLOCK_N // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, SPLIT))) * 8
-    within = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, SPLIT)))
-    end = gl.convert_layout(limit, ROW)[:, None, None] - within[None, None, :]
-    s = gl.where(eights[None, :, None] < end, s, float("-inf"))
-    if first is not None:
-        begin = gl.convert_layout(first, ROW)[:, None, None] - within[None, None, :]
-        s = gl.where(eights[None, :, None] >= begin, s, float("-inf"))
-    return gl.convert_layout(s.reshape([ROWS, BLOCK_N]), LAYOUT)
-
-
-@gluon.jit
 def _in_window(s, offs_m, n, tile, sizes, BLOCK_N: gl.constexpr):
     """``s`` of key tile ``n`` in the window of its row, -inf elsewhere."""
     end = tile.T_k - n * BLOCK_N
     own = end - tile.T_q
     limit = gl.minimum(offs_m + (own + 1 + _anew(sizes.right)), end)
-    return _masked(s, limit, BLOCK_N, offs_m + (own - _anew(sizes.left)))
+    first = offs_m + (own - _anew(sizes.left))
+    return columns_within(s, first, limit, float("-inf"))
 
 
 @gluon.jit
@@ -411,7 +392,7 @@ def _compute(
                 if _cut(keys.begin, keys.whole_begin, keys.whole_end, V):
                     s = _in_window(s, offs_m, keys.begin, tile, sizes, BLOCK_N)
             elif keys.whole_end == 0:
-                s = _masked(s, limit, BLOCK_N)
+                s = columns_within(s, None, limit, float("-inf"))
             p_wide, alpha, m_i, l_i = _softmax(s, m_i, scale_log2, BLOCK_N)
             p = gl.convert_layout(p_wide.to(DTYPE), P_LAYOUT)
             # From here on key tiles are counted by their steps, which are ahead of them.
@@ -440,7 +421,7 @@ def _compute(
                     if V.WINDOW:
                         s = _in_window(s, offs_m, n - ahead, tile, sizes, BLOCK_N)
                     else:
-                        s = _masked(s, limit - n * BLOCK_N, BLOCK_N)
+                        s = columns_within(s, None, limit - n * BLOCK_N, float("-inf"))
                 p_wide, alpha, m_i, sums = _softmax(s, m_i, scale_log2, BLOCK_N)
                 l_i *= gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None]
                 l_i += sums
