@@ -171,7 +171,8 @@ def _capture(entrant: Entrant, estimate_ms: float) -> tuple[torch.cuda.CUDAGraph
         # Clones: a provider may return the same buffer again.
         expected = [t.clone() for t in _tensors(entrant.call())]
         try:
-            with torch.cuda.graph(graph):
+            # A backward runs on its forward's stream, which has to be the one that is captured.
+            with torch.cuda.graph(graph, stream=_side_stream()):
                 for _ in range(calls):
                     out = entrant.call()
         except RuntimeError as error:
@@ -187,6 +188,12 @@ def _capture(entrant: Entrant, estimate_ms: float) -> tuple[torch.cuda.CUDAGraph
         if not difference <= tolerance:  # e.g. a launch on a stream that was not captured
             return None, 0, "no graph: replay does not reproduce the eager output"
     return graph, calls, ""
+
+
+def _side_stream() -> torch.cuda.Stream | None:
+    """The current stream; None, a new one, where that is the default one: nobody captures it."""
+    stream = torch.cuda.current_stream()
+    return None if stream == torch.cuda.default_stream() else stream
 
 
 def _tensors(outputs: Outputs) -> Sequence[Tensor]:
