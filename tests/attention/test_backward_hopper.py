@@ -179,17 +179,30 @@ def visits(T_q, T_k, mask, M):
     ("T_q", "T_k"), [(1, 1), (257, 257), (130, 387), (1000, 1500), (1500, 1000), (2048, 2048)]
 )
 def test_turns_count_the_programs_that_add_to_a_tile(mask, T_q, T_k):
-    """0, 1, 2 ... from the first key tile that a tile of queries sees to the last."""
+    """0, 1, 2 ... in the order in which tickets hand out keys, whichever it is."""
     causal, window_size = MASKS[mask]
     limits = mask_of(T_q, T_k, causal, window_size)
-    sizes = backward_hopper.Sizes(T_q, T_k, 1, 2, limits.left, limits.right)
-    turn, queries = (as_python(getattr(backward_hopper, name).fn) for name in ("_turn", "_queries"))
-    for m, tiles in visits(T_q, T_k, mask, 128).items():
-        assert [turn(m, n, sizes, 128) for n in tiles] == list(range(len(tiles)))
-    for n in range(-(-T_k // 128)):
-        own = queries(n, sizes, 128)
-        seen = [m for m, tiles in visits(T_q, T_k, mask, 128).items() if n in tiles]
-        assert list(range(own.begin, own.end)) == sorted(seen)
+    sizes = backward_hopper.Sizes(T_q, T_k, 2, 1, limits.left, limits.right)
+    names = ("_place", "_queries", "_adding", "_turn", "_visited")
+    place_of, queries, adding, turn, visited = (
+        as_python(getattr(backward_hopper, name).fn) for name in names
+    )
+    n_n, seen = -(-T_k // 128), visits(T_q, T_k, mask, 128)
+    taken = [place_of(ticket, 2, 1, sizes) for ticket in range(2 * n_n)]
+    for h, down in ((0, False), (1, True)):
+        of_head = taken[h * n_n : (h + 1) * n_n]
+        assert [place.h for place in of_head] == [h] * n_n
+        assert [place.n for place in of_head] == list(range(n_n))[:: 1 if down else -1]
+        for m in range(-(-T_q // 128)):
+            assert adding(m, sizes, 128)[1] == len(seen.get(m, ()))
+            turns = [turn(m, place, sizes, 128) for place in of_head if place.n in seen.get(m, ())]
+            assert turns == list(range(len(turns)))
+        for place in of_head:
+            own = queries(place.n, sizes, 128)
+            tiles = sorted(m for m, keys in seen.items() if place.n in keys)
+            assert list(range(own.begin, own.end)) == tiles
+            order = [visited(place, own, i) for i in range(len(tiles))]
+            assert order == tiles[:: -1 if down else 1]
 
 
 # On a GPU alone
@@ -218,7 +231,7 @@ def many_programs(D, mask="causal", times=1):
         first = first or grads
         for t, expected in zip(grads, first, strict=True):
             assert torch.equal(t, expected)
-    return (q, k, v, do), first
+    return (q, k, v, o, lse, do), first
 
 
 @pytest.mark.gpu
@@ -232,12 +245,20 @@ def test_the_same_bits_five_hundred_times(D, mask):
 @heads
 @pytest.mark.parametrize("mask", ["causal", "full", "both"])
 def test_heads_of_many_are_those_of_one(D, mask):
-    (q, k, v, do), grads = many_programs(D, mask)
+    (q, k, v, o, lse, do), grads = many_programs(D, mask)
+    causal, window_size = MASKS[mask]
+    options = {"causal": causal, "softmax_scale": None, "window_size": window_size}
     for b, h in ((0, 0), (2, 7), (3, 15)):
-        one = [t[b : b + 1, :, h : h + 1] for t in (q, k, v, do)]
-        check(D, *one, mask)
-        for t, alone in zip(grads, gradients(D, *one, mask).values(), strict=True):
-            assert_bitwise(t[b : b + 1, :, h : h + 1], alone)
+        one_q, one_k, one_v, one_o, one_do = (t[b : b + 1, :, h : h + 1] for t in (q, k, v, o, do))
+        inputs = (one_q, one_k, one_v, one_o.contiguous(), lse[b : b + 1, h : h + 1].contiguous())
+        alone = [torch.full_like(t, NAN) for t in inputs[:3]]
+        config = ONE_PASS[D]
+        backward.attention_backward(*inputs, one_do, *alone, **options, config=config)
+        for t, expected in zip(grads, alone, strict=True):
+            assert_bitwise(t[b : b + 1, :, h : h + 1], expected)
+        budgets = attention_gradient_budgets(one_q, one_k, one_v, one_do, None, **options)
+        found = dict(zip(("dq", "dk", "dv"), alone, strict=True))
+        check_gradients(found, budgets, dtype=q.dtype, case=f"{D} {mask} {b} {h}")
 
 
 @pytest.mark.gpu

@@ -103,7 +103,7 @@ class Language:
             kinds = [getattr(value, "kind", torch.int32) for value in (x, y)]
             kind = torch.int64 if torch.int64 in kinds else torch.int32
             return integer(int(x if condition else y), kind)
-        return wrapped(torch.where(torch.as_tensor(raw(condition)), raw(x), raw(y)))
+        return wrapped(torch.where(torch.as_tensor(raw(condition)) != 0, raw(x), raw(y)))
 
     @staticmethod
     def cdiv(x: int, y: int) -> Any:
@@ -181,7 +181,9 @@ class Language:
             workers[-1].learn(me)
         for worker, (f, a) in zip(workers, others, strict=True):
             run.start(worker, partial(hopper.to_the_end, f, a))
-        me.program.workers, me.name = len(workers), f"{function.__name__} 0"
+        # Triton numbers a barrier for each; partitions of one warp do not use theirs.
+        wide = [i for i, worker in enumerate(workers, 1) if worker.threads > 32]
+        me.program.workers, me.name = max(wide, default=0), f"{function.__name__} 0"
         run.pause()
         result = function(*args)
         run.pause(lambda: all(worker.ended for worker in workers), "the other partitions")

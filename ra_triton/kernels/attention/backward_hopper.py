@@ -76,7 +76,8 @@ COMPUTING = gl.constexpr(256)  # threads
 COMPUTING_AND_WARP = gl.constexpr(256 + 32)
 ONE_GROUP_AND_WARP = gl.constexpr(128 + 32)
 TWO_WARPS = gl.constexpr(64)
-# Named barriers: the hardware has 16, and Triton uses those below 5.
+# Named barriers: the hardware has 16, and Triton uses those below 3; its later ones would be those
+# of partitions of one warp, which need none.
 EMPTY = gl.constexpr(5)  # one for each stage of q and do
 DS_READY = gl.constexpr(7)
 DQ_FULL = gl.constexpr(8)  # one for each warpgroup, as the next
@@ -88,8 +89,8 @@ WORK_READ = gl.constexpr(15)  # by the adding warp
 # What the copying warp writes into Buffers.work, for the others to read:
 TICKET = gl.constexpr(0)
 STEPS = gl.constexpr(1)  # tiles of queries of the group of heads; -1 at the end
-COLUMN = gl.constexpr(2)  # of a head's first tile from which the first key is seen; may be < 0
-LAST_COLUMN = gl.constexpr(3)  # the same of its last tile
+COLUMN = gl.constexpr(2)  # of the first tile from which the first key is seen; may be < 0
+AHEAD = gl.constexpr(3)  # what the next tile adds to that
 KEYS_LEFT = gl.constexpr(4)  # from the first on
 K_PHASE = gl.constexpr(5)  # of the mbarrier of k and v
 
@@ -115,10 +116,13 @@ class Buffers(NamedTuple):
     rows: gl.shared_memory_descriptor  # lse and delta
     ds: gl.shared_memory_descriptor
     dq: gl.shared_memory_descriptor  # one for each warpgroup
+    sums: gl.shared_memory_descriptor  # two parts of a tile of dq, of all programs
+    rounded: gl.shared_memory_descriptor  # the same, as they leave
     work: gl.shared_memory_descriptor  # what comes next
     k_full: gl.shared_memory_descriptor
     q_full: gl.shared_memory_descriptor
     do_full: gl.shared_memory_descriptor
+    sums_full: gl.shared_memory_descriptor
 
 
 class Place(NamedTuple):
@@ -127,6 +131,7 @@ class Place(NamedTuple):
     b: int
     h: int
     n: int
+    down: bool  # whether it visits its queries from the last to the first
 
 
 class Queries(NamedTuple):
@@ -180,46 +185,30 @@ def _delta_and_lse_kernel(
     tl.store(turns_ptr + row, 0, row == 0)
 
 
-@triton.jit(do_not_specialize=["left", "right"])
-def _round_dq_kernel(
-    sums_ptr,  # contiguous [B, H, T_q, D]
-    dq_ptr,
-    dq_strides,  # in elements
-    T_q,
-    T_k,
-    H,
-    left,
-    right,
-    softmax_scale,
-    n_rows,  # B * H * T_q
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """``dq = c sums``; 0 for a tile of queries that sees no key, whose sums nobody has written."""
-    follow(PDL)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    head, t = row // T_q, row % T_q
-    first = t // BLOCK_M * BLOCK_M + (T_k - T_q)  # the key of the first query in the tile
-    seen = tl.minimum(first + BLOCK_M + right, T_k) > tl.maximum(first - left, 0)
-    there = row < n_rows
-    offs_d = tl.arange(0, D)
-    sums = sums_ptr + (row.to(tl.int64) * D)[:, None] + offs_d[None, :]
-    dq = tl.load(sums, (there & seen)[:, None], other=0.0) * softmax_scale
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
-    dq_rows = row_at(dq_ptr, dq_strides, b, t.to(tl.int64), h)
-    tl.store(dq_rows[:, None] + offs_d[None, :], dq.to(dq_ptr.dtype.element_ty), there[:, None])
+@gluon.jit
+def _place(ticket, n_heads, section, sizes) -> Place:
+    """The keys of a ticket: heads fastest, the last keys first, ``section`` heads at a time.
+
+    In the last section the first keys come first: most work, where the mask is causal.
+    """
+    n_n = gl.cdiv(sizes.T_k, KEYS)
+    head, n = head_and_tile(ticket, n_heads, n_n, section, True)
+    down = _down(head, n_heads, section)
+    return Place(
+        head // sizes.H_kv, head % sizes.H_kv, gl.where(down, n, n_n - 1 - n), down
+    )
 
 
 @gluon.jit
-def _place(ticket, n_heads, section, sizes) -> Place:
-    """The keys of a ticket: heads fastest, the first keys first, ``section`` heads at a time.
+def _down(head, n_heads, section):
+    """Whether a key/value head is of the last section."""
+    return head // section == (n_heads - 1) // section
 
-    The first keys have most queries where the mask is causal.
-    """
-    head, n = head_and_tile(ticket, n_heads, gl.cdiv(sizes.T_k, KEYS), section, True)
-    return Place(head // sizes.H_kv, head % sizes.H_kv, n)
+
+@gluon.jit
+def _visited(place, queries, i):
+    """The tile of queries that a program visits after ``i`` others."""
+    return gl.where(place.down, queries.end - 1 - i, queries.begin + i)
 
 
 @gluon.jit
@@ -236,10 +225,21 @@ def _queries(n, sizes, BLOCK_M: gl.constexpr) -> Queries:
 
 
 @gluon.jit
-def _turn(m, n, sizes, BLOCK_M: gl.constexpr):
-    """How many key tiles add to query tile ``m`` before key tile ``n``."""
-    first = m * BLOCK_M + (sizes.T_k - sizes.T_q) - sizes.left  # of the keys that it sees
-    return n - gl.maximum(first, 0) // KEYS
+def _adding(m, sizes, BLOCK_M: gl.constexpr):
+    """The first key tile that adds to query tile ``m``, and how many do."""
+    own = sizes.T_k - sizes.T_q
+    begin = gl.maximum(m * BLOCK_M + own - sizes.left, 0)  # keys that it sees
+    end = gl.minimum((m + 1) * BLOCK_M + own + sizes.right, sizes.T_k)
+    first = begin // KEYS
+    return first, gl.where(begin < end, (end - 1) // KEYS - first + 1, 0)
+
+
+@gluon.jit
+def _turn(m, place, sizes, BLOCK_M: gl.constexpr):
+    """How many key tiles add to query tile ``m`` before that of a program."""
+    first, turns = _adding(m, sizes, BLOCK_M)
+    after_first = place.n - first
+    return gl.where(place.down, after_first, turns - 1 - after_first)
 
 
 @gluon.jit
@@ -273,9 +273,9 @@ def _copy(buffers, sources, results, turns_ptr, tickets, n_heads, section, sizes
         tiles = gl.maximum(queries.end - queries.begin, 0)
         _write(buffers.work, TICKET, ticket)
         _write(buffers.work, STEPS, sizes.group * tiles)
-        column = key - (sizes.T_k - sizes.T_q) - sizes.right - (queries.end - 1) * BLOCK_M
-        _write(buffers.work, COLUMN, column)
-        _write(buffers.work, LAST_COLUMN, column + (tiles - 1) * BLOCK_M)
+        column = key - (sizes.T_k - sizes.T_q) - sizes.right
+        _write(buffers.work, COLUMN, column - _visited(place, queries, 0) * BLOCK_M)
+        _write(buffers.work, AHEAD, gl.where(place.down, BLOCK_M, -BLOCK_M))
         _write(buffers.work, KEYS_LEFT, sizes.T_k - key)
         _write(buffers.work, K_PHASE, k_phase)
         k_phase ^= 1
@@ -287,14 +287,14 @@ def _copy(buffers, sources, results, turns_ptr, tickets, n_heads, section, sizes
         for w in gl.static_range(2):
             row = key + w * HALF
             async_load(v_source, [place.b, place.h, row, 0], full, buffers.v.index(w))
-        for g in range(sizes.group):
-            h = place.h * sizes.group + g
-            head = place.b * sizes.H_kv * sizes.group + h
-            for i in range(tiles):
+        for i in range(tiles):
+            row = _visited(place, queries, i) * BLOCK_M
+            for g in range(sizes.group):
+                h = place.h * sizes.group + g
+                head = place.b * sizes.H_kv * sizes.group + h
                 stage = step % STAGES
                 if step >= STAGES:
                     await_at(EMPTY + stage, COMPUTING_AND_WARP)
-                row = (queries.end - 1 - i) * BLOCK_M
                 full = buffers.q_full.index(stage)
                 mbarrier.expect(full, q_source.block_type.nbytes + rows_source.block_type.nbytes)
                 async_load(q_source, [place.b, h, row, 0], full, buffers.q.index(stage))
@@ -319,7 +319,7 @@ def _copy(buffers, sources, results, turns_ptr, tickets, n_heads, section, sizes
 
 
 @gluon.jit
-def _add(buffers, dq_source, turns_ptr, tickets, n_heads, section, sizes):
+def _add(buffers, share_source, turns_ptr, tickets, n_heads, section, sizes):
     """The adding warp: every tile of dq to the workspace, when those before have been added."""
     BLOCK_M: gl.constexpr = buffers.q.shape[3]
     D: gl.constexpr = buffers.q.shape[4]
@@ -334,42 +334,157 @@ def _add(buffers, dq_source, turns_ptr, tickets, n_heads, section, sizes):
         arrive_at(WORK_READ, TWO_WARPS)
         place = _place(ticket, n_heads, section, sizes)
         queries = _queries(place.n, sizes, BLOCK_M)
-        for g in range(sizes.group):
-            h = place.h * sizes.group + g
-            head_turns = turns_ptr + 1 + (place.b * sizes.H_kv * sizes.group + h) * n_m
-            for i in range(queries.end - queries.begin):
-                m = queries.end - 1 - i
-                turn = _turn(m, place.n, sizes, BLOCK_M)
-                done = gl.atomic_add(head_turns + m, 0, sem="acquire")
-                while done != turn:
-                    done = gl.atomic_add(head_turns + m, 0, sem="acquire")
-                fence_async_global()
-                for w in gl.static_range(2):
-                    await_at(DQ_FULL + w, ONE_GROUP_AND_WARP)
-                    at = [place.b, h, m * BLOCK_M + w * ROWS_APART, w * LANES_APART]
-                    if turn == 0:
-                        async_store(dq_source, at, buffers.dq.index(w))
-                    else:
-                        async_reduce_add(dq_source, at, buffers.dq.index(w))
-                store_wait(0)
-                for w in gl.static_range(2):
-                    arrive_at(DQ_EMPTY + w, ONE_GROUP_AND_WARP)
-                store_wait_written()
-                gl.atomic_add(head_turns + m, 1, sem="release")
+        first_h = place.h * sizes.group
+        first_turns = turns_ptr + 1 + (place.b * sizes.H_kv * sizes.group + first_h) * n_m
+        tiles = queries.end - queries.begin
+        i = 0
+        g = 0
+        m = _visited(place, queries, i)
+        turns = first_turns + m
+        done = -1
+        while i < tiles:
+            turn = _turn(m, place, sizes, BLOCK_M)
+            while done != turn:
+                done = gl.atomic_add(turns, 0, sem="acquire")
+            fence_async_global()
+            for w in gl.static_range(2):
+                await_at(DQ_FULL + w, ONE_GROUP_AND_WARP)
+                at = [place.b, first_h + g, m * BLOCK_M + w * ROWS_APART, w * LANES_APART]
+                if turn == 0:
+                    async_store(share_source, at, buffers.dq.index(w))
+                else:
+                    async_reduce_add(share_source, at, buffers.dq.index(w))
+            store_wait(0)
+            for w in gl.static_range(2):
+                arrive_at(DQ_EMPTY + w, ONE_GROUP_AND_WARP)
+            added = turns
+            g += 1
+            i = gl.where(g == sizes.group, i + 1, i)
+            g = gl.where(g == sizes.group, 0, g)
+            m = _visited(place, queries, gl.minimum(i, tiles - 1))
+            turns = first_turns + g * n_m + m
+            done = gl.atomic_add(turns, 0, sem="acquire")  # on its way while the tile is written
+            store_wait_written()
+            gl.atomic_add(added, 1, sem="release")
         await_at(WORK_TO_ADD, TWO_WARPS)
         ticket = _read(buffers.work, TICKET, 1)
 
 
 @gluon.jit
-def _compute(
-    buffers,
+def _load_sums(buffers, sums_source, b, h, row, stage):
+    full = buffers.sums_full.index(stage)
+    mbarrier.expect(full, sums_source.block_type.nbytes)
+    async_load(sums_source, [b, h, row, 0], full, buffers.sums.index(stage))
+
+
+@gluon.jit
+def _round(buffers, sums_source, dq_source, turns_ptr, n_heads, section, scale_log2, sizes):
+    """The rounding warp: ``dq = c sums`` of tiles of queries to which all has been added.
+
+    Whichever program added last. 0 where a tile sees no key, whose sums nobody has written.
+    """
+    BLOCK_M: gl.constexpr = buffers.q.shape[3]
+    D: gl.constexpr = buffers.q.shape[4]
+    ROWS: gl.constexpr = buffers.sums.shape[3]
+    PART: gl.constexpr = 256 // D  # rows of which a thread holds eight numbers
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // D, D // 4], [1, 1], [1, 0])
+    gl.static_assert(BLOCK_M == 4 * ROWS)  # each of two stages twice, so that phases are as before
+    n_m = gl.cdiv(sizes.T_q, BLOCK_M)
+    H = sizes.H_kv * sizes.group
+    n_heads *= sizes.group
+    for tile in range(gl.program_id(0), n_heads * n_m, gl.num_programs(0)):
+        head, m = head_and_tile(tile, n_heads, n_m, section * sizes.group, True)
+        b, h, row = head // H, head % H, m * BLOCK_M
+        _, turns = _adding(m, sizes, BLOCK_M)
+        done = gl.atomic_add(turns_ptr + 1 + head * n_m + m, 0, sem="acquire")
+        while done != turns:
+            done = gl.atomic_add(turns_ptr + 1 + head * n_m + m, 0, sem="acquire")
+        fence_async_global()
+        for i in gl.static_range(2):
+            _load_sums(buffers, sums_source, b, h, row + i * ROWS, i)
+        for i in range(4):
+            stage = i % 2
+            mbarrier.wait(buffers.sums_full.index(stage), i // 2)
+            store_wait(1)  # the one of this stage has been read
+            sums = buffers.sums.index(stage).reshape((ROWS, D))
+            rounded = buffers.rounded.index(stage).reshape((ROWS, D))
+            for j in gl.static_range(ROWS // PART):
+                x = sums.slice(j * PART, PART, 0).load(LAYOUT) * (scale_log2 * LN2)
+                x = gl.where(turns > 0, x, 0.0).to(rounded.dtype)
+                rounded.slice(j * PART, PART, 0).store(x)
+            fence_async_shared()
+            async_store(dq_source, [b, h, row + i * ROWS, 0], buffers.rounded.index(stage))
+            if i < 2:
+                _load_sums(buffers, sums_source, b, h, row + (i + 2) * ROWS, stage)
+    store_wait(0)
+
+
+@gluon.jit
+def _rows_of(buffers, step):
+    """The stage of a step, its q, its do, and its lse and delta."""
+    STAGES: gl.constexpr = buffers.q.shape[0]
+    BLOCK_M: gl.constexpr = buffers.q.shape[3]
+    D: gl.constexpr = buffers.q.shape[4]
+    stage = step % STAGES
+    return (
+        stage,
+        buffers.q.index(stage).reshape((BLOCK_M, D)),
+        buffers.do.index(stage).reshape((BLOCK_M, D)),
+        buffers.rows.index(stage).reshape((2, BLOCK_M)),
+    )
+
+
+@gluon.jit
+def _keys_of(buffers, WHICH: gl.constexpr):
+    """k of all keys, k of the warpgroup's own, and v of those."""
+    # Else the descriptors of k and v, one for each step of a product, stay in registers.
+    zero = opaque_zero()
+    D: gl.constexpr = buffers.q.shape[4]
+    k = buffers.k.index(zero).reshape((KEYS, D))
+    v = buffers.v.index(WHICH + zero).reshape((HALF, D))
+    return k, k.slice(WHICH * HALF, HALF, 0), v
+
+
+@gluon.jit
+def _first_product(buffers, step, WHICH: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """``k qᵀ`` of a step, when q is there."""
+    STAGES: gl.constexpr = buffers.q.shape[0]
+    BLOCK_M: gl.constexpr = buffers.q.shape[3]
+    stage, q, _, _ = _rows_of(buffers, step)
+    _, k, _ = _keys_of(buffers, WHICH)
+    mbarrier.wait(buffers.q_full.index(stage), step // STAGES & 1)
+    nothing = gl.zeros([HALF, BLOCK_M], gl.float32, layout=S_LAYOUT)
+    return warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _second_product(buffers, step, WHICH: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """``v doᵀ`` of a step, when do is there."""
+    STAGES: gl.constexpr = buffers.q.shape[0]
+    BLOCK_M: gl.constexpr = buffers.q.shape[3]
+    stage, _, do, _ = _rows_of(buffers, step)
+    _, _, v = _keys_of(buffers, WHICH)
+    mbarrier.wait(buffers.do_full.index(stage), step // STAGES & 1)
+    nothing = gl.zeros([HALF, BLOCK_M], gl.float32, layout=S_LAYOUT)
+    return warpgroup_mma(v, do.permute((1, 0)), nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _go_on(
+    dk,
+    dv,
+    s,  # k qᵀ
+    step,
+    column,
+    keys,
     width,  # how many queries see a key
     scale_log2,
+    buffers,
     WHICH: gl.constexpr,
     WINDOW: gl.constexpr,
+    LAST: gl.constexpr,
 ):
-    """One warpgroup: dk and dv of its 64 keys, and its half of every tile of dq."""
-    STAGES: gl.constexpr = buffers.q.shape[0]
+    """One tile of queries: its share of dk and dv, half of dq; and the next one's first products."""
     BLOCK_M: gl.constexpr = buffers.q.shape[3]
     D: gl.constexpr = buffers.q.shape[4]
     DTYPE: gl.constexpr = buffers.q.dtype
@@ -379,82 +494,109 @@ def _compute(
     ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_LANES, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, ACC_LAYOUT, 2)
-    s_zero = gl.zeros([HALF, BLOCK_M], gl.float32, layout=S_LAYOUT)
+    EARLY: gl.constexpr = 1 if BLOCK_M == 128 and not LAST else 0
     dq_zero = gl.zeros([DQ_ROWS, DQ_LANES], gl.float32, layout=DQ_LAYOUT)
+    stage, q, do, rows = _rows_of(buffers, step)
+    dp = _second_product(buffers, step, WHICH, S_LAYOUT)
+    # Loaded after the wait: before it they would hold registers while products run.
+    p = gl.exp2(s * scale_log2 - rows.slice(0, 1, 0).load(S_LAYOUT))
+    cut = (column > 1 - HALF) | (keys < HALF)
+    if WINDOW:
+        cut = cut | (column + width < BLOCK_M)
+    if cut:  # bounds are computed here, so that no register holds them for most tiles
+        zero = opaque_zero()
+        rows_n = gl.arange(0, HALF, layout=gl.SliceLayout(1, S_LAYOUT)) + zero
+        first = gl.where(rows_n < keys, rows_n + column, BLOCK_M)
+        if WINDOW:
+            p = columns_within(p, first, rows_n + (column + width), 0.0)
+        else:
+            p = columns_within(p, first, None, 0.0)
+    p_narrow = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
+    dv = warpgroup_mma(p_narrow, do, dv, is_async=True)
+    if BLOCK_M == 128:  # else registers spill
+        dp, dv, p_narrow = warpgroup_mma_wait(0, deps=[dp, dv, p_narrow])
+    else:
+        dp = warpgroup_mma_wait(1, deps=[dp])
+    ds = (p * (dp - rows.slice(1, 1, 0).load(S_LAYOUT))).to(DTYPE)
+    # [queries, keys]: with keys as rows, these stores would have the addresses of those of
+    # dk and dv below, and the compiler would keep them in registers throughout.
+    ds_tile = buffers.ds.index(step % 2)
+    ds_tile.slice(WHICH * HALF, HALF, 1).permute((1, 0)).store(ds)
+    fence_async_shared()
+    await_at(DS_READY, COMPUTING)
+    k_all, _, _ = _keys_of(buffers, WHICH)
+    if DQ_ROWS < BLOCK_M:
+        dq = warpgroup_mma(
+            ds_tile.slice(WHICH * DQ_ROWS, DQ_ROWS, 0), k_all, dq_zero,
+            use_acc=False, is_async=True,
+        )  # fmt: skip
+    else:
+        dq = warpgroup_mma(
+            ds_tile, k_all.slice(WHICH * DQ_LANES, DQ_LANES, 1), dq_zero,
+            use_acc=False, is_async=True,
+        )  # fmt: skip
+    ds_narrow = gl.convert_layout(ds, P_LAYOUT)
+    dk = warpgroup_mma(ds_narrow, q, dk, is_async=True)
+    if EARLY:
+        s = _first_product(buffers, step + 1, WHICH, S_LAYOUT)
+    dq, dv, p_narrow = warpgroup_mma_wait(1 + EARLY, deps=[dq, dv, p_narrow])
+    await_at(DQ_EMPTY + WHICH, ONE_GROUP_AND_WARP)
+    zero = opaque_zero()
+    buffers.dq.index(WHICH + zero).reshape((DQ_ROWS, DQ_LANES)).store(dq)
+    fence_async_shared()
+    arrive_at(DQ_FULL + WHICH, ONE_GROUP_AND_WARP)
+    if not EARLY and not LAST:
+        s = _first_product(buffers, step + 1, WHICH, S_LAYOUT)
+    if LAST:
+        dk, ds_narrow = warpgroup_mma_wait(0, deps=[dk, ds_narrow])
+    else:
+        dk, ds_narrow, s = warpgroup_mma_wait(0, deps=[dk, ds_narrow, s])
+    arrive_at(EMPTY + stage, COMPUTING_AND_WARP)
+    return dk, dv, s
+
+
+@gluon.jit
+def _compute(
+    buffers,
+    group,
+    width,  # how many queries see a key
+    scale_log2,
+    WHICH: gl.constexpr,
+    WINDOW: gl.constexpr,
+):
+    """One warpgroup: dk and dv of its 64 keys, and its half of every tile of dq."""
+    BLOCK_M: gl.constexpr = buffers.q.shape[3]
+    D: gl.constexpr = buffers.q.shape[4]
+    DTYPE: gl.constexpr = buffers.q.dtype
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     begin = 0
     await_at(WORK, COMPUTING_AND_WARP)
     steps = _read(buffers.work, STEPS, 4)
     while steps >= 0:
-        first_column = _read(buffers.work, COLUMN, 4) + WHICH * HALF
-        last_column = _read(buffers.work, LAST_COLUMN, 4) + WHICH * HALF
+        column = _read(buffers.work, COLUMN, 4) + WHICH * HALF
+        ahead = _read(buffers.work, AHEAD, 4)
         keys = _read(buffers.work, KEYS_LEFT, 4) - WHICH * HALF
-        column = first_column
         dk = gl.zeros([HALF, D], gl.float32, layout=ACC_LAYOUT)
         dv = gl.zeros([HALF, D], gl.float32, layout=ACC_LAYOUT)
         mbarrier.wait(buffers.k_full.index(0), _read(buffers.work, K_PHASE, 4))
-        end = begin + steps
-        for step in range(begin, end):
-            # Else the descriptors of k and v, one for each step of a product, stay in registers.
-            zero = opaque_zero()
-            k_all = buffers.k.index(zero).reshape((KEYS, D))
-            k = k_all.slice(WHICH * HALF, HALF, 0)
-            v = buffers.v.index(WHICH + zero).reshape((HALF, D))
-            stage = step % STAGES
-            phase = step // STAGES & 1
-            q = buffers.q.index(stage).reshape((BLOCK_M, D))
-            do = buffers.do.index(stage).reshape((BLOCK_M, D))
-            rows = buffers.rows.index(stage).reshape((2, BLOCK_M))
-            mbarrier.wait(buffers.q_full.index(stage), phase)
-            s = warpgroup_mma(k, q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
-            mbarrier.wait(buffers.do_full.index(stage), phase)
-            dp = warpgroup_mma(v, do.permute((1, 0)), s_zero, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(1, deps=[s])
-            # Loaded after the wait: before it they would hold registers while products run.
-            p = gl.exp2(s * scale_log2 - rows.slice(0, 1, 0).load(S_LAYOUT))
-            cut = (column > 1 - HALF) | (keys < HALF)
-            if WINDOW:
-                cut = cut | (column + width < BLOCK_M)
-            if cut:  # bounds are computed here, so that no register holds them for most tiles
-                rows_n = gl.arange(0, HALF, layout=gl.SliceLayout(1, S_LAYOUT)) + zero
-                first = gl.where(rows_n < keys, rows_n + column, BLOCK_M)
-                if WINDOW:
-                    p = columns_within(p, first, rows_n + (column + width), 0.0)
-                else:
-                    p = columns_within(p, first, None, 0.0)
-            p_narrow = gl.convert_layout(p.to(DTYPE), P_LAYOUT)
-            dv = warpgroup_mma(p_narrow, do, dv, is_async=True)
-            if BLOCK_M == 128:  # else registers spill
-                dp, dv, p_narrow = warpgroup_mma_wait(0, deps=[dp, dv, p_narrow])
-            else:
-                dp = warpgroup_mma_wait(1, deps=[dp])
-            ds = (p * (dp - rows.slice(1, 1, 0).load(S_LAYOUT))).to(DTYPE)
-            # [queries, keys]: with keys as rows, these stores would have the addresses of those of
-            # dk and dv below, and the compiler would keep them in registers throughout.
-            ds_tile = buffers.ds.index(step % 2)
-            ds_tile.slice(WHICH * HALF, HALF, 1).permute((1, 0)).store(ds)
-            fence_async_shared()
-            await_at(DS_READY, COMPUTING)
-            if DQ_ROWS < BLOCK_M:
-                dq = warpgroup_mma(
-                    ds_tile.slice(WHICH * DQ_ROWS, DQ_ROWS, 0), k_all, dq_zero,
-                    use_acc=False, is_async=True,
+        if steps > 0:
+            last = begin + steps - 1
+            s = _first_product(buffers, begin, WHICH, S_LAYOUT)
+            s = warpgroup_mma_wait(0, deps=[s])
+            heads = group
+            for step in range(begin, last):
+                dk, dv, s = _go_on(
+                    dk, dv, s, step, column, keys, width, scale_log2, buffers,
+                    WHICH, WINDOW, False,
                 )  # fmt: skip
-            else:
-                dq = warpgroup_mma(
-                    ds_tile, k_all.slice(WHICH * DQ_LANES, DQ_LANES, 1), dq_zero,
-                    use_acc=False, is_async=True,
-                )  # fmt: skip
-            ds_narrow = gl.convert_layout(ds, P_LAYOUT)
-            dk = warpgroup_mma(ds_narrow, q, dk, is_async=True)
-            dq, dv, p_narrow = warpgroup_mma_wait(1, deps=[dq, dv, p_narrow])
-            await_at(DQ_EMPTY + WHICH, ONE_GROUP_AND_WARP)
-            buffers.dq.index(WHICH + zero).reshape((DQ_ROWS, DQ_LANES)).store(dq)
-            fence_async_shared()
-            arrive_at(DQ_FULL + WHICH, ONE_GROUP_AND_WARP)
-            dk, ds_narrow = warpgroup_mma_wait(0, deps=[dk, ds_narrow])
-            arrive_at(EMPTY + stage, COMPUTING_AND_WARP)
-            column = gl.where(column == last_column, first_column, column + BLOCK_M)
-        begin = end
+                heads -= 1
+                column = gl.where(heads == 0, column + ahead, column)
+                heads = gl.where(heads == 0, group, heads)
+            dk, dv, s = _go_on(
+                dk, dv, s, last, column, keys, width, scale_log2, buffers, WHICH, WINDOW, True
+            )
+        begin += steps
         await_at(DS_READY, COMPUTING)  # both have read k; its buffer takes dk, and v's takes dv
         zero = opaque_zero()
         k = buffers.k.index(zero).reshape((KEYS, D)).slice(WHICH * HALF, HALF, 0)
@@ -474,7 +616,9 @@ def _attention_backward_hopper_kernel(
     v_source,
     do_source,
     rows_source,  # descriptor of fp32 [B * H, 2, whole tiles]: lse log2(e), delta
-    dq_source,  # descriptor of an fp32 workspace [B, H, T_q, D]
+    share_source,  # of an fp32 workspace [B, H, T_q, D]: what a warpgroup adds
+    sums_source,  # of the same: what the rounding warp reads
+    dq_source,
     dk_source,
     dv_source,
     turns_ptr,  # int32 [1 + B * H * query tiles], zeros: the next ticket, and the turns
@@ -495,8 +639,9 @@ def _attention_backward_hopper_kernel(
     DTYPE: gl.constexpr = q_source.dtype
     BLOCK_M: gl.constexpr = q_source.block_type.shape[2]
     D: gl.constexpr = q_source.block_type.shape[3]
-    DQ_ROWS: gl.constexpr = dq_source.block_type.shape[2]
-    DQ_LANES: gl.constexpr = dq_source.block_type.shape[3]
+    DQ_ROWS: gl.constexpr = share_source.block_type.shape[2]
+    DQ_LANES: gl.constexpr = share_source.block_type.shape[3]
+    ROWS: gl.constexpr = sums_source.block_type.shape[2]
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, KEYS], DTYPE)
     gl.static_assert(EMPTY + STAGES <= DS_READY)
     gl.static_assert(2 * DQ_ROWS * DQ_LANES == BLOCK_M * D)
@@ -507,16 +652,21 @@ def _attention_backward_hopper_kernel(
         gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, D], do_source.layout),
         gl.allocate_shared_memory(gl.float32, [STAGES, 1, 2, BLOCK_M], rows_source.layout),
         gl.allocate_shared_memory(DTYPE, [2, BLOCK_M, KEYS], DS_LAYOUT),
-        gl.allocate_shared_memory(gl.float32, [2, 1, 1, DQ_ROWS, DQ_LANES], dq_source.layout),
+        gl.allocate_shared_memory(gl.float32, [2, 1, 1, DQ_ROWS, DQ_LANES], share_source.layout),
+        gl.allocate_shared_memory(gl.float32, [2, 1, 1, ROWS, D], sums_source.layout),
+        gl.allocate_shared_memory(DTYPE, [2, 1, 1, ROWS, D], dq_source.layout),
         gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout()),
     )
     mbarrier.init(buffers.k_full.index(0), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(buffers.q_full.index(stage), count=1)
         mbarrier.init(buffers.do_full.index(stage), count=1)
+    for stage in gl.static_range(2):
+        mbarrier.init(buffers.sums_full.index(stage), count=1)
     follow(PDL)
     sizes = Sizes(T_q, T_k, H_kv, group, left, right)
     n_heads = B * H_kv
@@ -526,13 +676,15 @@ def _attention_backward_hopper_kernel(
     results = (dk_source, dv_source)
     gl.warp_specialize(
         [
-            (_compute, (buffers, width, scale_log2, 0, WINDOW)),
-            (_compute, (buffers, width, scale_log2, 1, WINDOW)),
+            (_compute, (buffers, group, width, scale_log2, 0, WINDOW)),
+            (_compute, (buffers, group, width, scale_log2, 1, WINDOW)),
             (_copy, (buffers, sources, results, turns_ptr, tickets, n_heads, section, sizes)),
-            (_add, (buffers, dq_source, turns_ptr, tickets, n_heads, section, sizes)),
+            (_add, (buffers, share_source, turns_ptr, tickets, n_heads, section, sizes)),
+            (_round, (buffers, sums_source, dq_source, turns_ptr, n_heads, section, scale_log2,
+                      sizes)),
         ],
-        [4, 1, 1],
-        [REGISTERS, COPIER_REGISTERS, COPIER_REGISTERS],
+        [4, 1, 1, 1],
+        [REGISTERS, COPIER_REGISTERS, COPIER_REGISTERS, COPIER_REGISTERS],
     )
 
 
@@ -540,8 +692,7 @@ class Plans(NamedTuple):
     """The launches of one backward, in their order."""
 
     rows: Plan  # on (o, do, lse, dlse, rows, turns)
-    one_pass: Plan  # on (q, k, v, do, rows, sums, dk, dv, turns)
-    rounding: Plan  # on (sums, dq)
+    one_pass: Plan  # on (q, k, v, do, rows, sums, sums, dq, dk, dv, turns)
 
     def __call__(
         self,
@@ -568,8 +719,7 @@ class Plans(NamedTuple):
         tiles = rows[:, 0].numel() // bulk[4].block[2]
         turns = torch.empty(1 + tiles, dtype=torch.int32, device=device)
         self.rows(o, do, lse, dlse, rows, turns)
-        self.one_pass(q, k, v, do, rows, sums, dk, dv, turns)
-        self.rounding(sums, dq)
+        self.one_pass(q, k, v, do, rows, sums, sums, dq, dk, dv, turns)
 
 
 def backward_plans(
@@ -592,30 +742,32 @@ def backward_plans(
             "Hopper's backward has neither dropout, softcap nor variable lengths, got dropout_p = "
             f"{call.scores.dropout_p}, softcap: {call.softcap}, variable lengths: {call.varlen}"
         )
-    if not call.aligned or not all(is_aligned(t, dtype) for t in (dk, dv)):
-        raise ValueError("Hopper's backward takes q, k, v, do, dk and dv that suit bulk copies")
+    if not call.aligned or not all(is_aligned(t, dtype) for t in gradients):
+        raise ValueError("Hopper's backward takes q, k, v, do, dq, dk and dv that suit bulk copies")
     M, options = config.block_m, config.options
     tiles = triton.cdiv(T_q, M)
     whole = tiles * M
     by_row = launch_config("delta", D, dtype, target, True)
     row: dict[str, Any] = {"H": H, "D": D, "ROWS": by_row.block_m, "BLOCK_M": M, **by_row.options}
-    window = {"left": call.mask.left, "right": call.mask.right}
-
     n_rows = B * H * whole
     of_rows = {"do_strides": strides_of(do), "T": T_q, "tiles": tiles, "n_rows": n_rows}
     rows = Plan(_delta_and_lse_kernel, (triton.cdiv(n_rows, by_row.block_m),), of_rows | row)
 
+    sums = Bulk((B, H, T_q, D), (H * T_q * D, T_q * D, D, 1), (1, 1, M // 4, D))
     bulk = {
         i: swizzled(rows_in_bulk(t, n), dtype)
         for i, t, n in (
             *((0, q, M), (1, k, KEYS.value), (2, v, HALF.value), (3, do, M)),
-            *((6, dk, KEYS.value), (7, dv, HALF.value)),
+            *((8, dk, KEYS.value), (9, dv, HALF.value)),
         )
     }
-    bulk[4] = unswizzled(Bulk((B * H, 2, whole), (2 * whole, whole, 1), (1, 2, M)), torch.float32)
-    sums_strides = (H * T_q * D, T_q * D, D, 1)
-    # Half of a tile: of its lanes, or of its rows where those are more than one WGMMA takes.
-    bulk[5] = swizzled(Bulk((B, H, T_q, D), sums_strides, (1, 1, 64, M * D // 128)), torch.float32)
+    bulk |= {
+        4: unswizzled(Bulk((B * H, 2, whole), (2 * whole, whole, 1), (1, 2, M)), torch.float32),
+        # Half of a tile: of its lanes, or of its rows where those are more than one WGMMA takes.
+        5: swizzled(sums._replace(block=(1, 1, 64, M * D // 128)), torch.float32),
+        6: unswizzled(sums, torch.float32),
+        7: unswizzled(rows_in_bulk(dq, M // 4), dtype),
+    }
     # Read again and again: q, do and, in float32, dq.
     head_bytes = 2 * T_q * D * (dtype.itemsize + 2) * group
     arguments = {
@@ -624,8 +776,10 @@ def backward_plans(
         "group": group,
         "T_q": T_q,
         "T_k": T_k,
-        **window,
-        "section": heads_per_section(B * H_kv, head_bytes),
+        "left": call.mask.left,
+        "right": call.mask.right,
+        # At least two: the last one goes the other way.
+        "section": min(heads_per_section(B * H_kv, head_bytes), triton.cdiv(B * H_kv, 2)),
         "scale_log2": call.scores.scale_log2,
         "WINDOW": call.mask.WINDOW,
         "STAGES": config.num_stages,
@@ -633,9 +787,4 @@ def backward_plans(
     }
     grid = (min(B * H_kv * triton.cdiv(T_k, KEYS.value), processors),)
     one_pass = Plan(_attention_backward_hopper_kernel, grid, arguments, bulk)
-
-    n_rows = B * H * T_q
-    of_sums = {"dq_strides": strides_of(dq), "T_q": T_q, "T_k": T_k, **window, "n_rows": n_rows}
-    of_sums["softmax_scale"] = call.scores.scale_log2 * LN2.value
-    rounding = Plan(_round_dq_kernel, (triton.cdiv(n_rows, by_row.block_m),), of_sums | row)
-    return Plans(rows, one_pass, rounding)
+    return Plans(rows, one_pass)
