@@ -319,12 +319,10 @@ def _copy(buffers, sources, results, turns_ptr, tickets, n_heads, section, sizes
 
 
 @gluon.jit
-def _add(buffers, share_source, turns_ptr, tickets, n_heads, section, sizes):
+def _add(buffers, half_source, turns_ptr, tickets, n_heads, section, sizes):
     """The adding warp: every tile of dq to the workspace, when those before have been added."""
     BLOCK_M: gl.constexpr = buffers.q.shape[3]
     D: gl.constexpr = buffers.q.shape[4]
-    ROWS_APART: gl.constexpr = buffers.dq.shape[3] % BLOCK_M  # 0 if both halves have all of them
-    LANES_APART: gl.constexpr = buffers.dq.shape[4] % D
     n_m = gl.cdiv(sizes.T_q, BLOCK_M)
     for w in gl.static_range(2):
         arrive_at(DQ_EMPTY + w, ONE_GROUP_AND_WARP)
@@ -334,47 +332,71 @@ def _add(buffers, share_source, turns_ptr, tickets, n_heads, section, sizes):
         arrive_at(WORK_READ, TWO_WARPS)
         place = _place(ticket, n_heads, section, sizes)
         queries = _queries(place.n, sizes, BLOCK_M)
-        first_h = place.h * sizes.group
-        first_turns = turns_ptr + 1 + (place.b * sizes.H_kv * sizes.group + first_h) * n_m
+        first = (place.b * sizes.H_kv + place.h) * sizes.group * n_m  # tile, of all heads
         tiles = queries.end - queries.begin
         i = 0
         g = 0
         m = _visited(place, queries, i)
-        turns = first_turns + m
+        tile = first + m
         done = -1
         while i < tiles:
             turn = _turn(m, place, sizes, BLOCK_M)
             while done != turn:
-                done = gl.atomic_add(turns, 0, sem="acquire")
+                done = gl.atomic_add(turns_ptr + 1 + tile, 0, sem="acquire")
             fence_async_global()
             for w in gl.static_range(2):
                 await_at(DQ_FULL + w, ONE_GROUP_AND_WARP)
-                at = [place.b, first_h + g, m * BLOCK_M + w * ROWS_APART, w * LANES_APART]
+                at = [2 * tile + w, 0, 0]
                 if turn == 0:
-                    async_store(share_source, at, buffers.dq.index(w))
+                    async_store(half_source, at, buffers.dq.index(w))
                 else:
-                    async_reduce_add(share_source, at, buffers.dq.index(w))
+                    async_reduce_add(half_source, at, buffers.dq.index(w))
             store_wait(0)
             for w in gl.static_range(2):
                 arrive_at(DQ_EMPTY + w, ONE_GROUP_AND_WARP)
-            added = turns
+            added = tile
             g += 1
             i = gl.where(g == sizes.group, i + 1, i)
             g = gl.where(g == sizes.group, 0, g)
             m = _visited(place, queries, gl.minimum(i, tiles - 1))
-            turns = first_turns + g * n_m + m
-            done = gl.atomic_add(turns, 0, sem="acquire")  # on its way while the tile is written
+            tile = first + g * n_m + m
+            # On its way while the one before is written.
+            done = gl.atomic_add(turns_ptr + 1 + tile, 0, sem="acquire")
             store_wait_written()
-            gl.atomic_add(added, 1, sem="release")
+            gl.atomic_add(turns_ptr + 1 + added, 1, sem="release")
         await_at(WORK_TO_ADD, TWO_WARPS)
         ticket = _read(buffers.work, TICKET, 1)
 
 
 @gluon.jit
-def _load_sums(buffers, sums_source, b, h, row, stage):
+def _by_thread(half):
+    """Half a tile of dq ``[64, 64]`` in the order of the workspace: by what a thread holds.
+
+    Four numbers of a thread side by side, beside those of the next thread: stores of 16 bytes
+    without bank conflicts.
+    """
+    # Of rows: warp, which of two, eight. Of lanes: eight, thread, pair.
+    half = half.reshape([4, 2, 8, 8, 4, 2]).permute([0, 3, 2, 4, 1, 5])
+    return half.reshape([HALF, HALF])
+
+
+@gluon.jit
+def _by_row(part):
+    """``[16, 16]``: 256 numbers ``[4, 64]`` of the workspace, as rows and lanes."""
+    return part.reshape([2, 8, 4, 2, 2]).permute([3, 1, 0, 2, 4]).reshape([16, 16])
+
+
+@gluon.jit
+def _load_sums(buffers, sums_source, tile, i, stage):
+    """Quarter ``i`` of a tile, of one half or of both."""
+    HALVES: gl.constexpr = buffers.sums.shape[1]
+    ROWS: gl.constexpr = buffers.sums.shape[2]
     full = buffers.sums_full.index(stage)
     mbarrier.expect(full, sums_source.block_type.nbytes)
-    async_load(sums_source, [b, h, row, 0], full, buffers.sums.index(stage))
+    at = [2 * tile, i * ROWS, 0]
+    if HALVES == 1:
+        at = [2 * tile + i // 2, i % 2 * ROWS, 0]
+    async_load(sums_source, at, full, buffers.sums.index(stage))
 
 
 @gluon.jit
@@ -385,37 +407,40 @@ def _round(buffers, sums_source, dq_source, turns_ptr, n_heads, section, scale_l
     """
     BLOCK_M: gl.constexpr = buffers.q.shape[3]
     D: gl.constexpr = buffers.q.shape[4]
-    ROWS: gl.constexpr = buffers.sums.shape[3]
-    PART: gl.constexpr = 256 // D  # rows of which a thread holds eight numbers
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [128 // D, D // 4], [1, 1], [1, 0])
-    gl.static_assert(BLOCK_M == 4 * ROWS)  # each of two stages twice, so that phases are as before
+    HALVES: gl.constexpr = buffers.sums.shape[1]
+    ROWS: gl.constexpr = buffers.sums.shape[2]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [1, 1], [1, 0])
+    # Each of two stages twice, so that phases are as before.
+    gl.static_assert(BLOCK_M == 4 * ROWS)
     n_m = gl.cdiv(sizes.T_q, BLOCK_M)
     H = sizes.H_kv * sizes.group
     n_heads *= sizes.group
-    for tile in range(gl.program_id(0), n_heads * n_m, gl.num_programs(0)):
-        head, m = head_and_tile(tile, n_heads, n_m, section * sizes.group, True)
-        b, h, row = head // H, head % H, m * BLOCK_M
+    for i in range(gl.program_id(0), n_heads * n_m, gl.num_programs(0)):
+        head, m = head_and_tile(i, n_heads, n_m, section * sizes.group, True)
+        tile = head * n_m + m
         _, turns = _adding(m, sizes, BLOCK_M)
-        done = gl.atomic_add(turns_ptr + 1 + head * n_m + m, 0, sem="acquire")
+        done = gl.atomic_add(turns_ptr + 1 + tile, 0, sem="acquire")
         while done != turns:
-            done = gl.atomic_add(turns_ptr + 1 + head * n_m + m, 0, sem="acquire")
+            done = gl.atomic_add(turns_ptr + 1 + tile, 0, sem="acquire")
         fence_async_global()
-        for i in gl.static_range(2):
-            _load_sums(buffers, sums_source, b, h, row + i * ROWS, i)
-        for i in range(4):
-            stage = i % 2
-            mbarrier.wait(buffers.sums_full.index(stage), i // 2)
+        for quarter in gl.static_range(2):
+            _load_sums(buffers, sums_source, tile, quarter, quarter)
+        for quarter in range(4):
+            stage = quarter % 2
+            mbarrier.wait(buffers.sums_full.index(stage), quarter // 2)
             store_wait(1)  # the one of this stage has been read
-            sums = buffers.sums.index(stage).reshape((ROWS, D))
+            sums = buffers.sums.index(stage).reshape((HALVES * ROWS, HALF))
             rounded = buffers.rounded.index(stage).reshape((ROWS, D))
-            for j in gl.static_range(ROWS // PART):
-                x = sums.slice(j * PART, PART, 0).load(LAYOUT) * (scale_log2 * LN2)
-                x = gl.where(turns > 0, x, 0.0).to(rounded.dtype)
-                rounded.slice(j * PART, PART, 0).store(x)
+            for j in gl.static_range(ROWS * D // 256):
+                x = sums.slice(4 * j, 4, 0).load(LAYOUT) * (scale_log2 * LN2)
+                x = _by_row(gl.where(turns > 0, x, 0.0).to(rounded.dtype))
+                to = rounded.slice(j // 4 * 16 % ROWS, 16, 0)
+                to.slice(j // 4 * 16 // ROWS * HALF + j % 4 * 16, 16, 1).store(x)
             fence_async_shared()
-            async_store(dq_source, [b, h, row + i * ROWS, 0], buffers.rounded.index(stage))
-            if i < 2:
-                _load_sums(buffers, sums_source, b, h, row + (i + 2) * ROWS, stage)
+            at = [head // H, head % H, m * BLOCK_M + quarter * ROWS, 0]
+            async_store(dq_source, at, buffers.rounded.index(stage))
+            if quarter < 2:
+                _load_sums(buffers, sums_source, tile, quarter + 2, stage)
     store_wait(0)
 
 
@@ -488,14 +513,12 @@ def _go_on(
     BLOCK_M: gl.constexpr = buffers.q.shape[3]
     D: gl.constexpr = buffers.q.shape[4]
     DTYPE: gl.constexpr = buffers.q.dtype
-    DQ_ROWS: gl.constexpr = buffers.dq.shape[3]
-    DQ_LANES: gl.constexpr = buffers.dq.shape[4]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_LANES, 16])
+    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, ACC_LAYOUT, 2)
     EARLY: gl.constexpr = 1 if BLOCK_M == 128 and not LAST else 0
-    dq_zero = gl.zeros([DQ_ROWS, DQ_LANES], gl.float32, layout=DQ_LAYOUT)
+    dq_zero = gl.zeros([HALF, HALF], gl.float32, layout=DQ_LAYOUT)
     stage, q, do, rows = _rows_of(buffers, step)
     dp = _second_product(buffers, step, WHICH, S_LAYOUT)
     # Loaded after the wait: before it they would hold registers while products run.
@@ -525,14 +548,14 @@ def _go_on(
     fence_async_shared()
     await_at(DS_READY, COMPUTING)
     k_all, _, _ = _keys_of(buffers, WHICH)
-    if DQ_ROWS < BLOCK_M:
+    if BLOCK_M > HALF:
         dq = warpgroup_mma(
-            ds_tile.slice(WHICH * DQ_ROWS, DQ_ROWS, 0), k_all, dq_zero,
+            ds_tile.slice(WHICH * HALF, HALF, 0), k_all, dq_zero,
             use_acc=False, is_async=True,
         )  # fmt: skip
     else:
         dq = warpgroup_mma(
-            ds_tile, k_all.slice(WHICH * DQ_LANES, DQ_LANES, 1), dq_zero,
+            ds_tile, k_all.slice(WHICH * HALF, HALF, 1), dq_zero,
             use_acc=False, is_async=True,
         )  # fmt: skip
     ds_narrow = gl.convert_layout(ds, P_LAYOUT)
@@ -542,7 +565,7 @@ def _go_on(
     dq, dv, p_narrow = warpgroup_mma_wait(1 + EARLY, deps=[dq, dv, p_narrow])
     await_at(DQ_EMPTY + WHICH, ONE_GROUP_AND_WARP)
     zero = opaque_zero()
-    buffers.dq.index(WHICH + zero).reshape((DQ_ROWS, DQ_LANES)).store(dq)
+    buffers.dq.index(WHICH + zero).reshape((HALF, HALF)).store(_by_thread(dq))
     fence_async_shared()
     arrive_at(DQ_FULL + WHICH, ONE_GROUP_AND_WARP)
     if not EARLY and not LAST:
@@ -616,8 +639,8 @@ def _attention_backward_hopper_kernel(
     v_source,
     do_source,
     rows_source,  # descriptor of fp32 [B * H, 2, whole tiles]: lse log2(e), delta
-    share_source,  # of an fp32 workspace [B, H, T_q, D]: what a warpgroup adds
-    sums_source,  # of the same: what the rounding warp reads
+    half_source,  # of an fp32 workspace [halves of tiles, 64, 64]: what a warpgroup adds
+    sums_source,  # of the same: what the rounding warp reads at once
     dq_source,
     dk_source,
     dv_source,
@@ -639,12 +662,11 @@ def _attention_backward_hopper_kernel(
     DTYPE: gl.constexpr = q_source.dtype
     BLOCK_M: gl.constexpr = q_source.block_type.shape[2]
     D: gl.constexpr = q_source.block_type.shape[3]
-    DQ_ROWS: gl.constexpr = share_source.block_type.shape[2]
-    DQ_LANES: gl.constexpr = share_source.block_type.shape[3]
-    ROWS: gl.constexpr = sums_source.block_type.shape[2]
+    HALVES: gl.constexpr = sums_source.block_type.shape[0]
+    ROWS: gl.constexpr = sums_source.block_type.shape[1]
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, KEYS], DTYPE)
     gl.static_assert(EMPTY + STAGES <= DS_READY)
-    gl.static_assert(2 * DQ_ROWS * DQ_LANES == BLOCK_M * D)
+    gl.static_assert(2 * HALF * HALF == BLOCK_M * D)
     buffers = Buffers(
         gl.allocate_shared_memory(DTYPE, [1, 1, 1, KEYS, D], k_source.layout),
         gl.allocate_shared_memory(DTYPE, [2, 1, 1, HALF, D], v_source.layout),
@@ -652,8 +674,8 @@ def _attention_backward_hopper_kernel(
         gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, D], do_source.layout),
         gl.allocate_shared_memory(gl.float32, [STAGES, 1, 2, BLOCK_M], rows_source.layout),
         gl.allocate_shared_memory(DTYPE, [2, BLOCK_M, KEYS], DS_LAYOUT),
-        gl.allocate_shared_memory(gl.float32, [2, 1, 1, DQ_ROWS, DQ_LANES], share_source.layout),
-        gl.allocate_shared_memory(gl.float32, [2, 1, 1, ROWS, D], sums_source.layout),
+        gl.allocate_shared_memory(gl.float32, [2, 1, HALF, HALF], half_source.layout),
+        gl.allocate_shared_memory(gl.float32, [2, HALVES, ROWS, HALF], sums_source.layout),
         gl.allocate_shared_memory(DTYPE, [2, 1, 1, ROWS, D], dq_source.layout),
         gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()),
@@ -679,7 +701,7 @@ def _attention_backward_hopper_kernel(
             (_compute, (buffers, group, width, scale_log2, 0, WINDOW)),
             (_compute, (buffers, group, width, scale_log2, 1, WINDOW)),
             (_copy, (buffers, sources, results, turns_ptr, tickets, n_heads, section, sizes)),
-            (_add, (buffers, share_source, turns_ptr, tickets, n_heads, section, sizes)),
+            (_add, (buffers, half_source, turns_ptr, tickets, n_heads, section, sizes)),
             (_round, (buffers, sums_source, dq_source, turns_ptr, n_heads, section, scale_log2,
                       sizes)),
         ],
@@ -709,8 +731,8 @@ class Plans(NamedTuple):
     ) -> None:
         """Write dq, dk and dv.
 
-        Allocates ``4 B T_q H D`` bytes of sums, and of the queries in whole tiles 8 bytes for each
-        row and 4 for each tile.
+        Allocates for the queries in whole tiles 4 bytes of sums for each number, 8 for each row
+        and 4 for each tile.
         """
         bulk, device = self.one_pass.bulk, q.device
         rows, sums = (
@@ -753,7 +775,9 @@ def backward_plans(
     of_rows = {"do_strides": strides_of(do), "T": T_q, "tiles": tiles, "n_rows": n_rows}
     rows = Plan(_delta_and_lse_kernel, (triton.cdiv(n_rows, by_row.block_m),), of_rows | row)
 
-    sums = Bulk((B, H, T_q, D), (H * T_q * D, T_q * D, D, 1), (1, 1, M // 4, D))
+    # Half a tile has 64 lanes: those of 64 rows, or half of those of as many.
+    halves, rows_at_once = (1, 32) if M == 128 else (2, 16)
+    sums = Bulk((2 * B * H * tiles, 64, 64), (64 * 64, 64, 1), (halves, rows_at_once, 64))
     bulk = {
         i: swizzled(rows_in_bulk(t, n), dtype)
         for i, t, n in (
@@ -763,10 +787,9 @@ def backward_plans(
     }
     bulk |= {
         4: unswizzled(Bulk((B * H, 2, whole), (2 * whole, whole, 1), (1, 2, M)), torch.float32),
-        # Half of a tile: of its lanes, or of its rows where those are more than one WGMMA takes.
-        5: swizzled(sums._replace(block=(1, 1, 64, M * D // 128)), torch.float32),
+        5: unswizzled(sums._replace(block=(1, 64, 64)), torch.float32),
         6: unswizzled(sums, torch.float32),
-        7: unswizzled(rows_in_bulk(dq, M // 4), dtype),
+        7: unswizzled(rows_in_bulk(dq, rows_at_once), dtype),
     }
     # Read again and again: q, do and, in float32, dq.
     head_bytes = 2 * T_q * D * (dtype.itemsize + 2) * group
