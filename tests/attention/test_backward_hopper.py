@@ -188,7 +188,7 @@ def test_turns_count_the_programs_that_add_to_a_tile(mask, T_q, T_k):
         as_python(getattr(backward_hopper, name).fn) for name in names
     )
     n_n, seen = -(-T_k // 128), visits(T_q, T_k, mask, 128)
-    taken = [place_of(ticket, 2, 1, sizes) for ticket in range(2 * n_n)]
+    taken = [place_of(ticket, 2, 1, 1, sizes) for ticket in range(2 * n_n)]
     for h, down in ((0, False), (1, True)):
         of_head = taken[h * n_n : (h + 1) * n_n]
         assert [place.h for place in of_head] == [h] * n_n
@@ -231,7 +231,7 @@ def many_programs(D, mask="causal", times=1):
         first = first or grads
         for t, expected in zip(grads, first, strict=True):
             assert torch.equal(t, expected)
-    return (q, k, v, o, lse, do), first
+    return (q, k, v, do), first
 
 
 @pytest.mark.gpu
@@ -244,20 +244,17 @@ def test_the_same_bits_five_hundred_times(D, mask):
 @pytest.mark.gpu
 @heads
 @pytest.mark.parametrize("mask", ["causal", "full", "both"])
-def test_heads_of_many_are_those_of_one(D, mask):
-    (q, k, v, o, lse, do), grads = many_programs(D, mask)
+def test_heads_of_many_are_right(D, mask):
+    (q, k, v, do), grads = many_programs(D, mask)
     causal, window_size = MASKS[mask]
     options = {"causal": causal, "softmax_scale": None, "window_size": window_size}
     for b, h in ((0, 0), (2, 7), (3, 15)):
-        one_q, one_k, one_v, one_o, one_do = (t[b : b + 1, :, h : h + 1] for t in (q, k, v, o, do))
-        inputs = (one_q, one_k, one_v, one_o.contiguous(), lse[b : b + 1, h : h + 1].contiguous())
-        alone = [torch.full_like(t, NAN) for t in inputs[:3]]
-        config = ONE_PASS[D]
-        backward.attention_backward(*inputs, one_do, *alone, **options, config=config)
-        for t, expected in zip(grads, alone, strict=True):
-            assert_bitwise(t[b : b + 1, :, h : h + 1], expected)
-        budgets = attention_gradient_budgets(one_q, one_k, one_v, one_do, None, **options)
-        found = dict(zip(("dq", "dk", "dv"), alone, strict=True))
+        one = [t[b : b + 1, :, h : h + 1] for t in (q, k, v, do)]
+        budgets = attention_gradient_budgets(*one, None, **options)
+        found = {
+            name: t[b : b + 1, :, h : h + 1]
+            for name, t in zip(("dq", "dk", "dv"), grads, strict=True)
+        }
         check_gradients(found, budgets, dtype=q.dtype, case=f"{D} {mask} {b} {h}")
 
 

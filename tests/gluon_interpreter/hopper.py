@@ -170,9 +170,13 @@ def _await_copies(pendings: int, what: str) -> None:
 
 
 def fence_async_shared(cluster: bool = False) -> None:
-    """What this partition stored to shared memory is seen by asynchronous engines."""
+    """Stores to shared memory ahead of it, also others', are seen by asynchronous engines.
+
+    A fence of whoever reads will do in one CTA: it has to be on the path from the store to the
+    engine (PTX ISA, "Proxy-preserved base causality order").
+    """
     me = scheduler.run.current
-    me.fenced |= me.stored
+    me.fenced |= me.known
 
 
 # Tensor cores

@@ -150,7 +150,6 @@ class Shared:
             raise Hazard(f"{self.name} takes no {value.dtype} {value.shape}, {scheduler.line()}")
         self.memory.write(region_of(self.data), event)
         run.current.known |= event
-        run.current.stored |= event
         self.data.copy_(value.data)
 
 

@@ -49,7 +49,6 @@ class Agent(Known):
         threads: how many of the GPU's it stands for.
         ready: whether what it waits for has come; None while it waits for nothing.
         waits: what that is.
-        stored: events of its own stores to shared memory.
         products: of the tensor cores, in their order, those that no wait has covered.
         copies: out of shared memory, in their order.
         steps: how often it stood where another could go on.
@@ -60,7 +59,7 @@ class Agent(Known):
         super().__init__()
         self.program, self.name, self.threads, self.weight = program, name, 32 * warps, weight
         self.ready: Callable[[], bool] | None = None
-        self.waits, self.stored, self.steps, self.spins = "", 0, 0, 0
+        self.waits, self.steps, self.spins = "", 0, 0
         self.products: list[Any] = []
         self.copies: list[Any] = []
         self.ended = False

@@ -34,7 +34,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ra_triton.kernels.attention.arguments import Attention, heads_per_section, rows_in_bulk
+from ra_triton.kernels.attention.arguments import (
+    SECTION_BYTES,
+    Attention,
+    heads_per_section,
+    rows_in_bulk,
+)
 from ra_triton.kernels.attention.hopper_tiles import columns_within
 from ra_triton.kernels.tiles import (
     LN2,
@@ -186,23 +191,17 @@ def _delta_and_lse_kernel(
 
 
 @gluon.jit
-def _place(ticket, n_heads, section, sizes) -> Place:
+def _place(ticket, n_heads, section, up, sizes) -> Place:
     """The keys of a ticket: heads fastest, the last keys first, ``section`` heads at a time.
 
-    In the last section the first keys come first: most work, where the mask is causal.
+    From head ``up`` on the first keys come first: most work, where the mask is causal.
     """
     n_n = gl.cdiv(sizes.T_k, KEYS)
     head, n = head_and_tile(ticket, n_heads, n_n, section, True)
-    down = _down(head, n_heads, section)
+    down = head >= up
     return Place(
         head // sizes.H_kv, head % sizes.H_kv, gl.where(down, n, n_n - 1 - n), down
     )
-
-
-@gluon.jit
-def _down(head, n_heads, section):
-    """Whether a key/value head is of the last section."""
-    return head // section == (n_heads - 1) // section
 
 
 @gluon.jit
@@ -257,7 +256,7 @@ def _read(work, i: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _copy(buffers, sources, results, turns_ptr, tickets, n_heads, section, sizes):
+def _copy(buffers, sources, results, turns_ptr, tickets, n_heads, section, up, sizes):
     """The copying warp: k and v; q, do, lse and delta tile after tile; and dk and dv from there."""
     q_source, k_source, v_source, do_source, rows_source = sources
     dk_source, dv_source = results
@@ -267,7 +266,7 @@ def _copy(buffers, sources, results, turns_ptr, tickets, n_heads, section, sizes
     k_phase = 0
     ticket = gl.atomic_add(turns_ptr, 1, sem="relaxed")
     while ticket < tickets:
-        place = _place(ticket, n_heads, section, sizes)
+        place = _place(ticket, n_heads, section, up, sizes)
         queries = _queries(place.n, sizes, BLOCK_M)
         key = place.n * KEYS
         tiles = gl.maximum(queries.end - queries.begin, 0)
@@ -319,7 +318,7 @@ def _copy(buffers, sources, results, turns_ptr, tickets, n_heads, section, sizes
 
 
 @gluon.jit
-def _add(buffers, half_source, turns_ptr, tickets, n_heads, section, sizes):
+def _add(buffers, half_source, turns_ptr, tickets, n_heads, section, up, sizes):
     """The adding warp: every tile of dq to the workspace, when those before have been added."""
     BLOCK_M: gl.constexpr = buffers.q.shape[3]
     D: gl.constexpr = buffers.q.shape[4]
@@ -330,7 +329,7 @@ def _add(buffers, half_source, turns_ptr, tickets, n_heads, section, sizes):
     ticket = _read(buffers.work, TICKET, 1)
     while ticket < tickets:
         arrive_at(WORK_READ, TWO_WARPS)
-        place = _place(ticket, n_heads, section, sizes)
+        place = _place(ticket, n_heads, section, up, sizes)
         queries = _queries(place.n, sizes, BLOCK_M)
         first = (place.b * sizes.H_kv + place.h) * sizes.group * n_m  # tile, of all heads
         tiles = queries.end - queries.begin
@@ -346,6 +345,7 @@ def _add(buffers, half_source, turns_ptr, tickets, n_heads, section, sizes):
             fence_async_global()
             for w in gl.static_range(2):
                 await_at(DQ_FULL + w, ONE_GROUP_AND_WARP)
+                fence_async_shared()  # here, for there it would hold up a warpgroup
                 at = [2 * tile + w, 0, 0]
                 if turn == 0:
                     async_store(half_source, at, buffers.dq.index(w))
@@ -566,7 +566,6 @@ def _go_on(
     await_at(DQ_EMPTY + WHICH, ONE_GROUP_AND_WARP)
     zero = opaque_zero()
     buffers.dq.index(WHICH + zero).reshape((HALF, HALF)).store(_by_thread(dq))
-    fence_async_shared()
     arrive_at(DQ_FULL + WHICH, ONE_GROUP_AND_WARP)
     if not EARLY and not LAST:
         s = _first_product(buffers, step + 1, WHICH, S_LAYOUT)
@@ -632,7 +631,7 @@ def _compute(
     await_at(DQ_EMPTY + WHICH, ONE_GROUP_AND_WARP)  # every arrival is awaited
 
 
-@gluon.jit(do_not_specialize=["B", "H_kv", "group", "T_q", "T_k", "left", "right", "section"])
+@gluon.jit(do_not_specialize=["B", "H_kv", "group", "T_q", "T_k", "left", "right", "section", "up"])
 def _attention_backward_hopper_kernel(
     q_source,  # descriptors of [B, H, T, D]
     k_source,
@@ -653,6 +652,7 @@ def _attention_backward_hopper_kernel(
     left,
     right,
     section,  # key/value heads at a time
+    up,  # key/value heads whose last keys come first
     scale_log2,  # softmax_scale * log2(e)
     WINDOW: gl.constexpr,  # whether keys long before a query's own are not seen
     STAGES: gl.constexpr,
@@ -700,8 +700,8 @@ def _attention_backward_hopper_kernel(
         [
             (_compute, (buffers, group, width, scale_log2, 0, WINDOW)),
             (_compute, (buffers, group, width, scale_log2, 1, WINDOW)),
-            (_copy, (buffers, sources, results, turns_ptr, tickets, n_heads, section, sizes)),
-            (_add, (buffers, half_source, turns_ptr, tickets, n_heads, section, sizes)),
+            (_copy, (buffers, sources, results, turns_ptr, tickets, n_heads, section, up, sizes)),
+            (_add, (buffers, half_source, turns_ptr, tickets, n_heads, section, up, sizes)),
             (_round, (buffers, sums_source, dq_source, turns_ptr, n_heads, section, scale_log2,
                       sizes)),
         ],
@@ -782,17 +782,19 @@ def backward_plans(
         i: swizzled(rows_in_bulk(t, n), dtype)
         for i, t, n in (
             *((0, q, M), (1, k, KEYS.value), (2, v, HALF.value), (3, do, M)),
-            *((8, dk, KEYS.value), (9, dv, HALF.value)),
+            *((7, dq, rows_at_once), (8, dk, KEYS.value), (9, dv, HALF.value)),
         )
     }
     bulk |= {
         4: unswizzled(Bulk((B * H, 2, whole), (2 * whole, whole, 1), (1, 2, M)), torch.float32),
         5: unswizzled(sums._replace(block=(1, 64, 64)), torch.float32),
         6: unswizzled(sums, torch.float32),
-        7: unswizzled(rows_in_bulk(dq, rows_at_once), dtype),
     }
     # Read again and again: q, do and, in float32, dq.
     head_bytes = 2 * T_q * D * (dtype.itemsize + 2) * group
+    section = min(heads_per_section(B * H_kv, head_bytes), triton.cdiv(B * H_kv, 2))
+    # The last section goes down; all do if two heads do not fit, for then each tile is read again.
+    up = 0 if 2 * head_bytes > SECTION_BYTES else (B * H_kv - 1) // section * section
     arguments = {
         "B": B,
         "H_kv": H_kv,
@@ -801,8 +803,8 @@ def backward_plans(
         "T_k": T_k,
         "left": call.mask.left,
         "right": call.mask.right,
-        # At least two: the last one goes the other way.
-        "section": min(heads_per_section(B * H_kv, head_bytes), triton.cdiv(B * H_kv, 2)),
+        "section": section,
+        "up": up,
         "scale_log2": call.scores.scale_log2,
         "WINDOW": call.mask.WINDOW,
         "STAGES": config.num_stages,
