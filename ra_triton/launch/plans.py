@@ -87,6 +87,10 @@ class Bulk(NamedTuple):
         return gluon.TensorDescriptor(*fields, self.layout)
 
 
+class CannotCompile(Exception):
+    """The compiler, or the driver, does not take a kernel."""
+
+
 class Plan:
     """A kernel, its grid, and its arguments after the tensors, which come first.
 
@@ -122,6 +126,26 @@ class Plan:
     def on(self, places: Sequence[Place | None]) -> tuple[OnAddresses, OnAddresses] | None:
         """:meth:`Launch.on` of the kernel; None before it is compiled."""
         return None if self._launch is None else self._launch.on(places)
+
+    def compile(self, *tensors: Tensor | None) -> None:
+        """Compile and load without a launch, where tensors are on a GPU.
+
+        Raises:
+            CannotCompile: whatever the compiler raised is its cause.
+        """
+        if self._launch is not None or not any(t is not None and t.is_cuda for t in tensors):
+            return
+        try:
+            self._launch = self._compiled(tensors)
+        except Exception as error:
+            raise CannotCompile from error
+
+    def _compiled(self, tensors: tuple[Tensor | None, ...]) -> Launch:
+        if self.bulk:
+            make_context_current()
+        described = self._described(tensors)
+        compiled = self.kernel.warmup(*described, grid=self.grid, **self.arguments)
+        return self._launcher(compiled, tensors)
 
     def _compile(self, *tensors: Tensor | None) -> None:
         """Launch through the JIT, and remember what it compiled."""

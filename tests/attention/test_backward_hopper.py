@@ -14,6 +14,7 @@ from ra_triton.kernels.attention import backward, backward_hopper
 from ra_triton.kernels.attention.arguments import mask_of
 from ra_triton.kernels.attention.forward import attention_forward
 from ra_triton.launch.configs import ONE_PASS
+from ra_triton.launch.plans import Layout
 
 heads = pytest.mark.parametrize("D", ONE_PASS)
 MASKS = {
@@ -31,7 +32,7 @@ def three_processors(monkeypatch):
     """So that a program takes keys of several tickets."""
     if DEVICE.type == "cpu":
         monkeypatch.setattr(backward, "processors_of", lambda device: 3)
-        backward._hopper_plans.cache_clear()
+        backward._one_pass_plans.cache_clear()
 
 
 def gradients(D, q, k, v, do, mask="causal", dlse=None, scale=None, *, into=None, **order):
@@ -152,6 +153,42 @@ def test_calls_that_it_does_not_have_raise():
     unaligned = torch.empty(k.numel() + 1, dtype=k.dtype, device=DEVICE)[1:].view(k.shape)
     with pytest.raises(ValueError, match="suit bulk copies"):
         backward.attention_backward(q, k, v, o, lse, do, grads[0], unaligned, grads[2], **options)
+
+
+TAKEN = {
+    "as it is": (True, {}),
+    "fp32": (False, {"dtype": torch.float32}),
+    "fp16": (True, {"dtype": torch.float16}),
+    "an A100": (False, {"target": "sm_80"}),
+    "heads of 128": (True, {"D": 128}),
+    "heads of 96": (False, {"D": 96}),
+    "few queries": (False, {"T_q": 255}),
+    "few keys": (False, {"T_k": 255}),
+    "a window": (True, {"window": (70, 0)}),
+    "dropout": (False, {"dropout_p": 0.1}),
+    "softcap": (False, {"softcap": 5.0}),
+    "sequences": (False, {"sequences": (2, 256, 256)}),
+    "do off 16 bytes": (False, {"off": 3}),
+    "dq off 16 bytes": (False, {"off": 4}),
+    "dv off 16 bytes": (False, {"off": 6}),
+}
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_which_calls_take_it(case):
+    taken, changed = TAKEN[case]
+    c = {"D": 64, "T_q": 256, "T_k": 300, "dtype": torch.bfloat16, "target": "sm_90"} | changed
+    layouts = [
+        Layout((1, T, 2, c["D"]), (T * 2 * c["D"], 2 * c["D"], c["D"], 1), i != c.get("off"))
+        for i, T in enumerate([c[t] for t in ("T_q", "T_k", "T_k", "T_q", "T_q", "T_k", "T_k")])
+    ]
+    scores = (None, c.get("softcap", 0.0), c.get("dropout_p", 0.0), "ieee")
+    mask = (c.get("sequences"), True, c.get("window", (-1, -1)))
+    plans = backward._one_pass_plans.__wrapped__(
+        torch.device("cpu"), c["dtype"], tuple(layouts[:4]), tuple(layouts[4:]),
+        (True, True, None), *mask, *scores, c["target"], None,
+    )  # fmt: skip
+    assert (plans is not None) == taken
 
 
 # Turns

@@ -8,15 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from gradient_budget import attention_gradient_budgets, check_gradients
+from strategies import normal
 
 from ra_triton import internals
+from ra_triton.kernels.attention import backward as attention_backward
 from ra_triton.kernels.attention import forward as attention_forward
 from ra_triton.kernels.projection import forward as projection
 from ra_triton.launch import gluon
-from ra_triton.launch.plans import Layout, Plan, plan_in_gluon
+from ra_triton.launch.plans import CannotCompile, Layout, Plan, plan_in_gluon
 
 ROOT = Path(__file__).parents[2]
-STAGES = {"attention_forward": attention_forward, "projection": projection}
+STAGES = {
+    "attention_forward": attention_forward,
+    "attention_backward": attention_backward,
+    "projection": projection,
+}
 stages = pytest.mark.parametrize("stage", STAGES)
 
 
@@ -32,15 +39,20 @@ def hopper_plan(stage):
     if stage == "projection":
         x, w = Layout((1, 512, 64), (512 * 64, 64, 1), True), Layout((64, 192), (192, 1), True)
         args = (cpu, bf16, x, w, (None, True), "ieee", "sm_90", "projection", None)
-    else:
-        rows = Layout((1, 512, 2, 64), (512 * 128, 128, 64, 1), True)
+    rows = Layout((1, 512, 2, 64), (512 * 128, 128, 64, 1), True)
+    if stage == "attention_backward":
+        options = (None, True, (-1, 0), None, 0.0, 0.0, "ieee", "sm_90", None)
+        of = (cpu, bf16, (rows,) * 4, (rows,) * 3, (True, True, None), *options)
+        plans = attention_backward._one_pass_plans.__wrapped__(*of)
+        return None if plans is None else plans.one_pass
+    if stage == "attention_forward":
         others = (None, None, None, True, True), None, True, (-1, 0), None, 0.0, 0.0
         args = (cpu, bf16, rows, rows, rows, *others, "ieee", "sm_90", None)
     return STAGES[stage]._plan.__wrapped__(*args)
 
 
 def in_gluon(plan):
-    return "hopper" in plan.kernel.__module__
+    return plan is not None and "hopper" in plan.kernel.__module__
 
 
 @stages
@@ -111,6 +123,42 @@ def test_a_kernel_that_does_not_compile_gives_way_for_good():
         plan(torch.zeros(1))
     assert (plan.kernel, plan.grid, plain.launches, broken.launches) == (plain, (2, 1, 1), 2, 0)
     assert len(made) == 1
+
+
+def test_a_backward_that_does_not_compile_gives_way_for_good(monkeypatch):
+    called = []
+
+    def broken(*tensors):
+        called.append(tensors)
+        raise CannotCompile from AttributeError("no async_load")
+
+    monkeypatch.setattr(attention_backward, "_one_pass_plans", lambda *of: broken)
+    q, k, v, do = (normal(1, 40, 2, 16, seed=seed) for seed in range(4))
+    o, lse = attention_forward.attention_forward(q, k, v, causal=True, softmax_scale=None)
+    grads = [[torch.empty_like(q) for _ in range(3)] for _ in range(2)]
+    options = {"causal": True, "softmax_scale": None}
+    with pytest.warns(UserWarning, match="attention_backward runs without.*no async_load"):
+        attention_backward.attention_backward(q, k, v, o, lse, do, *grads[0], **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attention_backward.attention_backward(q, k, v, o, lse, do, *grads[1], **options)
+    assert len(called) == 1
+    budgets = attention_gradient_budgets(q, k, v, do, None, causal=True)
+    for three in grads:
+        found = dict(zip(("dq", "dk", "dv"), three, strict=True))
+        check_gradients(found, budgets, dtype=q.dtype, case="plain")
+
+
+def test_what_the_compiler_raises_on_request_says_that_it_was_the_compiler():
+    class OnGpu:
+        is_cuda = True
+
+    error = AttributeError("no async_load")
+    plan = Plan(Kernel(error), (1,), {})
+    plan.compile(torch.zeros(1))  # nothing to compile for
+    with pytest.raises(CannotCompile) as raised:
+        plan.compile(OnGpu())
+    assert raised.value.__cause__ is error
 
 
 def test_errors_of_other_kernels_are_raised():

@@ -9,10 +9,10 @@ A softcap replaces the exponent by softcap * tanh(t) with t = softmax_scale * qk
 multiplies ds by 1 - tanh²(t). With a window, tiles outside it are not visited.
 
 q, o, do ``[B, T_q, H, D]``, k and v ``[B, T_k, H_kv, D]``, lse ``[B, H, T_q]`` → dq, dk, dv like
-q, k and v. Three launches: delta; dk and dv, one program a key tile, which sums over the queries of
-its group of heads in a fixed order; dq, one program a query tile. Scores are transposed where dk
-and dv are summed, so that no accumulator is ever transposed. Overwrites only dq, dk and dv.
-After arXiv:2307.08691.
+q, k and v. Most calls on Hopper are computed by ``backward_hopper.py``. Elsewhere three launches:
+delta; dk and dv, one program a key tile, which sums over the queries of its group of heads in a
+fixed order; dq, one program a query tile. Scores are transposed where dk and dv are summed, so that
+no accumulator is ever transposed. Overwrites only dq, dk and dv. After arXiv:2307.08691.
 """
 
 from typing import Any
@@ -36,6 +36,7 @@ from ra_triton.kernels.tiles import (
     head_of,
     head_offset,
     indices_of,
+    is_aligned,
     kept,
     key_range,
     load_rows,
@@ -49,9 +50,18 @@ from ra_triton.kernels.tiles import (
     strides_of,
     target_of,
 )
-from ra_triton.launch.configs import LaunchConfig, launch_config
-from ra_triton.launch.plans import Layout, Plan, layout_of, on_16_bytes, planned
+from ra_triton.launch import gluon
+from ra_triton.launch.configs import LaunchConfig, launch_config, one_pass
+from ra_triton.launch.plans import (
+    CannotCompile,
+    Layout,
+    Plan,
+    layout_of,
+    on_16_bytes,
+    planned,
+)
 
+ONE_PASS_STAGE = "attention_backward"  # as warnings call it
 Operands = tuple[Layout, Layout, Layout, Layout]  # q, k, v, do
 
 
@@ -372,7 +382,7 @@ def attention_backward(
     from the forward; ``do`` like o and ``dlse`` like lse in any layout. dq, dk and dv have the
     shapes of q, k and v and unit last stride. Options, seed and offsets are the forward's.
     ``config`` replaces the table's for both gradient kernels; one of ``configs.ONE_PASS`` is that
-    of Hopper's own kernel, ``backward_hopper.py``.
+    of Hopper's own kernel, ``backward_hopper.py``, which long calls there take by themselves.
 
     Raises:
         ValueError: a config of ``ONE_PASS`` where one of dq, dk and dv is None, or for a call that
@@ -391,14 +401,20 @@ def attention_backward(
     sequences = None if offsets is None else lengths(offsets)
     scores = (softmax_scale, float(softcap), float(dropout_p), dot_precision(dtype))
     options = (sequences, causal, window_size, *scores, target, config)
-    if config is not None and config.groups > 1:
-        if dq is None or dk is None or dv is None:
-            raise ValueError("one pass computes all of dq, dk and dv")
+    if dq is not None and dk is not None and dv is not None:
         gradients = (layout_of(dq), layout_of(dk), layout_of(dv))
-        others = on_16_bytes(o, lse, dlse)
-        plans = _hopper_plans(device, dtype, operands, gradients, others, *options)
-        plans(q, k, v, o, lse, do, dlse, dq, dk, dv)
-        return
+        of = (device, dtype, operands, gradients, on_16_bytes(o, lse, dlse), *options)
+        plans = _one_pass_plans(*of)
+        if plans is not None and (config is not None or gluon.works(ONE_PASS_STAGE)):
+            try:
+                plans(q, k, v, o, lse, do, dlse, dq, dk, dv)
+                return
+            except CannotCompile as error:
+                if config is not None:
+                    raise
+                gluon.give_up(ONE_PASS_STAGE, error.__cause__)
+    elif config is not None and config.groups > 1:
+        raise ValueError("one pass computes all of dq, dk and dv")
     delta = torch.empty_like(lse)
     if dq is not None or dk is not None:
         others = on_16_bytes(o, dlse, delta)
@@ -438,7 +454,7 @@ def _delta_plan(
 
 
 @planned
-def _hopper_plans(
+def _one_pass_plans(
     device: torch.device,
     dtype: torch.dtype,
     operands: Operands,
@@ -446,11 +462,35 @@ def _hopper_plans(
     others: tuple[bool | None, ...],
     *options: Any,
 ) -> Any:
+    """The launches of Hopper's own kernel, where the table or ``config`` asks for it; or None."""
+    *of, target, config = options
+    call = attention_of(dtype, operands, *of)
+    if config is not None:
+        return _in_gluon(device, call, gradients, target, config) if config.groups > 1 else None
+    _, T_q, T_k, *_ = call.sizes
+    row = one_pass(operands[0].shape[3], dtype, target, min(T_q, T_k))
+    aligned = call.aligned and all(is_aligned(t, dtype) for t in gradients)
+    plain = call.scores.dropout_p or call.softcap or call.varlen
+    if row is None or plain or not aligned or not gluon.works(ONE_PASS_STAGE):
+        return None
+    try:
+        return _in_gluon(device, call, gradients, target, row)
+    except Exception as error:  # whatever a name or a signature that has changed leads to
+        gluon.give_up(ONE_PASS_STAGE, error)
+        return None
+
+
+def _in_gluon(
+    device: torch.device,
+    call: Attention,
+    gradients: tuple[Layout, Layout, Layout],
+    target: str,
+    config: LaunchConfig,
+) -> Any:
     """The launches of Hopper's own kernel; not even imported where Gluon is not as it was."""
     from ra_triton.kernels.attention.backward_hopper import backward_plans
 
-    call, config = _call("attention_backward", dtype, operands, *options)
-    return backward_plans(call, gradients, config, options[-2], processors_of(device))
+    return backward_plans(call, gradients, config, target, processors_of(device))
 
 
 @planned
