@@ -130,6 +130,11 @@ class Shared:
     def reshape(self, shape: Sequence[int]) -> "Shared":
         return self._view(self.data.view(flat(shape)))
 
+    def _reinterpret(self, dtype: Any, shape: Sequence[int], layout: Any) -> "Shared":
+        if dtype != self.dtype:
+            raise NotImplementedError("another dtype")
+        return self._view(self.data.view(flat([shape])))
+
     def permute(self, order: Sequence[int]) -> "Shared":
         return self._view(self.data.permute(flat(order)))
 

@@ -83,6 +83,7 @@ ONE_GROUP_AND_WARP = gl.constexpr(128 + 32)
 TWO_WARPS = gl.constexpr(64)
 # Named barriers: the hardware has 16, and Triton uses those below 3; its later ones would be those
 # of partitions of one warp, which need none.
+KEYS_READ = gl.constexpr(4)  # k and v, for the last time
 EMPTY = gl.constexpr(5)  # one for each stage of q and do
 DS_READY = gl.constexpr(7)
 DQ_FULL = gl.constexpr(8)  # one for each warpgroup, as the next
@@ -240,6 +241,15 @@ def _turn(m, place, sizes, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
+def _staging(buffers, step, i):
+    """Where dk (0, 1) and dv (2, 3) of the warpgroups lie: in ds of the step before ``step``."""
+    D: gl.constexpr = buffers.q.shape[4]
+    ds = buffers.ds.index((step + 1) % 2)
+    four = ds._reinterpret(ds.dtype, [4, 1, 1, HALF, D], buffers.v.layout)
+    return four.index(i)
+
+
+@gluon.jit
 def _write(work, i: gl.constexpr, value):
     """``work[i] = value``, by one warp."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -254,22 +264,48 @@ def _read(work, i: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
+def _copy_results(buffers, results, place, step):
+    """Send dk and dv of a ticket whose steps end before ``step``."""
+    dk_source, dv_source = results
+    # Whether a buffer of ds holds dk and dv, so that k and v of the next ticket need not wait.
+    STAGED: gl.constexpr = buffers.ds.shape[1] >= 2 * buffers.q.shape[4]
+    b, h, key = place.b, place.h, place.n * KEYS
+    await_at(RESULTS_READY, COMPUTING_AND_WARP)
+    if STAGED:
+        for w in gl.static_range(2):
+            async_store(dk_source, [b, h, key + w * HALF, 0], _staging(buffers, step, w))
+            async_store(dv_source, [b, h, key + w * HALF, 0], _staging(buffers, step, 2 + w))
+    else:
+        async_store(dk_source, [b, h, key, 0], buffers.k.index(0))
+        for w in gl.static_range(2):
+            async_store(dv_source, [b, h, key + w * HALF, 0], buffers.v.index(w))
+    store_wait(0)
+
+
+@gluon.jit
 def _copy(buffers, sources, results, turns_ptr, tickets, n_heads, section, up, sizes):
     """The copying warp: k and v; q, do, lse and delta tile after tile; and dk and dv from there."""
     q_source, k_source, v_source, do_source, rows_source = sources
-    dk_source, dv_source = results
     STAGES: gl.constexpr = buffers.q.shape[0]
     BLOCK_M: gl.constexpr = buffers.q.shape[3]
+    STAGED: gl.constexpr = buffers.ds.shape[1] >= 2 * buffers.q.shape[4]
     step = 0
     k_phase = 0
+    before = Place(0, 0, -1, True)  # whose results have not been sent; n < 0: none
     ticket = gl.atomic_add(turns_ptr, 1, sem="relaxed")
     while ticket < tickets:
         place = _place(ticket, n_heads, section, up, sizes)
         queries = _queries(place.n, sizes, BLOCK_M)
         key = place.n * KEYS
         tiles = gl.maximum(queries.end - queries.begin, 0)
+        steps = sizes.group * tiles
+        if before.n >= 0:
+            await_at(WORK_READ, TWO_WARPS)
+            await_at(KEYS_READ, COMPUTING_AND_WARP)
+            if steps == 0 or not STAGED:
+                _copy_results(buffers, results, before, step)
         _write(buffers.work, TICKET, ticket)
-        _write(buffers.work, STEPS, sizes.group * tiles)
+        _write(buffers.work, STEPS, steps)
         column = key - (sizes.T_k - sizes.T_q) - sizes.right
         _write(buffers.work, COLUMN, column - _visited(place, queries, 0) * BLOCK_M)
         _write(buffers.work, AHEAD, gl.where(place.down, BLOCK_M, -BLOCK_M))
@@ -284,6 +320,7 @@ def _copy(buffers, sources, results, turns_ptr, tickets, n_heads, section, up, s
         for w in gl.static_range(2):
             row = key + w * HALF
             async_load(v_source, [place.b, place.h, row, 0], full, buffers.v.index(w))
+        first = step
         for i in range(tiles):
             row = _visited(place, queries, i) * BLOCK_M
             for g in range(sizes.group):
@@ -299,14 +336,17 @@ def _copy(buffers, sources, results, turns_ptr, tickets, n_heads, section, up, s
                 full = buffers.do_full.index(stage)
                 mbarrier.expect(full, do_source.block_type.nbytes)
                 async_load(do_source, [place.b, h, row, 0], full, buffers.do.index(stage))
+                if STAGED:
+                    if (step == first) & (before.n >= 0):
+                        # The next step, which is loaded after it, writes where they lie.
+                        _copy_results(buffers, results, before, first)
                 step += 1
+        before = place
         ticket = gl.atomic_add(turns_ptr, 1, sem="relaxed")
-        await_at(RESULTS_READY, COMPUTING_AND_WARP)
-        async_store(dk_source, [place.b, place.h, key, 0], buffers.k.index(0))
-        for w in gl.static_range(2):
-            async_store(dv_source, [place.b, place.h, key + w * HALF, 0], buffers.v.index(w))
-        store_wait(0)
+    if before.n >= 0:
         await_at(WORK_READ, TWO_WARPS)
+        await_at(KEYS_READ, COMPUTING_AND_WARP)
+        _copy_results(buffers, results, before, step)
     _write(buffers.work, TICKET, ticket)
     _write(buffers.work, STEPS, -1)
     arrive_at(WORK, COMPUTING_AND_WARP)
@@ -564,6 +604,8 @@ def _go_on(
     zero = opaque_zero()
     buffers.dq.index(WHICH + zero).reshape((HALF, HALF)).store(_by_thread(dq))
     arrive_at(DQ_FULL + WHICH, ONE_GROUP_AND_WARP)
+    if LAST:
+        arrive_at(KEYS_READ, COMPUTING_AND_WARP)
     if not EARLY and not LAST:
         s = _first_product(buffers, step + 1, WHICH, S_LAYOUT)
     if LAST:
@@ -589,6 +631,7 @@ def _compute(
     DTYPE: gl.constexpr = buffers.q.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    STAGED: gl.constexpr = buffers.ds.shape[1] >= 2 * D
     begin = 0
     await_at(WORK, COMPUTING_AND_WARP)
     steps = _read(buffers.work, STEPS, 4)
@@ -615,12 +658,19 @@ def _compute(
             dk, dv, s = _go_on(
                 dk, dv, s, last, column, keys, width, scale_log2, buffers, WHICH, WINDOW, True
             )
+        else:
+            arrive_at(KEYS_READ, COMPUTING_AND_WARP)
         begin += steps
-        await_at(DS_READY, COMPUTING)  # both have read k; its buffer takes dk, and v's takes dv
-        zero = opaque_zero()
-        k = buffers.k.index(zero).reshape((KEYS, D)).slice(WHICH * HALF, HALF, 0)
-        k.store((dk * (scale_log2 * LN2)).to(DTYPE))
-        buffers.v.index(WHICH + zero).reshape((HALF, D)).store(dv.to(DTYPE))
+        await_at(DS_READY, COMPUTING)  # both have read ds and k; its buffer takes dk, and v's dv
+        dk_out = (dk * (scale_log2 * LN2)).to(DTYPE)
+        if STAGED:
+            _staging(buffers, begin, WHICH).reshape((HALF, D)).store(dk_out)
+            _staging(buffers, begin, 2 + WHICH).reshape((HALF, D)).store(dv.to(DTYPE))
+        else:
+            zero = opaque_zero()
+            k = buffers.k.index(zero).reshape((KEYS, D)).slice(WHICH * HALF, HALF, 0)
+            k.store(dk_out)
+            buffers.v.index(WHICH + zero).reshape((HALF, D)).store(dv.to(DTYPE))
         fence_async_shared()
         arrive_at(RESULTS_READY, COMPUTING_AND_WARP)
         await_at(WORK, COMPUTING_AND_WARP)
@@ -786,7 +836,7 @@ def backward_plans(
         i: swizzled(rows_in_bulk(t, n), dtype)
         for i, t, n in (
             *((0, q, M), (1, k, KEYS.value), (2, v, HALF.value), (3, do, M)),
-            *((7, dq, rows_at_once), (8, dk, KEYS.value), (9, dv, HALF.value)),
+            *((7, dq, rows_at_once), (8, dk, KEYS.value if M < 2 * D else 64), (9, dv, 64)),
         )
     }
     bulk |= {
