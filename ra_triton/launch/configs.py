@@ -88,11 +88,11 @@ def row(
     """A row: tiles of ``m`` x ``n`` x ``k`` and the rest of a :class:`LaunchConfig`, and for what.
 
     ``when``, all of which has to hold: ``D``, a head dim of at most this; ``on``, one of these
-    targets, separated by blanks; ``fp32``, ``aligned``, ``dropout``, ``causal``, ``softcap``, the
-    same; ``cut``, whether aligned operands have a window or variable lengths; ``below``, fewer
-    queries or keys than this; ``since``, this version of Triton or a newer one. ``why``: what chose
-    the row. "static": the compiled machine code: no spilled register, asynchronous loads, two CTAs
-    per SM where they fit.
+    targets, separated by blanks; ``fp32``, ``aligned``, ``dropout``, ``causal``, ``window``,
+    ``softcap``, ``varlen``, the same; ``cut``, whether aligned operands have a window or variable
+    lengths; ``below``, fewer queries or keys than this; ``since``, this version of Triton or a
+    newer one. ``why``: what chose the row. "static": the compiled machine code: no spilled
+    register, asynchronous loads, two CTAs per SM where they fit.
     """
     return Row(when, LaunchConfig(m, warps, stages, n, k, tma, groups=groups), why)
 
@@ -288,25 +288,34 @@ TABLE: dict[str, tuple[Row, ...]] = {
 }
 TABLE |= {"input_gradient": TABLE["projection"], "norm_rope_backward": TABLE["norm_rope"]}
 
-# The forward kernel whose warps have one job each, where that one is faster. Static: no spill;
-# heads of 128 leave no registers for a third warpgroup. Chosen on an H100 (80 GB HBM3, driver
-# 580.159.04, torch 2.11, Triton 3.6.0), causal, bf16, 16384 tokens, width 2048; in brackets the
-# plain kernel and cuDNN.
+# The forward kernel whose warps have one job each, where that one is faster; rows of one group are
+# of calls that the plain kernel computes sooner, in tiles of its own. Static: no spill; heads of
+# 128 leave no registers for a third warpgroup. Chosen on an H100 (80 GB HBM3, driver 580.159.04,
+# torch 2.11, Triton 3.6.0), causal, bf16, 16384 tokens, width 2048; in brackets the plain kernel
+# and cuDNN. Windows, softcaps and sequences, of which there are three for every T tokens: on an
+# H200, with the same versions and sizes; in brackets the plain kernel.
 SPECIALISED = (
+    row(D=64, window=True, varlen=False, m=0, warps=0,
+        why="127 keys, T = 2048: 182 us (120), 8192: 197 us (119); 1023 keys: 391 us (355)"),
+    row(D=64, softcap=True, m=0, warps=0,
+        why="T = 4096: 2499 us (1399); sequences in a window of 1023 keys: 1262 us (655)"),
+    row(softcap=True, varlen=False, m=0, warps=0,
+        why="D = 128, T = 4096: 1261 us (914)"),
     row(D=64, below=2048, causal=True, m=64, n=64, warps=4, stages=3, tma=True, groups=3,
-        why="T = 512: 136 us (171, 129), 1024: 202 us (243, 197)"),
+        why="T = 512: 136 us (171, 129), 1024: 202 us (243, 197); sequences: 210 us (312)"),
     row(D=64, below=2048, m=64, n=128, warps=4, stages=3, tma=True, groups=2,
         why="T = 1024, not causal: 311 us (429, 309)"),
     row(D=64, since=(3, 9), m=64, n=128, warps=4, stages=3, tma=True, groups=2,
         why="Three groups spill. H200 (torch 2.11, Triton 3.9.0; in brackets three with 3.6.0): "
         "T = 2048: 366 us (340), 4096: 681 us (616), 16384: 2573 us (2264)"),
-    row(D=64, softcap=True, m=64, n=128, warps=4, stages=3, tma=True, groups=2,
-        why="static: with a window and sequences too, Triton 3.6 spills for three groups"),
     row(D=64, m=64, n=128, warps=4, stages=2, tma=True, groups=3,
-        why="T = 2048: 329 us (397, 339), 4096: 616 us (747, 677), 16384: 2143 us (2668, 2496)"),
+        why="T = 2048: 329 us (397, 339), 4096: 616 us (747, 677), 16384: 2143 us (2668, 2496); "
+        "sequences, T = 4096: 458 us (652), in a window of 1023 keys: 332 us (487)"),
     row(D=128, m=64, n=128, warps=4, stages=2, tma=True, groups=2,
         why="T = 512: 110 us (138, 102), 1024: 148 us (204, 160), 2048: 249 us (314, 272), "
-        "4096: 430 us (597, 515), 16384: 1692 us (2106, 1974)"),
+        "4096: 430 us (597, 515), 16384: 1692 us (2106, 1974); 127 keys, T = 2048: 105 us (117), "
+        "8192: 105 us (116), 1023 keys: 259 us (329); sequences, T = 1024: 154 us (472), 4096: "
+        "307 us (1053), in a window of 1023 keys: 221 us (1149), capped: 660 us (1516)"),
 )
 
 # The backward for Hopper in one pass, by head dim: static, the largest tiles without spills.
@@ -395,27 +404,30 @@ def warp_specialised(
     length: int,
     causal: bool,
     triton: tuple[int, ...] = (3, 7),
+    *,
+    window: bool = False,
     softcap: bool = False,
+    varlen: bool = False,
 ) -> LaunchConfig | None:
-    """The row of :data:`SPECIALISED`, or None.
-
-    With a window, a softcap or variable lengths the kernel does not spill in these rows either, but
-    none of that has run on a GPU: such calls go to the plain kernel unless their ``config`` has
-    several groups.
+    """The row of :data:`SPECIALISED`, or None where the plain kernel is faster.
 
     Args:
         head_dim: ``D``.
         dtype: of the operands, which suit bulk copies; there is no dropout.
         target: from :func:`target`.
-        length: queries or keys, whichever are fewer.
+        length: queries or keys, whichever are fewer; with ``varlen`` the most of a sequence.
         causal: whether tiles of keys are cut by the diagonal.
         triton: major and minor version.
+        window: whether attention has a window.
         softcap: whether scores are capped.
+        varlen: whether sequences of different lengths lie one after the other.
     """
     if target != "sm_90" or dtype == torch.float32 or length < 256 or head_dim not in (64, 128):
         return None
-    call = {"D": head_dim, "below": length, "causal": causal, "since": triton, "softcap": softcap}
-    return replace(first_of(SPECIALISED, call).config, pdl=True)
+    call = {"D": head_dim, "below": length, "causal": causal, "since": triton}
+    call |= {"window": window, "softcap": softcap, "varlen": varlen}
+    config = first_of(SPECIALISED, call).config
+    return replace(config, pdl=True) if config.groups > 1 else None
 
 
 def one_pass(head_dim: int, dtype: torch.dtype, target: str, length: int) -> LaunchConfig | None:

@@ -1,5 +1,6 @@
 """The forward kernel for Hopper: which calls take it, its machine code, its numbers."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from budget import assert_attention_close, assert_bitwise
 from gluon_interpreter import interpret
 from strategies import NAN, normal, quick
 
+import ra_triton
 from ra_triton.call.offsets import Offsets, lengths
 from ra_triton.kernels.attention import forward as attention_forward
 from ra_triton.kernels.attention.arguments import attention_of
@@ -72,14 +74,17 @@ def test_newer_assemblers_get_tiles_of_two_groups_for_long_rows_of_64():
         assert old == new
 
 
-def test_a_softcap_gets_tiles_of_two_groups_for_long_rows_of_64():
-    for head_dim, length in ((64, 4096), (64, 1024), (128, 4096)):
-        row, capped = (
-            warp_specialised(head_dim, torch.bfloat16, "sm_90", length, True, softcap=softcap)
-            for softcap in (False, True)
-        )
-        long = (head_dim, length) == (64, 4096)
-        assert capped == (ROWS["short full 64"][1] if long else row)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("length", [256, 1024, 4096])
+@pytest.mark.parametrize("version", [(3, 6), (3, 9)])
+def test_which_masks_caps_and_sequences_take_it(head_dim, length, version):
+    """In the row that they have without; the measurements are in the table."""
+    for causal, window, softcap, varlen in itertools.product((False, True), repeat=4):
+        of = (head_dim, torch.bfloat16, "sm_90", length, causal, version)
+        config = warp_specialised(*of, window=window, softcap=softcap, varlen=varlen)
+        slower = not varlen and (softcap or (window and head_dim == 64))
+        slower = slower or (softcap and head_dim == 64)
+        assert config == (None if slower else warp_specialised(*of))
 
 
 def test_its_rows_fit_the_registers_of_an_sm():
@@ -126,9 +131,21 @@ def test_what_suits_it_is_launched_with_it_and_nothing_else_is(D):
     others = [
         *({"T": 128}, {"dtype": torch.float32}, {"target": "sm_89"}),
         *({"offset": 1}, {"dropout_p": 0.1}, {"o": False}),
-        *({"window_size": (5, 0)}, {"softcap": 2.0}, {"sequences": (3, 4096, 4096)}),
+        {"softcap": 2.0},
     ]
     assert {kernel_of(D, **other) for other in others} == {plain}
+    window, sequences = {"window_size": (5, 0)}, {"sequences": (3, 4096, 4096)}
+    assert kernel_of(D, **window) == (own if D == 128 else plain)
+    assert kernel_of(D, **window, softcap=2.0) == plain
+    assert kernel_of(D, **sequences) == kernel_of(D, **sequences, **window) == own
+    assert kernel_of(D, **sequences, **window, softcap=2.0) == (own if D == 128 else plain)
+    few = [{"sequences": (0, 4096, 4096)}, {"sequences": (9, 255, 4096)}]
+    few += [
+        {"sequences": (9, 4096, 255)},
+        {**sequences, "dropout_p": 0.1},
+        {**sequences, "offset": 1},
+    ]
+    assert {kernel_of(D, **other) for other in few} == {plain}
 
 
 def plan_of(q, k, v, config, processors, causal=True, scale=None, sequences=None, **options):
@@ -623,6 +640,32 @@ def test_same_bits_of_masks_and_sequences_in_whatever_order(row, kind):
         again, lse_again = run(row, q, k, v, causal, seed=seed, processors=processors, **options)
         assert_bitwise(again, out)
         assert_bitwise(lse_again, lse)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("kind", KINDS)
+def test_public_calls_over_sequences_take_it_by_themselves(D, kind):
+    """Also recorded ones, on other tensors and other offsets."""
+    causal, options = KINDS[kind]
+    options = {"causal": causal, "softmax_scale": None, **options}
+    row = {64: "short causal 64" if causal else "short full 64", 128: "128"}[D]
+    for queries in ((300, 129, 71), (71, 129, 300), (0, 500, 0)):
+        q, k, v = operands(row, 500, 500, B=1)
+        offsets = offsets_of(queries, queries, q.device)._replace(
+            max_seqlen_q=500, max_seqlen_k=500
+        )
+        given = (*(t[0] for t in (q, k, v)), *offsets[:2], 500, 500)
+        out, lse = ra_triton.packed_attention_varlen(
+            *given, **options, return_lse=True, check=False, backend="triton"
+        )
+        own = D == 128 or "softcap" not in options  # else the plain kernel
+        config = ROWS[row][1] if own else None
+        expected = attention_forward.attention_forward(
+            q, k, v, offsets=offsets, config=config, **options
+        )
+        assert_bitwise(out, expected[0][0])
+        assert_bitwise(lse, expected[1][0])
 
 
 def test_sequences_have_as_many_rounds_as_they_may_need():

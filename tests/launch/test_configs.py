@@ -57,8 +57,8 @@ def test_each_row_is_for_some_call_and_says_why():
         for call in plain
         for operands in (unaligned, aligned, {**aligned, "cut": True})
     ]
-    names = ("D", "below", "causal", "softcap", "since")
-    lengths = (64, 128), (256, 4096), (False, True), (False, True), ((3, 6), (3, 9))
+    names = ("D", "below", "since", "causal", "window", "softcap", "varlen")
+    lengths = (64, 128), (256, 4096), ((3, 6), (3, 9)), *[(False, True)] * 4
     of_length = [dict(zip(names, c, strict=True)) for c in itertools.product(*lengths)]
     for rows, some in (*((rows, calls) for rows in TABLE.values()), (SPECIALISED, of_length)):
         taken = {id(first_of(rows, call)) for call in some}

@@ -33,7 +33,7 @@ def anew(monkeypatch):
     internals.warn_once.cache_clear()
 
 
-def hopper_plan(stage):
+def hopper_plan(stage, sequences=None):
     """What aligned operands take on Hopper."""
     cpu, bf16 = torch.device("cpu"), torch.bfloat16
     if stage == "projection":
@@ -46,7 +46,7 @@ def hopper_plan(stage):
         plans = attention_backward._one_pass_plans.__wrapped__(*of)
         return None if plans is None else plans.one_pass
     if stage == "attention_forward":
-        others = (None, None, None, True, True), None, True, (-1, 0), None, 0.0, 0.0
+        others = (None, None, None, True, True), sequences, True, (-1, 0), None, 0.0, 0.0
         args = (cpu, bf16, rows, rows, rows, *others, "ieee", "sm_90", None)
     return STAGES[stage]._plan.__wrapped__(*args)
 
@@ -84,6 +84,17 @@ def test_where_no_plan_can_be_made_the_plain_kernel_runs(stage, monkeypatch):
         assert not in_gluon(hopper_plan(stage))
     assert not gluon.works(stage)
     assert gluon.works("another")
+
+
+def test_sequences_stay_sequences_where_the_plain_kernel_runs(monkeypatch):
+    sequences = 3, 400, 300
+    assert in_gluon(hopper_plan("attention_forward", sequences))
+    monkeypatch.setattr(gluon.gl.NVMMASharedLayout, "get_default_for", None)
+    with pytest.warns(UserWarning, match="attention_forward runs without its kernel"):
+        plan = hopper_plan("attention_forward", sequences)
+    assert not in_gluon(plan)
+    assert plan.arguments["V"].VARLEN
+    assert plan.arguments["sizes"][:3] == sequences
 
 
 class Kernel:

@@ -246,7 +246,7 @@ def _plan(
     scores = (softmax_scale, softcap, dropout_p)
     call = attention_of(dtype, (q, k, v), sequences, causal, window_size, *scores, precision)
     B, T_q, T_k, H, H_kv, _ = call.sizes
-    aligned, *special = call.traits
+    aligned, dropout, window, varlen = call.traits
     o_on_16_bytes = others[3]
     in_gluon = partial(_plan_in_gluon, device, call)
     if config is not None and config.groups > 1:
@@ -254,13 +254,14 @@ def _plan(
     if config is None:
         D = q.shape[3]
         config = launch_config("attention_forward", D, dtype, target, *call.traits)
-        if aligned and o_on_16_bytes and not (any(special) or call.softcap):
-            hopper = warp_specialised(D, dtype, target, min(T_q, T_k), causal, TRITON_VERSION)
+        if aligned and o_on_16_bytes and B and not dropout:
+            of = (D, dtype, target, min(T_q, T_k), causal, TRITON_VERSION)
+            hopper = warp_specialised(*of, window=window, softcap=call.softcap, varlen=varlen)
             if hopper is not None and gluon.works("attention_forward"):
                 options = (causal, window_size, *scores, precision)
-                of = (device, dtype, q, k, v, others, sequences, *options, target)
+                again = (device, dtype, q, k, v, others, sequences, *options, target)
                 return plan_in_gluon(
-                    "attention_forward", partial(in_gluon, hopper), partial(_plan, *of, config)
+                    "attention_forward", partial(in_gluon, hopper), partial(_plan, *again, config)
                 )
     arguments = call.arguments(config) | {"section": call.section(H, T_k, H_kv)}
     grid = (B * H * triton.cdiv(T_q, config.block_m),)
