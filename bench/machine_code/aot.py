@@ -444,7 +444,10 @@ def _specialised() -> Iterator[_Launch]:
     bf16, window, softcap = torch.bfloat16, {"window_size": (255, 0)}, {"softcap": 30.0}
     for D, T in ((64, 1024), (64, 4096), (128, 4096)):
         row = warp_specialised(D, bf16, "sm_90", T, True, TRITON_VERSION)
+        # Of three groups of long rows a softcap spills.
         two = warp_specialised(D, bf16, "sm_90", 1024, T < 2048, TRITON_VERSION)
+        both = {"softcap": True, "varlen": True}
+        capped = warp_specialised(D, bf16, "sm_90", T, True, TRITON_VERSION, **both) or two
         offsets = {"offsets": Offsets(_tensor(torch.int32, 3), _tensor(torch.int32, 3), T, T)}
         for kind, options in (
             ("window", window),
@@ -454,8 +457,7 @@ def _specialised() -> Iterator[_Launch]:
         ):
             label = f"bfloat16 D={D} {kind}" + " T=1024" * (T == 1024)
             call = _attention(bf16, D, T=T, B=1 if "offsets" in options else 2)
-            # Of three groups of long rows a softcap spills.
-            config = two if "softcap" in options else row
+            config = capped if "softcap" in options else row
             yield _HOPPER, label, partial(call, config=config, **options)
 
 

@@ -121,6 +121,14 @@ def test_every_score_is_capped_to_its_last_places(softcap):
     assert_attention_close(out, q, k, v, lse=lse, **options)
 
 
+def test_a_score_that_is_no_number_stays_none():
+    q, k, v = (normal(1, 5, 1, 16, seed=seed) for seed in range(3))
+    k[0, 3] = NAN
+    out = ra_triton.packed_attention(q, k, v, softcap=2.0, backend="triton")
+    assert out[0, 3:].isnan().all()
+    assert out[0, :3].isfinite().all()
+
+
 @pytest.mark.parametrize("window", [(-1, -1), (3, 0), (9, 4)])
 @pytest.mark.parametrize("causal", quick([True, False]))
 def test_dropout_in_a_window_under_a_cap(window, causal):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import triton.language as tl
 
 from ra_triton.launch import gluon
 
@@ -19,7 +20,7 @@ def _unary(f: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 
 def _binary(of_integers: Any, of_tensors: Any) -> Any:
-    def extreme(x: Any, y: Any) -> Any:
+    def extreme(x: Any, y: Any, propagate_nan: Any = None) -> Any:
         if isinstance(x, int) and isinstance(y, int):
             return Language.where(of_integers(int(x), int(y)) == int(x), x, y)
         return wrapped(of_tensors(*(torch.as_tensor(raw(t)) for t in (x, y))))
@@ -77,7 +78,8 @@ class Language:
     barrier = staticmethod(_nothing)  # the threads of a partition go in step
     allocate_shared_memory = staticmethod(memory.allocate_shared_memory)
     inline_asm_elementwise = staticmethod(hopper.assembly)
-    abs, exp2, log2 = _unary(torch.abs), _unary(torch.exp2), _unary(torch.log2)
+    exp2, log2, rsqrt = _unary(torch.exp2), _unary(torch.log2), _unary(torch.rsqrt)
+    PropagateNan = tl.PropagateNan  # maximum and minimum always propagate it here
     maximum, minimum = _binary(max, torch.maximum), _binary(min, torch.minimum)
 
     def __getattr__(self, name: str) -> Any:

@@ -97,6 +97,7 @@ TRACED = "nn_keeping::nothing_of_a_tracer_is_kept"
 LOST = "nn_fuse::what_would_lose_the_factors_or_be_lost_itself_raises"
 WINDOW_EDGES = "window_and_softcap::windows_around_tile_boundaries"
 SKIPPED = "window_and_softcap::tiles_outside_the_window_are_not_visited"
+CAPPED_NAN = "hopper::capped_scores_that_are_no_number_stay_none"
 CAPS = "window_and_softcap::scores_far_below_and_far_above_the_cap"
 WINDOW_BULK_COPIES, VARLEN = "window_and_softcap::windows_through_bulk_copies", "varlen::lengths"
 BAD_OFFSETS = "varlen::bad_offsets_are_named_before_any_launch"
@@ -1065,11 +1066,17 @@ TABLE: dict[str, list[tuple]] = {
      "T_q), 0), V.BLOCK_M)»"),
     ("dk, dv: a cut query tile goes unmasked", GRADIENT_T_Q_T_K,
      "query_range", "«tl.cdiv(last, V.BLOCK_M) → last // V.BLOCK_M»"),
-    ("softcap: third coefficient off in its fourth digit",
+    ("softcap: a coefficient off in its fourth digit",
      "window_and_softcap::every_score_is_capped_to_its_last_places",
-     "capped", "«0.1331908 → 0.1332908»"),
-    ("softcap: cancels near 0", CAPS, "capped", "«0.5625 * 0.5625 → 0.0»"),
-    ("softcap: no sign far from 0", CAPS, "capped", "«tl.where(x < 0, -far, far) → far»"),
+     "capped", "«0.1340955 → 0.1341955»"),
+    ("softcap: large scores leave the range of the quotient", CAPS,
+     "capped", "x = «tl.minimum(x, 8.6, propagate_nan=tl.PropagateNan.ALL) → x»"),
+    ("softcap: negative scores, too", CAPS,
+     "capped", "x = «tl.maximum(x, -8.6, propagate_nan=tl.PropagateNan.ALL) → x»"),
+    ("softcap: what is no number becomes the cap", CAPPED_NAN,
+     "capped", "tl.minimum(x, 8.6«, propagate_nan=tl.PropagateNan.ALL →»)"),
+    ("softcap: what is no number becomes the cap's negative", CAPPED_NAN,
+     "capped", "tl.maximum(x, -8.6«, propagate_nan=tl.PropagateNan.ALL →»)"),
     ("dropout: the same for every seed", "dropout::all_64_bits_of_the_key_count",
      "kept", "«seed → 0»"),
     ("dropout: the same for every head",

@@ -158,14 +158,14 @@ def _cut(n, whole_begin, whole_end, V: gl.constexpr):
 
 
 @gluon.jit
-def _place(i):
+def _place(i, programs):
     """This program's place among all in round ``i``.
 
     Every other round runs backwards, so that the program with the heaviest tile of one round gets
     the lightest of the next.
     """
     p = gl.program_id(0)
-    return gl.where(i % 2 == 0, p, gl.num_programs(0) - 1 - p)
+    return gl.where(i % 2 == 0, p, programs - 1 - p)
 
 
 @gluon.jit
@@ -175,11 +175,11 @@ def _tile(i, schedule, sizes, BLOCK_M: gl.constexpr, V: gl.constexpr) -> Tile:
     Masked tiles differ: within a section, which begins with a round of its own, heads are fastest
     and tiles with most keys first. Others go head after head.
     """
-    n_heads, section, per_section, _ = schedule
+    n_heads, section, per_section, _, programs = schedule
     n_m = gl.cdiv(sizes.T_q, BLOCK_M)
     first = i // per_section * section
     heads = gl.minimum(section, n_heads - first)
-    place = i % per_section * gl.num_programs(0) + _place(i)
+    place = i % per_section * programs + _place(i, programs)
     if V.CAUSAL or V.WINDOW:
         head, tile = first + place % heads, place // heads
     else:
@@ -197,7 +197,7 @@ def _tile_of_sequences(
 
     ``b`` and ``passed`` are those of this program's tile before, from which the search goes on.
     """
-    place = i * gl.num_programs(0) + _place(i)
+    place = i * schedule[4] + _place(i, schedule[4])
     first_q, T_q = sequence(sequences.cu_q, b, sequences.total_q)
     tiles = gl.cdiv(T_q, BLOCK_M) * sizes.H
     while (place >= passed + tiles) & (b + 1 < sequences.B):
@@ -467,7 +467,7 @@ def _compute(
 
 @gluon.jit(
     do_not_specialize=[
-        *("B", "H", "group", "T_q", "T_k", "section", "per_section", "rounds"),
+        *("B", "H", "group", "T_q", "T_k", "section", "per_section", "rounds", "programs"),
         *("left", "right", "total_q", "total_k"),
     ]
 )
@@ -488,6 +488,7 @@ def _attention_forward_hopper_kernel(
     section,  # heads at a time
     per_section,  # rounds of a section, in each of which a program takes one query tile or none
     rounds,
+    programs,  # of the grid; as an argument it need not stay in a register
     scale_log2,  # softmax_scale * log2(e); with SOFTCAP softcap * log2(e)
     left,
     right,
@@ -531,7 +532,7 @@ def _attention_forward_hopper_kernel(
     results = (o_source, lse_ptr)
     sizes = Sizes(H, T_q, T_k, left, right)
     sequences = Sequences(B, cu_q_ptr, cu_k_ptr, total_q, total_k)
-    schedule = (B * H, section, per_section, rounds)
+    schedule = (B * H, section, per_section, rounds, programs)
     scales = (scale_log2, cap_scale)
     if V.VARLEN:  # all partitions read the offsets
         follow(PDL)
@@ -605,6 +606,7 @@ def forward_plan(call: Attention, config: LaunchConfig, processors: int) -> Plan
         "section": section,
         "per_section": per_section,
         "rounds": rounds,
+        "programs": programs,
         "scale_log2": call.scores.scale_log2,
         "left": call.mask.left,
         "right": call.mask.right,
