@@ -460,8 +460,9 @@ def _round(buffers, sums_source, dq_source, turns_ptr, n_heads, section, scale_l
         while done != turns:
             done = gl.atomic_add(turns_ptr + 1 + tile, 0, sem="acquire")
         fence_async_global()
+        written = gl.where(turns > 0, tile, -1)  # copies from outside bring 0
         for quarter in gl.static_range(2):
-            _load_sums(buffers, sums_source, tile, quarter, quarter)
+            _load_sums(buffers, sums_source, written, quarter, quarter)
         for quarter in range(4):
             stage = quarter % 2
             mbarrier.wait(buffers.sums_full.index(stage), quarter // 2)
@@ -470,14 +471,14 @@ def _round(buffers, sums_source, dq_source, turns_ptr, n_heads, section, scale_l
             rounded = buffers.rounded.index(stage).reshape((ROWS, D))
             for j in gl.static_range(ROWS * D // 256):
                 x = sums.slice(4 * j, 4, 0).load(LAYOUT) * (scale_log2 * LN2)
-                x = _by_row(gl.where(turns > 0, x, 0.0).to(rounded.dtype))
+                x = _by_row(x.to(rounded.dtype))
                 to = rounded.slice(j // 4 * 16 % ROWS, 16, 0)
                 to.slice(j // 4 * 16 // ROWS * HALF + j % 4 * 16, 16, 1).store(x)
             fence_async_shared()
             at = [head // H, head % H, m * BLOCK_M + quarter * ROWS, 0]
             async_store(dq_source, at, buffers.rounded.index(stage))
             if quarter < 2:
-                _load_sums(buffers, sums_source, tile, quarter + 2, stage)
+                _load_sums(buffers, sums_source, written, quarter + 2, stage)
     store_wait(0)
 
 
