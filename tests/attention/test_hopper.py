@@ -560,7 +560,7 @@ def check_sequences(row, queries, keys, causal, dtype=torch.bfloat16, longer=0, 
             *(("other keys", torch.bfloat16, 0, 2), ("short", torch.bfloat16, 0, 3)),
             *(("one", torch.float16, 0, 4), ("cut", torch.bfloat16, 0, 5)),
         ],
-        3,
+        2,
     ),
 )
 @rows
