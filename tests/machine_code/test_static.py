@@ -159,8 +159,9 @@ def test_the_inspection_finds_planted_bad_configs(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_kernel_is_compiled_again_once_its_code_has_changed(tmp_path):
-    """And not when a comment has, or the lines that it stands in, or the order of Python's sets."""
+def test_a_kernel_is_compiled_again_once_its_code_has_changed(tmp_path, monkeypatch):
+    """And not when a comment has, or its lines, or the order of Python's sets."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     tree = tmp_path / "tree"
     for name in ("ra_triton", "bench"):
         shutil.copytree(ROOT / name, tree / name)
@@ -176,6 +177,7 @@ def test_a_kernel_is_compiled_again_once_its_code_has_changed(tmp_path):
     changed = source.replace("(row < n_rows)", "(row <= n_rows)")
     for text, again in ((source, False), (moved, False), (changed, True)):
         file.write_text(text)
+        monkeypatch.setenv("PYTHONHASHSEED", str(len(text)))
         (rows,) = compiled(tmp_path, which, root=tree)
         checked = [again or row["key"].startswith(static_budget.SPOT_CHECK) for row in rows]
         assert [row["compiled"] for row in rows] == checked
