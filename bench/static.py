@@ -5,7 +5,9 @@
     python bench/static.py --stage projection --config projection '{"block_m": 64, ...}'
     python bench/static.py --check                                 # against the committed budget
     python bench/static.py --target sm_90 --spills-only            # under any Triton version
-    python bench/static.py --update-budget                         # change the budget on purpose
+    python bench/static.py --changed --check                       # without compiling the rest
+    python bench/static.py --changed --update-budget               # change the budget on purpose
+    python bench/static.py --update-budget                         # and compile all for it
 
 Registers, spills, CTAs per SM and their limit; of the hot loop (machine_code/sass.py says which one
 that is) the instructions and the clocks that each pipe of an SM needs for one tile
@@ -14,26 +16,29 @@ that is) the instructions and the clocks that each pipe of an SM needs for one t
 that the tile needs; "work" is how often the kernel computes them: 2 if two groups of warps compute
 the same products. Kernels without matrix instructions, or that multiply in tensor memory (sm_100),
 have no peak; without a loop, the clocks are those of the whole CTA.
+
+Of each kernel the budget has a key beside the numbers: of the code that Triton's front end makes of
+it, of the options, of Triton, assembler and disassembler, and of what reads the machine code here.
+The same key means the same numbers, so --changed takes these from the budget. One kernel in sixteen
+is compiled all the same, and --check wants the numbers of its line to the last.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
 
 from bench.machine_code import static_budget
-from bench.machine_code.aot import TARGETS, Compiled, shipped
-from bench.machine_code.pipes import ARCHITECTURES, PIPES
-from bench.machine_code.sass import TENSOR_MEMORY, Loop, Program
-from bench.machine_code.static_budget import Row
+from bench.machine_code.aot import TARGETS, shipped
+from bench.machine_code.inspection import Compiled, Row, inspect
+from bench.machine_code.pipes import PIPES
 from ra_triton.launch.configs import LaunchConfig, launch_config
 
 HOPPER = (  # stages of sm_90 alone
@@ -48,100 +53,14 @@ STAGES = (
     *("decode", "decode_combine", "append"),
     *("compose", "compose_backward", "compose_sums"),
 )
-ATTENTION = {  # products of a tile, and the size that counts the rows it streams, twice
-    "attention_forward": (2, "BLOCK_N"),  # s, o; k and v
-    "key_value_gradient": (4, "BLOCK_M"),  # s, dp, dv, dk; q and do
-    "query_gradient": (3, "BLOCK_N"),  # s, dp, dq; k and v
-    "decode": (2, "BLOCK_N"),  # s, o; k and v
-}
 
 
-def tile_of(stage: str, sizes: dict[str, Any]) -> tuple[int, int]:
-    """FLOP of a tile's matrix products, and how many elements it streams in; 0 if it has none.
-
-    Args:
-        stage: name of the kernel.
-        sizes: its constexpr arguments.
-    """
-    if stage in ATTENTION:
-        products, rows = ATTENTION[stage]
-        flops = 2 * products * sizes["BLOCK_M"] * sizes["BLOCK_N"] * sizes["BLOCK_D"]
-        return flops, 2 * sizes[rows] * sizes["BLOCK_D"]
-    axes = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
-    if all(axis in sizes for axis in axes):
-        m, n, k = (sizes[axis] for axis in axes)
-        m *= sizes.get("GROUPS", 1)  # of warps, with the same loop each
-        return 2 * m * n * k, (m + n) * k
-    return 0, 0
-
-
-def tiles_per_iteration(
-    loop: Loop, warps: int, flops: int, elements: int, element_size: int
-) -> int:
-    """How many tiles both the products and the copies of an iteration suffice for.
-
-    More products than copies are products computed twice, not an unrolled loop.
-
-    Args:
-        loop: the hot loop.
-        warps: of the CTA.
-        flops: of a tile.
-        elements: that a tile streams in.
-        element_size: bytes of one.
-    """
-    if flops == 0:
-        return 1
-    products = warps * (loop.matrix_flops or loop.vector_flops) / flops
-    # Tiles come in 16 bytes or one element at a time; what comes with them (lse, delta) does not.
-    widths = [i.bytes_per_lane for i in loop.body if i.base in ("LDG", "LDGSTS")]
-    copied = 32 * warps * sum(width for width in widths if width in (16, element_size))
-    bulk = loop.count("UTMALDG") / 2  # every tile streams two operands
-    return max(1, int(min(products, copied / (elements * element_size) + bulk)))
-
-
-def inspect(compiled: Compiled) -> Row:
-    """One row of the table: everything that is known of a compiled kernel."""
-    architecture, warps = ARCHITECTURES[compiled.target], compiled.warps
-    program = Program(compiled.sass)
-    loop = program.hot_loop()
-    # Where groups of warps share a tile, another group's loop may copy for this one's.
-    copying = Loop("all", tuple(program.code)) if "GROUPS" in compiled.constants else loop
-    flops, elements = tile_of(compiled.name, compiled.constants)
-    if loop.tensor_memory_products:
-        flops = elements = 0
-    tiles = tiles_per_iteration(loop, warps, flops, elements, compiled.element_size)
-    bulk = tiles * elements * compiled.element_size if copying.count("UTMALDG") else 0
-    totals = architecture.clocks(loop.body, warps, bulk)
-    clocks = {pipe: total / tiles for pipe, total in totals.items()}
-    bound = max(PIPES, key=lambda pipe: clocks[pipe])
-    work = warps * loop.matrix_flops / (tiles * flops) if flops else 0.0
-    peak = max((architecture.tensor_peak(i) for i in loop.body if i.matrix_shape), default=1)
-    ctas, limit = architecture.ctas_per_sm(compiled.registers, compiled.shared_memory, warps)
-    return {
-        "target": compiled.target,
-        "stage": compiled.name,
-        "label": compiled.label,
-        "registers": compiled.registers,
-        "spilled_bytes": compiled.spilled_bytes,
-        "shared_memory": compiled.shared_memory,
-        "warps": warps,
-        "ctas_per_sm": ctas,
-        "limited_by": limit,
-        "serialised_wgmma": compiled.serialised_wgmma,
-        "loop": loop.name,
-        "instructions": len(loop.body),
-        "mix": dict(Counter(instruction.base for instruction in loop.body).most_common()),
-        "matrix_instructions": loop.count("HGMMA", "HMMA", "IGMMA", "IMMA", *TENSOR_MEMORY),
-        "wgmma": loop.count("HGMMA", "IGMMA"),
-        "async_copies": copying.count("LDGSTS", "UTMALDG"),
-        "bulk_copies": copying.count("UTMALDG"),
-        "sync_loads": loop.count("LDG"),
-        "tiles_per_iteration": tiles,
-        "work": round(work, 3),
-        "clocks_per_tile": {pipe: round(amount, 1) for pipe, amount in clocks.items()},
-        "bound": bound,
-        "tensor_peak_share": round(flops / peak / clocks[bound], 3) if work else None,
-    }
+def _row(known: dict[str, Row], compiled: Compiled) -> Row:
+    """Of a kernel, or what the budget has of its key."""
+    if compiled.kernel is not None:
+        return {**inspect(compiled), "compiled": True}
+    names = {"target": compiled.target, "stage": compiled.name, "label": compiled.label}
+    return {**known[compiled.key], **names, "compiled": False}
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -177,14 +96,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return max(_no_spills(target, only, args.config) for target in args.target)
     rows: list[Row] = []
     for target in args.target:
+        known = static_budget.known(target, static_budget.read()) if args.changed else {}
+        kernels = shipped(target, only=only, configs=args.config, known=known)
         # The assembler and the disassembler are processes; one more thread keeps two cores busy.
         with ThreadPoolExecutor(2) as pool:
-            found = list(pool.map(inspect, shipped(target, only=only, configs=args.config)))
+            found = list(pool.map(partial(_row, known), kernels))
         if not found:
             print(f"no kernel of {target} matches", file=sys.stderr)
             return 2
         rows += found
-        print(f"{target}\n{table(found)}\n", flush=True)
+        compiled = [row for row in found if row["compiled"]]
+        print(f"{target}: {len(compiled)} of {len(found)} kernels compiled")
+        print(f"{table(compiled)}\n", flush=True)
     if args.json:
         args.json.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1))
     if args.update_budget:
@@ -235,6 +158,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="launch a stage of the config table with this LaunchConfig instead")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="all rows, with the whole instruction mix")
     add("--check", action="store_true", help="compare with the committed budget")
+    add(
+        "--changed",
+        action="store_true",
+        help="compile what has changed since the budget was recorded, and one kernel in sixteen",
+    )
     add("--spills-only", action="store_true",
         help="look for spills and serialised WGMMA alone, whatever the budget")  # fmt: skip
     add("--update-budget", action="store_true", help="record the numbers as the new budget")
@@ -242,8 +170,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.partial = bool(args.stage or args.kernel or args.config)
     if args.update_budget and args.partial:
         parser.error("--update-budget records all kernels: leave out --stage, --kernel, --config")
-    if args.spills_only and (args.json or args.check or args.update_budget):
-        parser.error("--spills-only goes without --json, --check and --update-budget")
+    if args.spills_only and (args.json or args.check or args.update_budget or args.changed):
+        parser.error("--spills-only goes without --json, --check, --update-budget and --changed")
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json: no such folder: {args.json.parent}")
     try:

@@ -2,7 +2,8 @@
 
 ``compile_for("sm_90")`` stands in for Triton's driver: inside it a launcher runs as always, on CPU
 tensors, but its launch stops after compilation, and the compiled kernel is recorded. So what is
-inspected is exactly what a GPU of that kind would run, specialisation included.
+inspected is exactly what a GPU of that kind would run, specialisation included. What
+``inspection.py`` says of a kernel follows from its key, so it can also stop before Triton's passes.
 
 ``shipped("sm_90")`` goes through every configuration that the package launches on a target;
 ``bench/static.py`` prints what it finds there.
@@ -10,12 +11,10 @@ inspected is exactly what a GPU of that kind would run, specialisation included.
 
 import math
 import re
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,9 +24,10 @@ import triton
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 
+from bench.machine_code.inspection import SAME_PTX, Compiled, code_key, row_key
 from ra_triton.call.norm_rope import NormRope
 from ra_triton.call.offsets import Offsets
 from ra_triton.kernels.attention import backward as attention_backward
@@ -46,7 +46,6 @@ from ra_triton.weights.factors import Factors
 from ra_triton.weights.layout import Columns, RALayout
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-SAME_PTX = {"sm_89": "sm_86"}  # but for the line that names the target, so it is made once
 STAGES = (
     *(attention_forward, attention_backward, packing, norm_rope, norm_rope_backward),
     *(projection, projection_backward, projection_int8),
@@ -78,120 +77,49 @@ class _CompileOnlyDriver:
         return 0
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """One compiled kernel and what the assembler and the disassembler say of it."""
-
-    target: str
-    kernel: Any = field(repr=False)
-    label: str = ""  # which launch it comes from
-
-    @property
-    def name(self) -> str:
-        """Of the jit function, without underscores and ``_kernel``: the stage."""
-        return self.kernel.name.strip("_").removesuffix("_kernel")
-
-    @property
-    def shared_memory(self) -> int:
-        """Bytes of shared memory a CTA needs."""
-        return self.kernel.metadata.shared
-
-    @property
-    def warps(self) -> int:
-        """Warps of a CTA, those of all partitions of a specialised kernel included."""
-        return _number(r"\.reqntid (\d+)", self.kernel.asm["ptx"]) // 32
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """The values of its constexpr arguments, e.g. ``{"BLOCK_M": 128}``, bundles opened."""
-        source: Any = self.kernel.src
-        found: dict[str, Any] = {}
-        for path, value in source.constants.items():
-            if hasattr(value, "_asdict"):
-                found |= value._asdict()
-            elif len(path) == 1:  # others are sizes and strides of 1
-                found[source.fn.arg_names[path[0]]] = value
-        return found
-
-    @property
-    def element_size(self) -> int:
-        """Bytes of an element of its first operand."""
-        operand = next(iter(self.kernel.src.signature.values()))
-        return 4 if "fp32" in operand else 1 if "i8" in operand else 2
-
-    @cached_property
-    def _assembled(self) -> tuple[str, bytes]:
-        """What ``ptxas -v`` says of the kernel's PTX, warnings included, and the machine code.
-
-        The assembler that Triton takes for the target, with Triton's options: the same bits.
-        """
-        ptx = self.kernel.asm["ptx"]
-        if self.target in SAME_PTX:
-            ptx = re.sub(
-                rf"^\.target {SAME_PTX[self.target]}\b", f".target {self.target}", ptx, flags=re.M
-            )
-        arch = re.search(r"^\.target (\S+?)(,|$)", ptx, re.M)
-        assert arch, "PTX names no target"
-        with tempfile.TemporaryDirectory() as folder:
-            source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-            source.write_text(ptx)
-            assembler = get_ptxas(int(self.target.removeprefix("sm_"))).path
-            command = [assembler, "-v", f"--gpu-name={arch[1]}", str(source)]
-            command += ["-lineinfo", "-o", str(cubin)]
-            if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):
-                command.append("--regAllocOptLevel=2")
-            if not self.kernel.metadata.enable_fp_fusion:
-                command.append("--fmad=false")
-            run = subprocess.run(command, capture_output=True, text=True, check=True)
-            return run.stdout + run.stderr, cubin.read_bytes()
-
-    @property
-    def assembler_log(self) -> str:
-        """What the assembler says of registers, spills and serialised WGMMA."""
-        return self._assembled[0]
-
-    @property
-    def registers(self) -> int:
-        """Registers per thread."""
-        return _number(r"Used (\d+) registers", self.assembler_log)
-
-    @property
-    def spilled_bytes(self) -> int:
-        """Bytes of spill stores and loads."""
-        return _number(r"(\d+) bytes spill stores", self.assembler_log) + _number(
-            r"(\d+) bytes spill loads", self.assembler_log
-        )
-
-    @property
-    def serialised_wgmma(self) -> bool:
-        """Whether the assembler gave up on asynchronous WGMMA (warnings C7510 to C7519)."""
-        return re.search(r"C751\d", self.assembler_log) is not None
-
-    @cached_property
-    def sass(self) -> str:
-        """The machine code."""
-        with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder, "kernel.cubin")
-            cubin.write_bytes(self._assembled[1])
-            # -ndf: a third faster
-            command = [knobs.nvidia.nvdisasm.path, "-c", "-ndf", str(cubin)]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+class _Known(Exception):
+    """Ends a compilation when its key is known."""
 
 
 @contextmanager
-def compile_for(target: str) -> Iterator[list[Compiled]]:
+def compile_for(target: str, known: Container[str] = ()) -> Iterator[list[Compiled]]:
     """Record, instead of launching, every kernel launched inside; see the module docstring.
 
     Triton stops at PTX, and :class:`Compiled` assembles: once, with the log, beside the next
     kernel's compilation. What Triton keeps of a kernel without machine code it keeps apart.
+
+    Args:
+        target: as for :func:`shipped`.
+        known: keys of kernels of which no more than the key is wanted.
     """
     recorded: list[Compiled] = []
-    run = JITFunction.run
+    run, add_stages = JITFunction.run, CUDABackend.add_stages
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        recorded.append(Compiled(target, kernel))
+        kernel = None
+        try:
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+            code = getattr(kernel.metadata, "code", None)
+            key = row_key(target, code) if code else kernel.hash
+        except _Known as found:
+            (key,) = found.args
+        name = self.__name__.strip("_").removesuffix("_kernel")
+        # Triton may have had it from before, too.
+        recorded.append(Compiled(target, name, key, None if key in known else kernel))
         return kernel
+
+    def with_key(backend: CUDABackend, stages: dict[str, Any], options: Any, language: Any) -> None:
+        add_stages(backend, stages, options, language)
+        first, run_first = next(iter(stages.items()))
+
+        def find_key(module: Any, metadata: dict[str, Any]) -> Any:
+            metadata["code"] = code_key(module, backend, options)
+            key = row_key(target, metadata["code"])
+            if key in known:
+                raise _Known(key)
+            return run_first(module, metadata)
+
+        stages |= {first: find_key, "cubin": lambda module, metadata: b"not assembled"}
 
     driver = triton.runtime.driver
     before = driver._active
@@ -199,17 +127,21 @@ def compile_for(target: str) -> Iterator[list[Compiled]]:
     try:
         with (
             mock.patch.object(JITFunction, "run", compile_only),
-            mock.patch.object(CUDABackend, "make_cubin", return_value=b"not assembled"),
+            mock.patch.object(CUDABackend, "add_stages", with_key),
             knobs.cache.scope(),
         ):
-            knobs.cache.dir = str(Path(knobs.cache.dir, "ra_triton_not_assembled"))
+            knobs.cache.dir = str(Path(knobs.cache.dir, "ra_triton_ptx"))
             yield recorded
     finally:
         driver._active = before
 
 
 def shipped(
-    target: str, *, only: str = "", configs: dict[str, LaunchConfig] | None = None
+    target: str,
+    *,
+    only: str = "",
+    configs: dict[str, LaunchConfig] | None = None,
+    known: Container[str] = (),
 ) -> Iterator[Compiled]:
     """Every kernel in every configuration that the package launches on ``target``.
 
@@ -218,6 +150,7 @@ def shipped(
         only: a regular expression that a label has to match somewhere, e.g. ``"projection bf"``;
             launches without such a kernel are not compiled.
         configs: what to launch a stage with instead of its row in the config table.
+        known: keys of kernels of which no more than the key is wanted.
     """
     pattern = re.compile(only)
     row = "rocm" if target.startswith("gfx") else target
@@ -233,12 +166,12 @@ def shipped(
         for names, label, launch in _launches(target):
             if not any(pattern.search(f"{name} {label}") for name in names.split()):
                 continue
-            with compile_for(target) as recorded:
+            with compile_for(target, known) as recorded:
                 launch()
             for compiled in recorded:
                 full_label = f"{compiled.name} {label}"
-                if pattern.search(full_label) and compiled.kernel.hash not in seen:
-                    seen.add(compiled.kernel.hash)
+                if pattern.search(full_label) and compiled.key not in seen:
+                    seen.add(compiled.key)
                     yield replace(compiled, label=full_label)
 
 
@@ -561,9 +494,3 @@ def _projection(
 def _input_gradient(dtype: torch.dtype) -> Callable[[], Any]:
     w, g = _tensor(dtype, 768, 2304), _rows(dtype, 0)[1]
     return partial(projection.projection, g, w.mT, None, stage="input_gradient")
-
-
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    assert found, f"no {pattern!r} in the assembler's log: {text}"
-    return int(found[1])

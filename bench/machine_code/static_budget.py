@@ -1,7 +1,8 @@
 """The committed budget of the machine code: what a change may not make worse unnoticed.
 
 ``static_budget.json`` has one line per kernel and target; what a line leaves out is 0. It holds for
-the Triton version that it names, because the compiler decides how many instructions there are.
+the Triton version that it names, because the compiler decides how many instructions there are. The
+key of a line (``inspection.row_key``) says what it was recorded from: the same key, the same line.
 """
 
 import json
@@ -11,27 +12,44 @@ from typing import Any
 
 import triton
 
-Row = dict[str, Any]  # of bench/static.py
+from bench.machine_code.inspection import Row
+
 Budget = dict[str, Any]  # {"triton": version, target: {label: {field: number}}}
 
 PATH = Path(__file__).with_suffix(".json")
 GROWTH_ALLOWED = 0.03  # of the instructions in a hot loop
-UPDATE = "python bench/static.py --update-budget"
+UPDATE = "python bench/static.py --changed --update-budget"
+SPOT_CHECK = "0"  # a line whose key begins so, one in sixteen, is never taken as known
 
 _FIELDS = (
+    "key",
     "registers",  # on record only; what they decide is ctas_per_sm
+    "shared_memory",  # likewise; it and what comes last say whether a line is sound at all
     "ctas_per_sm",
     "spilled_bytes",
     "serialised_wgmma",
     "async_copies",
     "sync_loads",
     "instructions",
+    "matrix_instructions",
+    "wgmma",
+    "bulk_copies",
 )
 
 
 def read(path: Path = PATH) -> Budget:
     """The budget on record; an empty one, of this Triton version, if there is none."""
     return json.loads(path.read_text()) if path.exists() else {"triton": triton.__version__}
+
+
+def known(target: str, budget: Budget) -> dict[str, Row]:
+    """The numbers on record by key, but for those of the spot check."""
+    lines = [{"key": "", **line} for line in budget.get(target, {}).values()]
+    return {
+        line["key"]: {name: line.get(name, 0) for name in _FIELDS}
+        for line in lines
+        if line["key"] and not line["key"].startswith(SPOT_CHECK)
+    }
 
 
 def write(rows: Iterable[Row], path: Path = PATH) -> None:
@@ -102,6 +120,11 @@ def _problems(row: Row, line: dict[str, int] | None, counts: bool) -> list[str]:
         found.append("the assembler serialises WGMMA (C751x)")
     if not counts:
         return found
+    if row["key"] == line.get("key"):
+        wrong = [name for name in _FIELDS if row[name] != line.get(name, 0)]
+        found += [
+            f"{row[name]} {name}, recorded of the same code: {line.get(name, 0)}" for name in wrong
+        ]
     if row["ctas_per_sm"] < line["ctas_per_sm"]:
         found.append(f"{row['ctas_per_sm']} CTAs fit on an SM, were {line['ctas_per_sm']}")
     if row["async_copies"] < line.get("async_copies", 0):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -233,14 +234,16 @@ def test_sections_stay_in_the_second_level_cache():
     assert heads_filling_rounds(3, 1000, 2**30, 132) == 1
 
 
+BOTH_SIZES = "causal=True|varlen"
 LOOK = """
 import json
 import re
+import sys
 from bench.machine_code.aot import shipped
 from bench.machine_code.sass import Program
 
 found = {}
-for kernel in shipped("sm_90", only="attention_forward_hopper .*(causal=True|varlen)"):
+for kernel in shipped("sm_90", only=f"attention_forward_hopper .*({sys.argv[1]})"):
     loop, steps = Program(kernel.sass).hot_loop(), []
     for i in loop.body:
         if i.opcode.startswith("WARPGROUP.DEPBAR"):
@@ -258,12 +261,12 @@ print(json.dumps(found))
 """
 
 
-@pytest.fixture(scope="module")
-def machine_code():
-    """Of the kernel's hot loop by label, from a process where kernels are not interpreted."""
+@cache
+def machine_code(kernels):
+    """Of the hot loop by label, from a process where kernels are not interpreted."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-c", LOOK],
+        [sys.executable, "-c", LOOK, kernels],
         env={**env, "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         capture_output=True,
@@ -278,9 +281,9 @@ def machine_code():
     ("case", "keys"),
     [("D=64 causal=True", 128), ("D=64 causal=True T=1024", 64), ("D=128 causal=True", 128)],
 )
-def test_exponentials_run_while_a_product_does(machine_code, case, keys):
+def test_exponentials_run_while_a_product_does(case, keys):
     """q kᵀ and p v are issued, the first is waited for, and exp2 comes before the second wait."""
-    code = machine_code[f"attention_forward_hopper bfloat16 {case}"]
+    code = machine_code(BOTH_SIZES)[f"attention_forward_hopper bfloat16 {case}"]
     steps = [tuple(step) for step in code["steps"]]
     first, second = steps.index(("wait", 1)), steps.index(("wait", 0))
     assert {kind for kind, _ in steps[:first]} == {"product"}
@@ -292,8 +295,14 @@ def test_exponentials_run_while_a_product_does(machine_code, case, keys):
     assert steps.count(("wait", 0)) == steps.count(("wait", 1)) == 1
 
 
-def test_it_waits_for_the_kernel_before_ahead_of_the_first_copy(machine_code):
-    assert all(code["waits_first"] for code in machine_code.values())
+@pytest.mark.parametrize(
+    ("kernels", "count"),
+    [("D=64 (causal=True|varlen)$", 2), pytest.param(BOTH_SIZES, 9, marks=pytest.mark.slow)],
+)
+def test_it_waits_for_the_kernel_before_ahead_of_the_first_copy(kernels, count):
+    found = machine_code(kernels).values()
+    assert len(found) == count
+    assert all(code["waits_first"] for code in found)
 
 
 def test_capped_scores_that_are_no_number_stay_none(machine_code):
@@ -579,7 +588,7 @@ def check_sequences(row, queries, keys, causal, dtype=torch.bfloat16, longer=0, 
             *(("other keys", torch.bfloat16, 0, 2), ("short", torch.bfloat16, 0, 3)),
             *(("one", torch.float16, 0, 4), ("cut", torch.bfloat16, 0, 5)),
         ],
-        3,
+        2,
     ),
 )
 @rows_of_caps

@@ -1,10 +1,8 @@
 """The study's command line, presets, TOML and data: what runs, and what is told in one line."""
 
 import re
-import subprocess
 import sys
 from array import array
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +14,6 @@ from bench.study.arms import ARMS
 from bench.study.runlog import read_log
 from bench.study.settings import PRESETS, Settings, make_study, read_toml
 
-ROOT = Path(__file__).parents[2]
 SHORT = [
     *("--n-layer", "1", "--n-head", "2", "--n-embd", "32", "--block", "16", "--batch", "2"),
     *("--steps", "3", "--warmup", "1", "--eval-every", "2", "--val-pieces", "2", "--sample", "3"),
@@ -93,16 +90,10 @@ def test_finished_runs_are_skipped_and_others_go_on(tmp_path, capsys):
     assert "0 runs of 2 to do" in capsys.readouterr().out
 
 
-def test_the_list_names_arms_and_presets(tmp_path):
-    run = subprocess.run(  # from any folder
-        [sys.executable, str(ROOT / "bench" / "train_ra_mla.py"), "--list"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode == 0, run.stderr
-    assert all(name in run.stdout for name in (*ARMS, *PRESETS))
+def test_the_list_names_arms_and_presets(capsys):
+    assert train_ra_mla.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in (*ARMS, *PRESETS))
 
 
 # TOML

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,8 @@ import triton
 from test_sass import AMPERE
 
 from bench import static
-from bench.machine_code import static_budget
+from bench.machine_code import inspection, pipes, sass, static_budget
+from bench.machine_code.inspection import Compiled, code_key, row_key
 from bench.machine_code.pipes import ARCHITECTURES
 from bench.machine_code.sass import Program
 
@@ -30,13 +33,14 @@ RUN_ALL = "import json, sys; from bench.static import main\n"
 RUN_ALL += "for arguments in json.loads(sys.argv[1]): assert main(arguments) == 0"
 
 
-def compiled(folder: Path, *command_lines: list[str]) -> list[list[dict]]:
+def compiled(folder: Path, *command_lines: list[str], root: Path = ROOT) -> list[list[dict]]:
     """Rows of each command line, from a process where kernels are not interpreted."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(root)
     files = [folder / str(i) for i in range(len(command_lines))]
     lines = [[*line, "--json", str(f)] for line, f in zip(command_lines, files, strict=True)]
     command = [sys.executable, "-c", RUN_ALL, json.dumps(lines)]
-    run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return [json.loads(file.read_text())["kernels"] for file in files]
 
@@ -83,7 +87,8 @@ MAIN = [  # target, kernels, how many they are
 
 
 def test_main_kernels_are_sound_and_within_their_budget(tmp_path):
-    found = compiled(tmp_path, *(["--target", t, "--kernel", kernels] for t, kernels, _ in MAIN))
+    lines = (["--target", t, "--changed", "--kernel", kernels] for t, kernels, _ in MAIN)
+    found = compiled(tmp_path, *lines)
     assert [len(rows) for rows in found] == [number for *_, number in MAIN]
     assert_sound([row for rows in found for row in rows], complete=False)
 
@@ -91,13 +96,16 @@ def test_main_kernels_are_sound_and_within_their_budget(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ARCHITECTURES)
 def test_shipped_kernels_are_sound_and_within_their_budget(target, tmp_path):
-    (rows,) = compiled(tmp_path, ["--target", target])
+    """Those are compiled whose key is not in the budget, and one in sixteen of the others."""
+    (rows,) = compiled(tmp_path, ["--target", target, "--changed"])
     elsewhere = set() if target == "sm_90" else set(static.HOPPER)
     assert {row["stage"] for row in rows} == set(static.STAGES) - elsewhere
     assert_sound(rows, complete=True)
     budget = static_budget.read()
     if not static_budget.holds_counts(budget):
         pytest.skip(f"the counts are of Triton {budget['triton']}, not {triton.__version__}")
+    if changed := sum(row["key"] != budget[target][row["label"]].get("key") for row in rows):
+        warnings.warn(f"{target}: {changed} kernels are not as recorded", stacklevel=1)
 
 
 BOTH = """
@@ -139,27 +147,112 @@ BAD_CONFIGS = [  # target, BLOCK_M, BLOCK_N, stages, what is wrong with them
 
 
 def test_the_inspection_finds_planted_bad_configs(tmp_path):
+    """Also where what is as recorded is not compiled."""
     lines = []
     for target, block_m, block_n, num_stages, _ in BAD_CONFIGS:
         plan = {"block_m": block_m, "block_n": block_n, "num_warps": 4, "num_stages": num_stages}
         config = ["--config", "attention_forward", json.dumps(plan)]
         kernel = ["--kernel", "attention_forward bfloat16 D=64 causal=True", *config]
-        lines.append(["--target", target, *kernel])
+        lines.append(["--target", target, "--changed", *kernel])
     for (*config, expected), (row,) in zip(BAD_CONFIGS, compiled(tmp_path, *lines), strict=True):
         assert any(expected in fault for fault in faults(row)), config
+
+
+@pytest.mark.slow
+def test_a_kernel_is_compiled_again_once_its_code_has_changed(tmp_path, monkeypatch):
+    """And not when a comment has, or its lines, or the order of Python's sets."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    tree = tmp_path / "tree"
+    for name in ("ra_triton", "bench"):
+        shutil.copytree(ROOT / name, tree / name)
+    budget = tree / "bench" / "machine_code" / "static_budget.json"
+    budget.unlink()
+    which = ["--target", "sm_80", "--kernel", "^pack bfloat16 D=", "--changed"]
+    (before,) = compiled(tmp_path, which, root=tree)
+    static_budget.write(before, budget)
+    file = tree / "ra_triton" / "kernels" / "lanes" / "packing.py"
+    source = file.read_text()
+    assert source.count("(row < n_rows)") == 1
+    moved = source.replace("\n\n", "\n\n\n").replace("    tl.store", "    # all\n    tl.store")
+    changed = source.replace("(row < n_rows)", "(row <= n_rows)")
+    for text, again in ((source, False), (moved, False), (changed, True)):
+        file.write_text(text)
+        monkeypatch.setenv("PYTHONHASHSEED", str(len(text)))
+        (rows,) = compiled(tmp_path, which, root=tree)
+        checked = [again or row["key"].startswith(static_budget.SPOT_CHECK) for row in rows]
+        assert [row["compiled"] for row in rows] == checked
+        assert len(rows) == len(before) == 6
+        assert again != ([row["key"] for row in rows] == [row["key"] for row in before])
+
+
+def key(ir="add", assembler="13.0", options="4 warps", target="sm_90"):
+    """Of a kernel that Triton's front end has turned into ``ir``."""
+    module = SimpleNamespace(str_nodebug=lambda: ir)
+    return row_key(target, code_key(module, *(hashed(h) for h in (assembler, options))))
+
+
+def hashed(text):
+    return SimpleNamespace(hash=lambda: text)
+
+
+def test_the_key_is_of_all_that_decides_the_machine_code(monkeypatch):
+    assert key() == key()
+    others = [{"ir": "mul"}, {"assembler": "13.1"}, {"options": "8 warps"}, {"target": "sm_80"}]
+    keys = {key(), *(key(**other) for other in others)}
+    with monkeypatch.context() as patch:
+        patch.setenv("DISABLE_LLVM_OPT", "1")
+        keys.add(key())
+    with monkeypatch.context() as patch:
+        patch.setattr("triton.runtime.cache.triton_key", lambda: "another Triton")
+        keys.add(key())
+    assert len(keys) == 7
+
+
+@pytest.mark.parametrize("module", [inspection, sass, pipes])
+def test_the_key_is_of_all_that_reads_the_machine_code(module, monkeypatch, tmp_path):
+    def with_source(text):
+        file = tmp_path / "module.py"
+        file.write_text(text)
+        monkeypatch.setattr(module, "__file__", str(file))
+        inspection._reader.cache_clear()
+        return key()
+
+    before, source = key(), Path(module.__file__).read_text()
+    try:
+        assert with_source("# a comment\n" + source) == before
+        assert with_source(source + "\nMORE = 1\n") != before
+    finally:
+        inspection._reader.cache_clear()
+
+
+def test_the_key_is_of_the_disassembler(monkeypatch):
+    before = key()
+    monkeypatch.setattr(inspection, "knobs", SimpleNamespace(nvidia=SimpleNamespace()))
+    inspection.knobs.nvidia.nvdisasm = SimpleNamespace(version="0.0")
+    inspection._reader.cache_clear()
+    try:
+        assert key() != before
+    finally:
+        inspection._reader.cache_clear()
 
 
 ROW = {
     "target": "sm_90",
     "label": "attention_forward bfloat16 D=64",
+    "key": "1234",
     "registers": 187,
+    "shared_memory": 49152,
     "ctas_per_sm": 2,
     "spilled_bytes": 0,
     "serialised_wgmma": False,
     "async_copies": 2,
     "sync_loads": 0,
     "instructions": 500,
+    "matrix_instructions": 16,
+    "wgmma": 16,
+    "bulk_copies": 2,
 }
+NEW = {"key": "5678"}  # of code that has changed
 
 
 @pytest.fixture
@@ -180,16 +273,41 @@ def budget(tmp_path):
     ],
 )
 def test_each_planted_regression_is_named(budget, change, expected):
-    (found,) = static_budget.violations([ROW | change], budget)
+    (found,) = static_budget.violations([ROW | change | NEW], budget)
     assert found.startswith("sm_90 attention_forward bfloat16 D=64: ")
     assert re.search(expected, found), found
+
+
+@pytest.mark.parametrize("field", [name for name in ROW if name not in ("target", "label", "key")])
+def test_a_line_that_is_not_what_its_code_has_is_named(budget, field):
+    """Whether it is better or worse: such a line has not been recorded."""
+    budget["sm_90"][ROW["label"]][field] = ROW[field] + 1
+    found = static_budget.violations([ROW], budget)
+    said = f"{ROW[field]} {field}, recorded of the same code: {ROW[field] + 1}"
+    assert f"sm_90 {ROW['label']}: {said}" in found
+    assert not any("recorded" in line for line in static_budget.violations([ROW | NEW], budget))
+
+
+def test_what_is_known_has_the_numbers_of_its_line(budget):
+    """But one in sixteen counts as unknown, as does a line without a key."""
+    numbers = {name: value for name, value in ROW.items() if name not in ("target", "label")}
+    assert static_budget.known("sm_90", budget) == {"1234": numbers}
+    assert static_budget.known("sm_80", budget) == {}
+    kernel = Compiled("sm_90", "attention_forward", "1234", None, ROW["label"])
+    row = static._row(static_budget.known("sm_90", budget), kernel)
+    assert row == ROW | {"stage": "attention_forward", "compiled": False}
+    for first in ("0123", ""):
+        budget["sm_90"][ROW["label"]]["key"] = first
+        assert static_budget.known("sm_90", budget) == {}
+    del budget["sm_90"][ROW["label"]]["key"]
+    assert static_budget.known("sm_90", budget) == {}
 
 
 @pytest.mark.parametrize(
     "change", [{}, {"instructions": 515}, {"registers": 190}, {"async_copies": 4}]
 )
 def test_what_is_within_the_budget_passes(budget, change):
-    assert static_budget.violations([ROW | change], budget) == []
+    assert static_budget.violations([ROW | change | NEW], budget) == []
 
 
 def test_kernels_and_lines_have_to_match(budget):
@@ -257,7 +375,7 @@ def test_tiles_of_an_iteration(products, copies, tiles):
     text = f".L_x_0:\n{product * products}{copy * copies}/*0030*/ @P0 BRA `(.L_x_0) ;\n"
     loop = Program(text).hot_loop()
     flops = 2 * (2 * 64 * 64 * 16)
-    assert static.tiles_per_iteration(loop, 4, flops, 2048, 2) == tiles
+    assert inspection.tiles_per_iteration(loop, 4, flops, 2048, 2) == tiles
 
 
 @pytest.mark.parametrize(
@@ -271,6 +389,7 @@ def test_tiles_of_an_iteration(products, copies, tiles):
         (["--update-budget", "--stage", "pack"], "records all kernels"),
         (["--json", "nowhere/rows.json"], "no such folder: nowhere"),
         (["--spills-only", "--check"], "--spills-only goes without"),
+        (["--spills-only", "--changed"], "--spills-only goes without"),
     ],
 )
 def test_wrong_arguments_are_told(arguments, expected, capsys):

@@ -168,6 +168,7 @@ def found(tmp_path_factory):
     return [torch.load(folder / str(rank)) for rank in range(2)]
 
 
+@pytest.mark.slow
 @on_cpu
 def test_shards_and_collectives_leave_no_layer_behind(found):
     for rank in found:
@@ -178,6 +179,7 @@ def test_shards_and_collectives_leave_no_layer_behind(found):
                     assert_bitwise(a, b, str(name))
 
 
+@pytest.mark.slow
 @on_cpu
 def test_a_layer_made_on_meta_is_initialised_in_shards(found):
     for recip_per_head in (True, False):
