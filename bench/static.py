@@ -43,7 +43,7 @@ from ra_triton.launch.configs import LaunchConfig, launch_config
 
 HOPPER = (  # stages of sm_90 alone
     "attention_forward_hopper",
-    *("delta_and_lse", "attention_backward_hopper", "round_dq"),
+    *("delta_and_lse", "attention_backward_hopper"),
 )
 STAGES = (
     *HOPPER,

@@ -53,7 +53,7 @@ STAGES = (
 )
 _HOPPER = "attention_forward_hopper"  # elsewhere these launches are those of _FORWARD
 _FORWARD, _BACKWARD = "attention_forward", "delta key_value_gradient query_gradient"
-_HOPPER_BACKWARD = "delta_and_lse attention_backward_hopper round_dq"
+_HOPPER_BACKWARD = "delta_and_lse attention_backward_hopper"
 _DECODE = "decode decode_combine"
 _WEIGHT, _BIAS = "weight_gradient add_splits", "column_sum add_splits"
 _COMPOSE = "compose_backward compose_sums"

@@ -337,8 +337,8 @@ def _copy(buffers, sources, results, turns_ptr, tickets, n_heads, section, up, s
                 mbarrier.expect(full, do_source.block_type.nbytes)
                 async_load(do_source, [place.b, h, row, 0], full, buffers.do.index(stage))
                 if STAGED:
-                    if (step == first) & (before.n >= 0):
-                        # The next step, which is loaded after it, writes where they lie.
+                    to_send = (step == first) & (before.n >= 0)
+                    if to_send:  # the next step, which is loaded after it, writes where they lie
                         _copy_results(buffers, results, before, first)
                 step += 1
         before = place
@@ -460,7 +460,7 @@ def _round(buffers, sums_source, dq_source, turns_ptr, n_heads, section, scale_l
         while done != turns:
             done = gl.atomic_add(turns_ptr + 1 + tile, 0, sem="acquire")
         fence_async_global()
-        written = gl.where(turns > 0, tile, -1)  # copies from outside bring 0
+        written = gl.where(turns > 0, tile, n_heads * n_m)  # copies from outside bring 0
         for quarter in gl.static_range(2):
             _load_sums(buffers, sums_source, written, quarter, quarter)
         for quarter in range(4):
