@@ -301,16 +301,20 @@ SPECIALISED = (
         why="with an earlier tanh, T = 4096: 2499 us (1399); sequences in a window: 1262 us (655)"),
     row(softcap=True, varlen=False, m=0, warps=0,
         why="with an earlier tanh, D = 128, T = 4096: 1261 us (914)"),
+    row(D=64, varlen=True, m=64, n=128, warps=4, stages=3, tma=True, groups=2,
+        why="sequences, T = 1024: 219 us (324), 4096: 427 us (641), with three groups 466 us; in a "
+        "window of 1023 keys: 321 us (488), 336 us"),
     row(D=64, below=2048, causal=True, m=64, n=64, warps=4, stages=3, tma=True, groups=3,
-        why="T = 512: 136 us (171, 129), 1024: 202 us (243, 197); sequences: 210 us (312)"),
+        why="T = 512: 136 us (171, 129), 1024: 202 us (243, 197)"),
     row(D=64, below=2048, m=64, n=128, warps=4, stages=3, tma=True, groups=2,
         why="T = 1024, not causal: 311 us (429, 309)"),
     row(D=64, since=(3, 9), m=64, n=128, warps=4, stages=3, tma=True, groups=2,
         why="Three groups spill. H200 (torch 2.11, Triton 3.9.0; in brackets three with 3.6.0): "
         "T = 2048: 366 us (340), 4096: 681 us (616), 16384: 2573 us (2264)"),
+    row(D=64, causal=False, m=64, n=128, warps=4, stages=3, tma=True, groups=3,
+        why="T = 4096, not causal: 1095 us (1425), with two stages 1126 us"),
     row(D=64, m=64, n=128, warps=4, stages=2, tma=True, groups=3,
-        why="T = 2048: 329 us (397, 339), 4096: 616 us (747, 677), 16384: 2143 us (2668, 2496); "
-        "sequences, T = 4096: 458 us (652), in a window of 1023 keys: 332 us (487)"),
+        why="T = 2048: 329 us (397, 339), 4096: 616 us (747, 677), 16384: 2143 us (2668, 2496)"),
     row(D=128, softcap=True, m=64, n=64, warps=4, stages=3, tma=True, groups=2,
         why="static: with 128 keys the loop over tiles spills; with those and an earlier tanh "
         "sequences in a window of 1023 keys took 660 us (1516)"),

@@ -32,7 +32,7 @@ ROWS = {  # name: heads of so many lanes, and the row
     name: (D, warp_specialised(D, torch.bfloat16, "sm_90", length, causal))
     for name, D, length, causal in (
         *(("short causal 64", 64, 1024, True), ("short full 64", 64, 1024, False)),
-        *(("64", 64, 4096, True), ("128", 128, 4096, True)),
+        *(("64", 64, 4096, True), ("full 64", 64, 4096, False), ("128", 128, 4096, True)),
     )
 }
 rows = pytest.mark.parametrize("row", ROWS)
@@ -68,7 +68,7 @@ def test_newer_assemblers_get_tiles_of_two_groups_for_long_rows_of_64():
             warp_specialised(64, torch.bfloat16, "sm_90", 4096, causal, version)
             for version in ((3, 6), (3, 7), (3, 8), (3, 9), (4, 0))
         ]
-        assert set(rows[:3]) == {ROWS["64"][1]}
+        assert set(rows[:3]) == {ROWS["64" if causal else "full 64"][1]}
         assert set(rows[3:]) == {ROWS["short full 64"][1]}
     for head_dim, length, causal in ((64, 1024, True), (128, 4096, True)):
         old, new = (
@@ -82,13 +82,15 @@ def test_newer_assemblers_get_tiles_of_two_groups_for_long_rows_of_64():
 @pytest.mark.parametrize("length", [256, 1024, 4096])
 @pytest.mark.parametrize("version", [(3, 6), (3, 9)])
 def test_which_masks_caps_and_sequences_take_it(head_dim, length, version):
-    """In the row that they have without, but for capped heads of 128; the table says why."""
+    """In the row that they have without, or in one of theirs; the table says why."""
     for causal, window, softcap, varlen in itertools.product((False, True), repeat=4):
         of = (head_dim, torch.bfloat16, "sm_90", length, causal, version)
         config = warp_specialised(*of, window=window, softcap=softcap, varlen=varlen)
         slower = not varlen and (softcap or (window and head_dim == 64))
         slower = slower or (softcap and head_dim == 64)
         of_row = ROWS["capped 128"][1] if softcap else warp_specialised(*of)
+        if varlen and head_dim == 64:
+            of_row = ROWS["short full 64"][1]
         assert config == (None if slower else of_row)
 
 
@@ -305,9 +307,18 @@ def test_it_waits_for_the_kernel_before_ahead_of_the_first_copy(kernels, count):
     assert all(code["waits_first"] for code in found)
 
 
-def test_capped_scores_that_are_no_number_stay_none(machine_code):
+@pytest.mark.parametrize(
+    ("kernels", "capped"),
+    [
+        ("D=64 (causal=True|varlen.*softcap.*)$", {False, True}),
+        pytest.param(BOTH_SIZES, {False, True}, marks=pytest.mark.slow),
+    ],
+)
+def test_capped_scores_that_are_no_number_stay_none(kernels, capped):
     """Where a GPU's other minima and maxima would return the limit; interpreters have none such."""
-    for label, code in machine_code.items():
+    found = machine_code(kernels)
+    assert {"softcap" in label for label in found} == capped
+    for label, code in found.items():
         assert code["limits"] == ["softcap" in label] * 2
 
 
@@ -669,7 +680,7 @@ def test_public_calls_over_sequences_take_it_by_themselves(D, kind):
     """Also recorded ones, on other tensors and other offsets."""
     causal, options = KINDS[kind]
     options = {"causal": causal, "softmax_scale": None, **options}
-    row = {64: "short causal 64" if causal else "short full 64", 128: "128"}[D]
+    row = {64: "short full 64", 128: "128"}[D]
     row = "capped 128" if D == 128 and "softcap" in options else row
     for queries in ((300, 129, 71), (71, 129, 300), (0, 500, 0)):
         q, k, v = operands(row, 500, 500, B=1)
