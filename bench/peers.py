@@ -126,32 +126,6 @@ def sample(t: Tensor, heads: int) -> Tensor:
     return torch.stack((t[0, :, :heads], t[-1, :, -heads:]))
 
 
-class OnePass(torch.autograd.Function):
-    """``packed_attention`` with the one-pass backward for Hopper, which has no row in the table."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, window: Any) -> Tensor:
-        """By the kernels alone."""
-        from ra_triton.kernels.attention.forward import attention_forward
-
-        ctx.options = {"causal": causal, "softmax_scale": None, "window_size": window}
-        o, lse = attention_forward(q, k, v, **ctx.options)
-        ctx.save_for_backward(q, k, v, o, lse)
-        return o
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        """In one pass."""
-        from ra_triton.kernels.attention.backward import attention_backward
-        from ra_triton.launch.configs import ONE_PASS
-
-        tensors = ctx.saved_tensors
-        config = ONE_PASS[tensors[0].shape[3]]
-        new = [torch.empty_like(t) for t in tensors[:3]]
-        attention_backward(*tensors, *grads, *new, **ctx.options, config=config)
-        return *new, None, None
-
-
 def _ra(backend: str, case: Case) -> Attend:
     return partial(
         packed_attention,
@@ -159,10 +133,6 @@ def _ra(backend: str, case: Case) -> Attend:
         window_size=case.window_size,
         backend=backend,
     )
-
-
-def _one_pass(case: Case) -> Attend:
-    return lambda q, k, v: OnePass.apply(q, k, v, case.causal, case.window_size)
 
 
 def _sdpa(case: Case) -> Attend:
@@ -197,7 +167,6 @@ class Peer:
         make: ``attend(q, k, v)`` of a case.
         module: what has to be installed.
         on_cpu: whether it runs there.
-        hopper: whether it is for sm_90 alone.
         windows: whether it has them.
         context: entered around each run of calls.
     """
@@ -205,7 +174,6 @@ class Peer:
     make: Callable[[Case], Attend]
     module: str | None = None
     on_cpu: bool = False
-    hopper: bool = False
     windows: bool = True
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
@@ -213,8 +181,6 @@ class Peer:
         """Why it cannot run on a device type, or None."""
         if device == "cpu" and not self.on_cpu:
             return NO_TRITON_HERE if self.module is None else "needs a CUDA device"
-        if self.hopper and torch.cuda.get_device_capability() != (9, 0):
-            return "is for Hopper (sm_90) alone"
         try:
             import_module(self.module or "ra_triton")
         except Exception as error:  # a package may break in any way where it does not fit
@@ -230,7 +196,6 @@ def _pinned(backend: SDPBackend) -> Peer:
 FA4 = "flash_attn.cute.interface"
 PEERS = {
     "ra": Peer(partial(_ra, "triton")),
-    "ra-one-pass": Peer(_one_pass, hopper=True),
     "ra-sdpa": Peer(partial(_ra, "sdpa"), on_cpu=True),
     "sdpa": Peer(_sdpa, module="torch", on_cpu=True, windows=False),
     "cudnn": _pinned(SDPBackend.CUDNN_ATTENTION),
@@ -240,8 +205,7 @@ PEERS = {
     "fa3": Peer(partial(_flash, "flash_attn_interface"), module="flash_attn_interface"),
     "fa2": Peer(partial(_flash, "flash_attn"), module="flash_attn"),
 }
-# The first has not run yet: a GPU that it stops would take the other rows along.
-NOT_BY_DEFAULT = ("ra-one-pass", "ra-sdpa", "sdpa")
+NOT_BY_DEFAULT = ("ra-sdpa", "sdpa")
 DEFAULT = tuple(name for name in PEERS if name not in NOT_BY_DEFAULT)
 
 
