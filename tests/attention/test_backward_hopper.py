@@ -1,6 +1,11 @@
 """The backward kernel for Hopper: its launches, the order of its sums, its numbers."""
 
+import json
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +21,7 @@ from ra_triton.kernels.attention.forward import attention_forward
 from ra_triton.launch.configs import ONE_PASS
 from ra_triton.launch.plans import Layout
 
+ROOT = Path(__file__).parents[2]
 heads = pytest.mark.parametrize("D", ONE_PASS)
 MASKS = {
     "causal": (True, (-1, -1)),
@@ -312,3 +318,45 @@ def test_it_ends_while_another_stream_takes_the_processors(D, mask):
         for t, quiet in zip(grads, expected, strict=True):
             assert torch.equal(t, quiet)
     torch.cuda.synchronize()
+
+
+BARRIERS = r"""
+import json, re
+from bench.machine_code.aot import shipped
+
+found = {}
+for kernel in shipped("sm_90", only="attention_backward_hopper bfloat16"):
+    barriers = re.findall(r"BAR[.]\S+ (0x[0-9a-f]+)(?:, (0x[0-9a-f]+))?", kernel.sass)
+    found[kernel.label] = sorted({(int(i, 16), int(n or "0", 16)) for i, n in barriers})
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_named_barriers_are_not_those_of_the_compiler():
+    """Triton's of its partitions are below 3: those of one warp, the later ones, have none."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", BARRIERS],
+        env={**env, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert len(found) >= 2 * len(ONE_PASS)
+    b = backward_hopper
+    own = {
+        **{int(b.KEYS_READ.value): 288, int(b.DS_READY.value): 256, int(b.WORK.value): 288},
+        **{int(b.DQ_FULL.value) + w: 160 for w in range(2)},
+        **{int(b.DQ_EMPTY.value) + w: 160 for w in range(2)},
+        **{int(b.EMPTY.value) + stage: 288 for stage in range(2)},
+        **{int(b.RESULTS_READY.value): 288, int(b.WORK_TO_ADD.value): 64},
+        **{int(b.WORK_READ.value): 64},
+    }
+    assert len(own) == 12
+    for barriers in found.values():
+        assert {i for i, _ in barriers} >= {0, 2, int(b.DS_READY.value)}
+        for i, threads in barriers:
+            assert threads == own[i] if i in own else i < 3

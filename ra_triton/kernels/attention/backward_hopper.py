@@ -7,22 +7,28 @@ are computed once for all three gradients, five products instead of seven:
     p = exp(softmax_scale * qkᵀ - lse)    ds = p (do vᵀ - delta)    delta = Σ_d o do - dlse
     dv = pᵀ do    dk = c dsᵀ q    dq = c ds k    c = softmax_scale
 
-Three launches. The first writes delta and ``lse log2(e)``, padded to whole tiles. The second has
-one program an SM, each of which takes 128 keys of a key/value head after another, and goes with
-them through the queries of the group of heads. Two warpgroups compute, 64 keys each; one warp
-copies; one warp adds tiles of dq to a workspace in float32. Scores are transposed, so that pᵀ and
-dsᵀ are operands in registers of dv and dk; ds also goes to shared memory, where the warpgroups meet
-once a tile, for each computes half of a tile of dq: half of the lanes, or of the queries. The third
-launch scales and rounds dq.
+Two launches. The first writes delta and ``lse log2(e)``, padded to whole tiles. The second has one
+program an SM, each of which takes 128 keys of a key/value head after another, and goes with them
+through the queries of the group of heads. Two warpgroups compute, 64 keys each; one warp copies;
+one adds tiles of dq to a workspace in float32; one scales and rounds tiles of dq to which all has
+been added. Scores are transposed, so that pᵀ and dsᵀ are operands in registers of dv and dk; ds
+also goes to shared memory, where the warpgroups meet once a tile, for each computes half of a tile
+of dq: half of the lanes, or of the queries.
 
 Sums have one order, so that the same call gives the same bits: what is added to a tile of queries
-is added in turns, that of the first keys first, and a counter for each tile says whose turn it is.
-The first one stores instead of adding, so that the workspace need not be zero. Queries are visited
-from the last to the first, so that a program rarely waits for its turn: the one before is ahead.
+is added in turns, in the order in which keys are handed out, and a counter for each tile says whose
+turn it is. The first one stores instead of adding, so that the workspace need not be zero.
 
-No deadlock: keys are handed out in the order of the turns, by a counter of tickets, and a program
-works on them in the order in which it got them. So the earliest keys that are not done wait for
-none, however few programs run at once and in whatever order they begin.
+Keys are handed out from the last to the first, and each visits its queries from the first on. So
+under a causal mask programs that begin at once add to different tiles, and each tile that one comes
+to has just been left by the one before: nobody waits. Were the first keys first, all would begin
+with the last queries, in a queue. But then the longest work comes last, so the last section of
+heads goes the other way, and all programs end together. So do heads of which L2 does not hold two:
+programs in a queue read the same tiles.
+
+No deadlock: keys are handed out by a counter of tickets, and a program works on them in the order
+in which it got them. So the earliest keys that are not done wait for none, however few programs run
+at once and in whatever order they begin.
 
 After FlashAttention-3 (arXiv:2407.08608). Overwrites only dq, dk and dv.
 """
