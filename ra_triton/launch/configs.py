@@ -298,9 +298,9 @@ SPECIALISED = (
     row(D=64, window=True, varlen=False, m=0, warps=0,
         why="127 keys, T = 2048: 182 us (120), 8192: 197 us (119); 1023 keys: 391 us (355)"),
     row(D=64, softcap=True, m=0, warps=0,
-        why="with an earlier tanh, T = 4096: 2499 us (1399); sequences in a window: 1262 us (655)"),
-    row(softcap=True, varlen=False, m=0, warps=0,
-        why="with an earlier tanh, D = 128, T = 4096: 1261 us (914)"),
+        why="T = 4096: 1487 us (1336); sequences: 975 us (878), in a window of 1023: 623 us (627)"),
+    row(softcap=True, varlen=False, window=True, m=0, warps=0,
+        why="D = 128, T = 4096, 1023 keys: 486 us (459)"),
     row(D=64, varlen=True, m=64, n=128, warps=4, stages=3, tma=True, groups=2,
         why="sequences, T = 1024: 219 us (324), 4096: 427 us (641), with three groups 466 us; in a "
         "window of 1023 keys: 321 us (488), 336 us"),
@@ -316,8 +316,8 @@ SPECIALISED = (
     row(D=64, m=64, n=128, warps=4, stages=2, tma=True, groups=3,
         why="T = 2048: 329 us (397, 339), 4096: 616 us (747, 677), 16384: 2143 us (2668, 2496)"),
     row(D=128, softcap=True, m=64, n=64, warps=4, stages=3, tma=True, groups=2,
-        why="static: with 128 keys the loop over tiles spills; with those and an earlier tanh "
-        "sequences in a window of 1023 keys took 660 us (1516)"),
+        why="T = 4096: 854 us (909), with 128 keys, which spill, 1092 us; sequences: 605 us (2294), "
+        "in a window of 1023 keys 401 us (1407)"),
     row(D=128, m=64, n=128, warps=4, stages=2, tma=True, groups=2,
         why="T = 512: 110 us (138, 102), 1024: 148 us (204, 160), 2048: 249 us (314, 272), "
         "4096: 430 us (597, 515), 16384: 1692 us (2106, 1974); 127 keys, T = 2048: 105 us (117), "

@@ -462,11 +462,12 @@ def _round(buffers, sums_source, dq_source, turns_ptr, n_heads, section, scale_l
         head, m = head_and_tile(i, n_heads, n_m, section * sizes.group, True)
         tile = head * n_m + m
         _, turns = _adding(m, sizes, BLOCK_M)
-        done = gl.atomic_add(turns_ptr + 1 + tile, 0, sem="acquire")
+        done = gl.atomic_add(turns_ptr + 1 + tile, 0, sem="relaxed")
         while done != turns:
-            done = gl.atomic_add(turns_ptr + 1 + tile, 0, sem="acquire")
+            done = gl.atomic_add(turns_ptr + 1 + tile, 0, sem="relaxed")
+        done = gl.atomic_add(turns_ptr + 1 + tile, 0, sem="acquire")  # empties L1: once
         fence_async_global()
-        written = gl.where(turns > 0, tile, n_heads * n_m)  # copies from outside bring 0
+        written = gl.where(done > 0, tile, n_heads * n_m)  # copies from outside bring 0
         for quarter in gl.static_range(2):
             _load_sums(buffers, sums_source, written, quarter, quarter)
         for quarter in range(4):
@@ -589,8 +590,8 @@ def _go_on(
     # dk and dv below, and the compiler would keep them in registers throughout.
     ds_tile = buffers.ds.index(step % 2)
     ds_tile.slice(WHICH * HALF, HALF, 1).permute((1, 0)).store(ds)
-    fence_async_shared()
     await_at(DS_READY, COMPUTING)
+    fence_async_shared()  # after the meeting, where stores need no longer be waited for
     k_all, _, _ = _keys_of(buffers, WHICH)
     if BLOCK_M > HALF:
         dq = warpgroup_mma(
