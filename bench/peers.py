@@ -307,7 +307,7 @@ def measure_case(
         rows += [row(phase=p, provider=name, status=status, note=note) for p in PHASES]
     for phase in PHASES:
         entrants = [
-            Entrant(name, _call(phase, layer, dout), peer.context, _tolerances(gate, phase))
+            Entrant(name, _call(phase, layer, peer, dout), peer.context, _tolerances(gate, phase))
             for name, (layer, peer) in layers.items()
         ]
         for name, timing in measure(entrants, args.seconds, device.type == "cuda").items():
@@ -348,13 +348,14 @@ def _layer(peer: Peer, case: Case, inputs: tuple[Tensor, ...]) -> Sampled:
     return Sampled(lambda: attend(*inputs), inputs, group=case.H // case.H_kv)
 
 
-def _call(phase: str, layer: Layer, dout: Tensor) -> Callable[[], Outputs]:
-    """What is timed: the backward alone starts from one forward that stays."""
+def _call(phase: str, layer: Layer, peer: Peer, dout: Tensor) -> Callable[[], Outputs]:
+    """What is timed: the backward alone starts from one forward that stays, the peer's own."""
     if phase == "both":
         return partial(layer.run, dout)
     if phase == "forward":
         return torch.no_grad()(layer.forward)
-    out = layer.forward()
+    with peer.context():
+        out = layer.forward()
     return lambda: torch.autograd.grad(out, layer.inputs, dout, retain_graph=True)
 
 

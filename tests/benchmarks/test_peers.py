@@ -1,6 +1,7 @@
 """The benchmark of attention alone: what it counts, its gate, what is absent, its rows."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -78,3 +79,29 @@ def test_a_peer_without_windows_is_skipped(monkeypatch):
         ("ra-sdpa", "ok", ""),
         ("sdpa", "skipped", "has no windows"),
     }
+
+
+def test_every_forward_runs_in_its_peers_context(monkeypatch):
+    """Also the one whose backward alone is timed: outside, PyTorch would choose a backend."""
+    inside, outside = [], []
+
+    @contextmanager
+    def context():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def make(case):
+        attend = peers.PEERS["sdpa"].make(case)
+
+        def noted(q, k, v):
+            if not inside:
+                outside.append(q)
+            return attend(q, k, v)
+
+        return noted
+
+    peer = peers.Peer(make, "torch", on_cpu=True, context=context)
+    monkeypatch.setitem(peers.PEERS, "planted", peer)
+    assert peers.main([*FAST, "--providers", "planted"]) == 0
+    assert not outside
