@@ -101,7 +101,7 @@ ARROWS = {
     "kernels.attention.arguments": STAGE,
     "kernels.attention.backward": {
         *("kernels.attention.arguments", "kernels.attention.backward_hopper"),
-        *STAGE,
+        *HOPPER,
     },
     "kernels.attention.backward_hopper": {
         *("kernels.attention.arguments", "kernels.attention.hopper_tiles"),
