@@ -14,6 +14,7 @@ from ra_triton.launch import gluon
 from ra_triton.launch.gluon import (
     async_load,
     async_store,
+    fence_async_global,
     fence_async_shared,
     gl,
     mbarrier,
@@ -349,6 +350,8 @@ def _sum_kernel(x, y, count_ptr, FAULT: gl.constexpr):
         )  # fmt: skip
     sem: gl.constexpr = "relaxed" if FAULT == "relaxed" else "acq_rel"
     if gl.atomic_add(count_ptr, 1, sem=sem) == gl.num_programs(0) - 1:
+        if FAULT != "no fence":
+            fence_async_global()
         mbarrier.expect(ready, x.block_type.nbytes)
         async_load(y, [0, 0], ready, tile)
         mbarrier.wait(ready, 1)
@@ -378,6 +381,10 @@ def test_programs_add_in_any_order():
             "y: .*copies to tile .* what may still be written by .* from tile",
         ),
         ("relaxed", "y: .*copies to tile .* what may still be written by .*copies from tile"),
+        (
+            "no fence",
+            "y: .*copies to tile .* past a missing fence_async_global .* copies from tile",
+        ),
         ("stores where others add", "y: .*copies from tile at .*overwrites what is used by"),
     ],
 )

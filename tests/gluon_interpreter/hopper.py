@@ -103,9 +103,10 @@ def async_load(
     inside, part = source.part(coord, result)
     result.memory.write(region_of(result.data), event, by_engine=True)
     if inside.numel():
-        source.memory.read(region_of(inside), event)
+        source.memory.read(region_of(inside), event, bulk=True)
     result.data.fill_(float("nan"))
-    knows = Known(run.current.known | event, run.current.fenced)
+    me = run.current
+    knows = Known(me.known | event, me.fenced, me.fenced_global)
     program.copies |= event
 
     def arrive() -> None:
@@ -135,9 +136,9 @@ def _copy_out(target: Descriptor, coord: Sequence[Any], src: Shared, add: bool) 
     reads, writes = (run.event(f"copies from {src.name}") for _ in range(2))
     src.memory.read(region_of(src.data), reads, by_engine=True)
     if add and inside.numel():
-        target.memory.add(region_of(inside), writes)
+        target.memory.add(region_of(inside), writes, bulk=True)
     elif inside.numel():
-        target.memory.write(region_of(inside), writes, by_engine=True)
+        target.memory.write(region_of(inside), writes, by_engine=True, bulk=True)
     copy = Copy(reads, writes)
     run.current.copies.append(copy)
 
@@ -166,6 +167,7 @@ def _await_copies(pendings: int, what: str) -> None:
     for copy in first:
         me.known |= copy.events["read"] | copy.events[what]
     if what == "written":
+        me.written |= sum(copy.events[what] for copy in first)
         me.copies = me.copies[len(first) :]
 
 
@@ -354,6 +356,13 @@ def _bar_sync(barrier: Any, threads: Any) -> Int:
     return integer(0)
 
 
+def _fence_async_global(*_: Any) -> Int:
+    """Bulk copies see what others wrote to global memory, as far as this agent knows of it."""
+    me = scheduler.run.current
+    me.fenced_global |= me.known
+    return integer(0)
+
+
 def _written(*_: Any) -> Int:
     _await_copies(0, "written")
     return integer(0)
@@ -364,7 +373,7 @@ ASSEMBLY: dict[str, Callable[..., Any]] = {
     "bar.sync": _bar_sync,
     "cp.async.bulk.wait_group 0": _written,
     "mov.u32 $0, 0": lambda *_: integer(0),
-    "fence.proxy.async.global": lambda *_: integer(0),
+    "fence.proxy.async.global": _fence_async_global,
 }
 
 

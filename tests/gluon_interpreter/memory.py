@@ -62,31 +62,47 @@ class Accessed:
             self._regions[region] = found
         return found
 
-    def read(self, region: Region, event: int, by_engine: bool = False) -> None:
-        """The current agent reads, or has an asynchronous engine do so."""
+    def read(self, region: Region, event: int, by_engine: bool = False, bulk: bool = False) -> None:
+        """The current agent reads, or has an asynchronous engine do so.
+
+        ``bulk``: of global memory, here and below.
+        """
         me, accesses = scheduler.run.current, self._at(region)
         for a in accesses:
             self._check((a.writes | a.adds) & ~me.known, event, "reads what may still be written")
             if by_engine:
                 missed = "reads past a missing fence_async_shared what was written"
                 self._check(a.stored & ~me.fenced, event, missed)
+            self._check_fence(a, event, bulk)
         accesses[0].reads |= event
 
-    def write(self, region: Region, event: int, by_engine: bool = False) -> None:
+    def write(
+        self, region: Region, event: int, by_engine: bool = False, bulk: bool = False
+    ) -> None:
         """It writes."""
         me, accesses = scheduler.run.current, self._at(region)
         for a in accesses:
             used = (a.writes | a.adds | a.reads) & ~me.known
             self._check(used, event, "overwrites what is used")
+            self._check_fence(a, event, bulk)
         mine = accesses[0]
         mine.writes, mine.adds, mine.reads, mine.stored = event, 0, 0, 0 if by_engine else event
 
-    def add(self, region: Region, event: int) -> None:
+    def add(self, region: Region, event: int, bulk: bool = False) -> None:
         """It adds, in any order with others that do."""
         me, accesses = scheduler.run.current, self._at(region)
         for a in accesses:
             self._check((a.writes | a.reads) & ~me.known, event, "adds to what is used")
+            self._check_fence(a, event, bulk)
         accesses[0].adds |= event
+
+    def _check_fence(self, a: _Accesses, event: int, bulk: bool) -> None:
+        """What this agent's own copies wrote needs none."""
+        me = scheduler.run.current
+        if bulk:
+            missed = "follows past a missing fence_async_global what was written"
+            unseen = (a.writes | a.adds) & me.known & ~(me.fenced_global | me.written)
+            self._check(unseen, event, missed)
 
     def _check(self, unknown: int, event: int, what: str) -> None:
         if unknown:

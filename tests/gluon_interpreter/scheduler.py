@@ -32,14 +32,20 @@ class _Stop(BaseException):
 
 
 class Known:
-    """Events that happened before, and those of them that asynchronous engines see too."""
+    """Events that happened before, and those of them that asynchronous engines see too.
 
-    def __init__(self, known: int = 0, fenced: int = 0) -> None:
-        self.known, self.fenced = known, fenced
+    Attributes:
+        known: all.
+        fenced: those ahead of a fence for shared memory; ``fenced_global``, for global memory.
+    """
+
+    def __init__(self, known: int = 0, fenced: int = 0, fenced_global: int = 0) -> None:
+        self.known, self.fenced, self.fenced_global = known, fenced, fenced_global
 
     def learn(self, other: "Known") -> None:
         self.known |= other.known
         self.fenced |= other.fenced
+        self.fenced_global |= other.fenced_global
 
 
 class Agent(Known):
@@ -50,7 +56,7 @@ class Agent(Known):
         ready: whether what it waits for has come; None while it waits for nothing.
         waits: what that is.
         products: of the tensor cores, in their order, those that no wait has covered.
-        copies: out of shared memory, in their order.
+        copies: out of shared memory, in their order; ``written``: events of those it has awaited.
         steps: how often it stood where another could go on.
         spins: its last atomics, in a row, that changed nothing.
     """
@@ -62,6 +68,7 @@ class Agent(Known):
         self.waits, self.steps, self.spins = "", 0, 0
         self.products: list[Any] = []
         self.copies: list[Any] = []
+        self.written = 0
         self.ended = False
         self.turn = threading.Lock()
         self.turn.acquire()
