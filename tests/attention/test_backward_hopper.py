@@ -18,8 +18,9 @@ from ra_triton.call.offsets import Offsets
 from ra_triton.kernels.attention import backward, backward_hopper
 from ra_triton.kernels.attention.arguments import mask_of
 from ra_triton.kernels.attention.forward import attention_forward
-from ra_triton.launch.configs import ONE_PASS
-from ra_triton.launch.plans import Layout
+from ra_triton.launch import gluon
+from ra_triton.launch.configs import ONE_PASS, LaunchConfig
+from ra_triton.launch.plans import Bulk, CannotCompile, Layout
 
 ROOT = Path(__file__).parents[2]
 heads = pytest.mark.parametrize("D", ONE_PASS)
@@ -31,6 +32,18 @@ MASKS = {
     "right": (False, (-1, 40)),
     "own": (False, (0, 0)),
 }
+
+
+@pytest.fixture(autouse=True)
+def integers_of_another(monkeypatch):
+    """Counters begin as something, where the fixtures of all tests leave integers alone."""
+    empty = torch.empty
+
+    def used(*shape, **options):
+        t = empty(*shape, **options)
+        return t.fill_(3) if t.dtype is torch.int32 else t
+
+    monkeypatch.setattr(torch, "empty", used)
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +174,25 @@ def test_calls_that_it_does_not_have_raise():
         backward.attention_backward(q, k, v, o, lse, do, grads[0], unaligned, grads[2], **options)
 
 
+def test_nothing_is_launched_where_it_does_not_compile():
+    class Kernel:
+        launches, bulk = 0, {i: Bulk((2, 2, 256), (512, 256, 1), (1, 2, 128)) for i in (4, 5)}
+
+        def compile(self, *tensors):
+            assert len(tensors) == 11
+            raise CannotCompile
+
+        def __call__(self, *tensors):
+            self.launches += 1
+
+    plans = backward_hopper.Plans(Kernel(), Kernel())
+    with pytest.raises(CannotCompile):
+        plans(*[torch.zeros(1, device=DEVICE)] * 6, None, *[torch.zeros(1)] * 3)
+    assert (plans.rows.launches, plans.one_pass.launches) == (0, 0)
+
+
+CPU = torch.device("cpu")
+PLAIN = LaunchConfig(64, 4, 2, block_n=64)
 TAKEN = {
     "as it is": (True, {}),
     "fp32": (False, {"dtype": torch.float32}),
@@ -168,6 +200,9 @@ TAKEN = {
     "an A100": (False, {"target": "sm_80"}),
     "heads of 128": (True, {"D": 128}),
     "heads of 96": (False, {"D": 96}),
+    "heads of 32": (False, {"D": 32}),
+    "a config of the plain kernels": (False, {"config": PLAIN}),
+    "a config of its own": (True, {"config": ONE_PASS[64], "T_q": 255}),
     "few queries": (False, {"T_q": 255}),
     "few keys": (False, {"T_k": 255}),
     "a window": (True, {"window": (70, 0)}),
@@ -181,7 +216,9 @@ TAKEN = {
 
 
 @pytest.mark.parametrize("case", TAKEN)
-def test_which_calls_take_it(case):
+def test_which_calls_take_it(case, monkeypatch):
+    """A call that does not has no part in it: nothing is tried and given up."""
+    monkeypatch.setattr(gluon, "_broken", set())
     taken, changed = TAKEN[case]
     c = {"D": 64, "T_q": 256, "T_k": 300, "dtype": torch.bfloat16, "target": "sm_90"} | changed
     layouts = [
@@ -191,10 +228,36 @@ def test_which_calls_take_it(case):
     scores = (None, c.get("softcap", 0.0), c.get("dropout_p", 0.0), "ieee")
     mask = (c.get("sequences"), True, c.get("window", (-1, -1)))
     plans = backward._one_pass_plans.__wrapped__(
-        torch.device("cpu"), c["dtype"], tuple(layouts[:4]), tuple(layouts[4:]),
-        (True, True, None), *mask, *scores, c["target"], None,
+        CPU, c["dtype"], tuple(layouts[:4]), tuple(layouts[4:]),
+        (True, True, None), *mask, *scores, c["target"], c.get("config"),
     )  # fmt: skip
     assert (plans is not None) == taken
+    assert gluon.works("attention_backward")
+
+
+@pytest.mark.parametrize(
+    ("T", "B", "H_kv", "group", "section", "up"),
+    [
+        *((1024, 1, 1, 1, 1, 0), (1024, 1, 2, 1, 1, 1), (1024, 2, 4, 1, 4, 4)),
+        *((1024, 1, 5, 1, 3, 3), (1024, 5, 21, 1, 53, 53), (1024, 8, 32, 1, 64, 192)),
+        *((1024, 1, 20, 8, 7, 14), (32768, 1, 4, 1, 2, 2), (32769, 1, 4, 1, 2, 0)),
+        *((4096, 1, 3, 8, 2, 2), (4097, 1, 3, 8, 2, 0)),
+    ],
+)
+def test_the_last_section_goes_down_and_all_do_where_two_heads_do_not_fit(
+    T, B, H_kv, group, section, up
+):
+    """In 32 MB, of which a query takes 8 bytes for each of 64 lanes."""
+    q, k = (
+        Layout((B, T, heads, 64), (T * heads * 64, heads * 64, 64, 1), True)
+        for heads in (H_kv * group, H_kv)
+    )
+    plans = backward._one_pass_plans.__wrapped__(
+        CPU, torch.bfloat16, (q, k, k, q), (q, k, k), (True, True, None),
+        None, True, (-1, -1), None, 0.0, 0.0, "ieee", "sm_90", None,
+    )  # fmt: skip
+    found = plans.one_pass.arguments
+    assert (found["section"], found["up"]) == (section, up)
 
 
 # Turns

@@ -15,7 +15,8 @@ from ra_triton import internals
 from ra_triton.kernels.attention import backward as attention_backward
 from ra_triton.kernels.attention import forward as attention_forward
 from ra_triton.kernels.projection import forward as projection
-from ra_triton.launch import gluon
+from ra_triton.launch import gluon, plans
+from ra_triton.launch.configs import ONE_PASS
 from ra_triton.launch.plans import CannotCompile, Layout, Plan, plan_in_gluon
 
 ROOT = Path(__file__).parents[2]
@@ -136,7 +137,8 @@ def test_a_kernel_that_does_not_compile_gives_way_for_good():
     assert len(made) == 1
 
 
-def test_a_backward_that_does_not_compile_gives_way_for_good(monkeypatch):
+def broken_backward(monkeypatch):
+    """Its calls, operands and options, where the kernel for Hopper does not compile."""
     called = []
 
     def broken(*tensors):
@@ -145,9 +147,32 @@ def test_a_backward_that_does_not_compile_gives_way_for_good(monkeypatch):
 
     monkeypatch.setattr(attention_backward, "_one_pass_plans", lambda *of: broken)
     q, k, v, do = (normal(1, 40, 2, 16, seed=seed) for seed in range(4))
-    o, lse = attention_forward.attention_forward(q, k, v, causal=True, softmax_scale=None)
-    grads = [[torch.empty_like(q) for _ in range(3)] for _ in range(2)]
     options = {"causal": True, "softmax_scale": None}
+    o, lse = attention_forward.attention_forward(q, k, v, **options)
+    return called, (q, k, v, o, lse, do), options
+
+
+def test_a_backward_that_was_asked_for_and_does_not_compile_raises(monkeypatch):
+    called, operands, options = broken_backward(monkeypatch)
+    grads = [torch.empty_like(operands[0]) for _ in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            with pytest.raises(CannotCompile) as raised:
+                attention_backward.attention_backward(
+                    *operands, *grads, **options, config=ONE_PASS[64]
+                )
+            assert "no async_load" in str(raised.value.__cause__)
+    assert len(called) == 2
+    assert gluon.works("attention_backward")
+    gluon._broken.add("attention_backward")
+    with pytest.raises(CannotCompile):
+        attention_backward.attention_backward(*operands, *grads, **options, config=ONE_PASS[64])
+
+
+def test_a_backward_that_does_not_compile_gives_way_for_good(monkeypatch):
+    called, (q, k, v, o, lse, do), options = broken_backward(monkeypatch)
+    grads = [[torch.empty_like(q) for _ in range(3)] for _ in range(2)]
     with pytest.warns(UserWarning, match="attention_backward runs without.*no async_load"):
         attention_backward.attention_backward(q, k, v, o, lse, do, *grads[0], **options)
     with warnings.catch_warnings():
@@ -168,8 +193,31 @@ def test_what_the_compiler_raises_on_request_says_that_it_was_the_compiler():
     plan = Plan(Kernel(error), (1,), {})
     plan.compile(torch.zeros(1))  # nothing to compile for
     with pytest.raises(CannotCompile) as raised:
-        plan.compile(OnGpu())
+        plan.compile(None, OnGpu())
     assert raised.value.__cause__ is error
+
+
+def test_what_compiles_on_request_does_so_once_and_is_launched(monkeypatch):
+    class OnGpu:
+        is_cuda = True
+
+    class Described:
+        @staticmethod
+        def of(t):
+            assert contexts == [1]  # a descriptor needs one
+            return t
+
+    launched, contexts = [], []
+    kernel = Kernel()
+    plan = Plan(kernel, (1,), {}, {0: Described})
+    monkeypatch.setattr(plan, "_launcher", lambda compiled, tensors: launched.append)
+    monkeypatch.setattr(plans, "make_context_current", lambda: contexts.append(1))
+    plan.compile(OnGpu())
+    assert (launched, kernel.launches) == ([], 0)
+    kernel.error = AttributeError("compiled again")
+    plan.compile(OnGpu())
+    plan("here")
+    assert (launched, kernel.launches) == (["here"], 0)
 
 
 def test_errors_of_other_kernels_are_raised():

@@ -417,6 +417,7 @@ from bench.machine_code.aot import compile_for
 from ra_triton.weights.factors import Factors
 from ra_triton.kernels.lanes import append
 from ra_triton.kernels.attention import backward as attention_backward
+from ra_triton.kernels.attention import backward_hopper
 from ra_triton.kernels.attention import forward as attention_forward
 from ra_triton.kernels.attention import decode
 from ra_triton.kernels.composition import forward as compose
@@ -441,6 +442,13 @@ options = {"causal": True, "softmax_scale": None}
 with compile_for("sm_90") as compiled:
     o, lse = attention_forward.attention_forward(q, k, v, **options)
     attention_backward.attention_backward(q, k, v, o, lse, do, dq, dk, dv, **options)
+    for_rows = torch.zeros(1, 2, 256), torch.zeros(3, dtype=torch.int32)
+    backward_hopper.Plans.__call__ = lambda plans, q, k, v, o, lse, do, dlse, *gradients: (
+        plans.rows(o, do, lse, dlse, *for_rows)
+    )
+    long = torch.zeros(1, 256, 1, 64, dtype=torch.float16)
+    statistics, grads = torch.zeros(1, 1, 256), [long] * 3
+    attention_backward.attention_backward(*[long] * 4, statistics, long, *grads, **options)
     packing.pack(q, k, q[..., :4], k[..., :4])
     call = NormRope(q, k, *[None] * 4, *[torch.zeros(64, 8)] * 2, None, 16, 1e-6)
     norm_rope.norm_rope(call)
@@ -478,7 +486,8 @@ def test_kernels_launched_early_wait_before_they_touch_memory():
     )
     assert run.returncode == 0, run.stderr
     waits = dict(line.split() for line in run.stdout.splitlines())
-    assert waits == dict.fromkeys([*DEPENDS, "_add_splits_kernel"], "True")
+    others = ["_add_splits_kernel", "_delta_and_lse_kernel"]
+    assert waits == dict.fromkeys([*DEPENDS, *others], "True")
 
 
 @pytest.mark.gpu
