@@ -16,6 +16,20 @@ def test_faults_have_names_of_their_own_and_excuses_are_for_faults():
     assert set(EXPECTED_SURVIVORS) <= set(names)
 
 
+def test_a_name_stands_for_one_test():
+    """A name bound again would hand the faults above it tests that do not see them."""
+    tree = ast.parse((ROOT / "tests/mutants/faults.py").read_text())
+    bound = [
+        node.id
+        for statement in tree.body
+        if isinstance(statement, ast.Assign)
+        for target in statement.targets
+        for node in ast.walk(target)
+        if isinstance(node, ast.Name)
+    ]
+    assert sorted(bound) == sorted(set(bound))
+
+
 def test_every_fault_has_one_place_and_is_an_edit():
     """A fault that has lost its place is no longer planted, and what it showed no longer shown."""
     wrong = {}
