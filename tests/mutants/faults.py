@@ -497,9 +497,9 @@ TABLE: dict[str, list[tuple]] = {
     ("hopper backward: one buffer of ds for two tiles", BACKWARD_ORDER, "_go_on",
      "«buffers.ds.index(step % 2) → buffers.ds.index(0)»"),
     ("hopper backward: the halves of ds do not meet", BACKWARD_ORDER, "_go_on",
-     "fence_async_shared(); «await_at(DS_READY, COMPUTING) → pass»"),
+     "«await_at(DS_READY, COMPUTING) → pass»"),
     ("hopper backward: ds read ahead of its fence", BACKWARD_ORDER, "_go_on",
-     "«fence_async_shared(); → »await_at(DS_READY, COMPUTING)"),
+     "«fence_async_shared() → pass»"),
     ("hopper backward: dq stored over the tile before", BACKWARD_ORDER, "_go_on",
      "«await_at(DQ_EMPTY + WHICH, ONE_GROUP_AND_WARP) → arrive_at(DQ_EMPTY + WHICH, "
      "ONE_GROUP_AND_WARP)»"),
@@ -508,6 +508,9 @@ TABLE: dict[str, list[tuple]] = {
     ("hopper backward: registers of ds given up while a product reads them", BACKWARD_ORDER,
      "_go_on", "«dk, ds_narrow, s = warpgroup_mma_wait(0, deps=[dk, ds_narrow, s]) → "
      "dk, s = warpgroup_mma_wait(0, deps=[dk, s])»"),
+    ("hopper backward: registers of p given up while a product reads them", BACKWARD_ORDER,
+     "_go_on", "«dq, dv, p_narrow = warpgroup_mma_wait(1 + EARLY, deps=[dq, dv, p_narrow]) → "
+     "dq, dv = warpgroup_mma_wait(1 + EARLY, deps=[dq, dv])»"),
     ("hopper backward: q waited for in the other phase", BACKWARD_ORDER, "_first_product",
      "step // STAGES« → + 1» & 1"),
     ("hopper backward: do not waited for", BACKWARD_ORDER, "_second_product",
@@ -547,11 +550,9 @@ TABLE: dict[str, list[tuple]] = {
     ("hopper backward: dq is rounded before all is added", BACKWARD_ORDER, "_round",
      "«while done != turns: → while done < 0:»"),
     ("hopper backward: sums are read without acquiring what was added", BACKWARD_ORDER, "_round",
-     "while done != turns: "
-     "done = gl.atomic_add(turns_ptr + 1 + tile, 0, sem=«'acquire' → 'relaxed'») … "
      "gl.atomic_add(turns_ptr + 1 + tile, 0, sem=«'acquire' → 'relaxed'»)"),
     ("hopper backward: what nobody wrote is dq", HOPPER_NO_KEYS, "_round",
-     "«gl.where(turns > 0, tile, n_heads * n_m) → tile»"),
+     "«gl.where(done > 0, tile, n_heads * n_m) → tile»"),
     ("hopper backward: dq without its scale", HOPPER_GRADIENTS, "_round",
      "sums.slice(4 * j, 4, 0).load(LAYOUT)« * (scale_log2 * LN2) →»"),
     ("hopper backward: sums are not waited for", BACKWARD_ORDER, "_round",
