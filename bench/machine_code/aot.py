@@ -314,7 +314,7 @@ def _launches(target: str) -> Iterator[_Launch]:
 
 
 def _in_one_pass() -> Iterator[_Launch]:
-    """The backward that no call takes by itself yet."""
+    """Hopper's backward, which is asked for by its config."""
     for D, config in ONE_PASS.items():
         for name, window in (("", (-1, 0)), (" window", (255, 0))):
             launch = partial(_attention_grad(torch.bfloat16, D), window_size=window, config=config)

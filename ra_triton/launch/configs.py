@@ -316,8 +316,8 @@ SPECIALISED = (
     row(D=64, m=64, n=128, warps=4, stages=2, tma=True, groups=3,
         why="T = 2048: 329 us (397, 339), 4096: 616 us (747, 677), 16384: 2143 us (2668, 2496)"),
     row(D=128, softcap=True, m=64, n=64, warps=4, stages=3, tma=True, groups=2,
-        why="T = 4096: 854 us (909), with 128 keys, which spill, 1092 us; sequences: 605 us (2294), "
-        "in a window of 1023 keys 401 us (1407)"),
+        why="T = 4096: 854 us (909), with 128 keys, which spill, 1092 us; sequences: 605 us "
+        "(2294), in a window of 1023 keys 401 us (1407)"),
     row(D=128, m=64, n=128, warps=4, stages=2, tma=True, groups=2,
         why="T = 512: 110 us (138, 102), 1024: 148 us (204, 160), 2048: 249 us (314, 272), "
         "4096: 430 us (597, 515), 16384: 1692 us (2106, 1974); 127 keys, T = 2048: 105 us (117), "
