@@ -122,7 +122,7 @@ ARROWS = {
         *("kernels.attention.arguments", "kernels.attention.hopper_tiles"),
         *HOPPER,
     },
-    "kernels.attention.hopper_tiles": {"launch.gluon"},
+    "kernels.attention.hopper_tiles": {"launch.gluon", "launch.plans"},
     "kernels.lanes.packing": STAGE,
     "kernels.projection.int8": {*STAGE, "kernels.projection.arguments"},
     "kernels.lanes.norm_rope": {*STAGE, "kernels.lanes.norm_rope_tiles", "call.norm_rope"},

@@ -18,7 +18,7 @@ the copies run ahead into the next one. Tiles end where the queries end, so that
 keys is full and the one with fewest is cut. All warpgroups go through the key tiles of the whole
 query tile; one whose queries see none of a key tile skips it, but takes its turn (:func:`_skip`).
 With VARLEN each sequence has tiles of its own (:func:`_tile_of_sequences`), and copies are cut
-where it ends (:func:`_rows_of_sequences`).
+where it ends (:func:`rows_of_sequences`).
 
 Full: the copying warp has filled a buffer; an mbarrier, which counts bytes. Empty: all warpgroups
 have read it; a named barrier, which costs a warp one instruction, where an mbarrier would stop its
@@ -30,7 +30,12 @@ from typing import Any, NamedTuple
 import triton
 
 from ra_triton.kernels.attention.arguments import Attention, rows_in_bulk
-from ra_triton.kernels.attention.hopper_tiles import columns_within
+from ra_triton.kernels.attention.hopper_tiles import (
+    anew,
+    columns_within,
+    coordinates,
+    rows_of_sequences,
+)
 from ra_triton.kernels.tiles import LN2, capped, follow, sequence
 from ra_triton.launch import gluon
 from ra_triton.launch.configs import LaunchConfig
@@ -42,13 +47,12 @@ from ra_triton.launch.gluon import (
     fence_async_shared,
     gl,
     mbarrier,
-    opaque_zero,
     store_wait,
     swizzled,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from ra_triton.launch.plans import Bulk, Layout, Plan
+from ra_triton.launch.plans import Layout, Plan
 
 ROWS = gl.constexpr(64)  # queries of a warpgroup: what one WGMMA takes
 # Of a thread that computes, by warpgroups: what the 65536 of an SM leave, in steps of eight.
@@ -58,7 +62,6 @@ Q_BUFFERS = gl.constexpr(2)  # of every warpgroup: for a tile and the next
 # Named barriers: those before are Triton's, and there are 16.
 TURN = gl.constexpr(5)  # one for each warpgroup
 EMPTY = gl.constexpr(8)  # one for each buffer of k, then of v, then one for each of Q_BUFFERS
-FAR = gl.constexpr(2**30)  # more tokens than there are; see _rows_of_sequences
 SECTION_BYTES = 17 * 2**20  # of k and v: what stays in L2 while all SMs read it
 SECTION_ROUNDS = 4  # more would be no better balanced
 
@@ -120,23 +123,13 @@ class Keys(NamedTuple):
 
 
 @gluon.jit
-def _anew(x):
-    """``x``, opaque to the compiler, so that what depends on it is computed where it is used.
-
-    Otherwise that is computed as the program begins, and held in the 24 registers that a thread of
-    a worker warp has until its job begins, or spilled.
-    """
-    return x | opaque_zero()
-
-
-@gluon.jit
 def _keys(m, rows, tile, sizes, V: gl.constexpr, BLOCK_N: gl.constexpr) -> Keys:
     """Those of the queries ``m ... m + rows``: query i sees ``-left <= j - (i + own) <= right``."""
     own = tile.T_k - tile.T_q  # the key of query 0
     begin, whole_begin, whole_end, end = 0, 0, tile.T_k, tile.T_k
     left, right = 0, 0
     if V.WINDOW:
-        left, right = _anew(sizes.left), _anew(sizes.right)
+        left, right = anew(sizes.left), anew(sizes.right)
     if V.CAUSAL or V.WINDOW:
         behind = gl.minimum(m + rows, tile.T_q) + own  # the key after the last query's
         end = gl.minimum(behind + right, tile.T_k)
@@ -216,15 +209,6 @@ def _tile_of_sequences(
 
 
 @gluon.jit
-def _at(b, h, row, first, length, V: gl.constexpr):
-    """Coordinates of ``row`` of a head; VARLEN has descriptors of :func:`_rows_of_sequences`."""
-    if V.VARLEN:
-        return [FAR, first + length, h, FAR - length + row, 0]
-    else:
-        return [b, h, row, 0]
-
-
-@gluon.jit
 def _copy(buffers, sources, sizes, sequences, schedule, group, V: gl.constexpr, PDL: gl.constexpr):
     """The copying warp: of every tile q of each warpgroup, and key tile after key tile."""
     q_tiles, k_tiles, v_tiles, _, q_full, k_full, v_full = buffers
@@ -257,13 +241,13 @@ def _copy(buffers, sources, sizes, sequences, schedule, group, V: gl.constexpr, 
                 # Rows before the first do not exist, and no copy may start there: row 0 comes in
                 # their place, and its results are not stored.
                 row = gl.maximum(tile.m + w * ROWS, 0)
-                at = _at(tile.b, tile.h, row, tile.first_q, tile.T_q, V)
+                at = coordinates(tile.b, tile.h, row, tile.first_q, tile.T_q, V.VARLEN)
                 async_load(q_source, at, q_full.index(buffer), q_tiles.index(buffer))
             for n in range(keys.begin, keys.end):
                 stage = step % STAGES
                 if step >= STAGES:
                     await_at(EMPTY + stage, threads)
-                at = _at(tile.b, h_kv, n * BLOCK_N, tile.first_k, tile.T_k, V)
+                at = coordinates(tile.b, h_kv, n * BLOCK_N, tile.first_k, tile.T_k, V.VARLEN)
                 mbarrier.expect(k_full.index(stage), k_source.block_type.nbytes)
                 async_load(k_source, at, k_full.index(stage), k_tiles.index(stage))
                 if step >= STAGES:
@@ -284,8 +268,8 @@ def _in_window(s, offs_m, n, tile, sizes, BLOCK_N: gl.constexpr):
     """``s`` of key tile ``n`` in the window of its row, -inf elsewhere."""
     end = tile.T_k - n * BLOCK_N
     own = end - tile.T_q
-    limit = gl.minimum(offs_m + (own + 1 + _anew(sizes.right)), end)
-    first = offs_m + (own - _anew(sizes.left))
+    limit = gl.minimum(offs_m + (own + 1 + anew(sizes.right)), end)
+    first = offs_m + (own - anew(sizes.left))
     return columns_within(s, first, limit, float("-inf"))
 
 
@@ -452,10 +436,10 @@ def _compute(
             o_tile.reshape((ROWS, D)).store(o.to(DTYPE))
             fence_async_shared()
             if m >= 0:
-                at = _at(tile.b, tile.h, m, tile.first_q, tile.T_q, V)
+                at = coordinates(tile.b, tile.h, m, tile.first_q, tile.T_q, V.VARLEN)
                 async_store(o_source, at, o_tile)
             if V.VARLEN:
-                lse_row = tile.h.to(gl.int64) * _anew(sequences.total_q) + tile.first_q
+                lse_row = tile.h.to(gl.int64) * anew(sequences.total_q) + tile.first_q
             else:
                 lse_row = (tile.b * sizes.H + tile.h).to(gl.int64) * sizes.T_q
             there = (offs_m >= 0) & (offs_m < tile.T_q)
@@ -472,7 +456,7 @@ def _compute(
     ]
 )
 def _attention_forward_hopper_kernel(
-    q_source,  # descriptors of [B, H, T, D], or with VARLEN of :func:`_rows_of_sequences`
+    q_source,  # descriptors of [B, H, T, D], or with VARLEN of :func:`rows_of_sequences`
     k_source,
     v_source,
     seed_ptr,  # None: the tensors are those of the plain kernel
@@ -619,23 +603,9 @@ def forward_plan(call: Attention, config: LaunchConfig, processors: int) -> Plan
         "REGISTERS": REGISTERS[config.groups],
         **config.options,
     }
-    in_bulk = _rows_of_sequences if call.varlen else rows_in_bulk
+    in_bulk = rows_of_sequences if call.varlen else rows_in_bulk
     bulk = {i: swizzled(in_bulk(t, n), call.dtype) for i, (t, n) in rows.items()}
     return Plan(_attention_forward_hopper_kernel, (programs,), arguments, bulk)
-
-
-def _rows_of_sequences(t: Layout, rows: int) -> Bulk:
-    """``[1, total, H, D]`` as ``rows`` of one head of one sequence, which end where it does.
-
-    A copy is cut at the end of a dim. Row ``i`` of a sequence of ``n`` rows from ``first`` on is
-    ``[FAR, first + n, h, FAR - n + i, 0]``: the fourth dim ends with the sequence's last row. The
-    two dims of rows lead to row ``FAR + first + i``, and index FAR of the first dim, whose stride
-    is ``2^34 - row`` elements, takes FAR rows off again: FAR times 2^34 elements of two bytes are
-    2^65 bytes, which is 0 in addresses of 64 bits. After Triton's ``tools/ragged_tma.py``.
-    """
-    (_, total, H, D), (_, row, head, lane) = t.shape, t.strides
-    shape = (FAR.value + 1, total + 1, H, FAR.value, D)
-    return Bulk(shape, (2**34 - row, row, head, row, lane), (1, 1, 1, rows, D))
 
 
 def heads_filling_rounds(n_heads: int, n_m: int, bytes_per_head: int, programs: int) -> int:

@@ -1,7 +1,20 @@
-"""What the kernels of attention for Hopper do alike with a tile in registers."""
+"""What the kernels of attention for Hopper do alike: tiles in registers, rows of a sequence."""
 
 from ra_triton.launch import gluon
-from ra_triton.launch.gluon import gl
+from ra_triton.launch.gluon import gl, opaque_zero
+from ra_triton.launch.plans import Bulk, Layout
+
+FAR = gl.constexpr(2**30)  # more tokens than there are; see rows_of_sequences
+
+
+@gluon.jit
+def anew(x):
+    """``x``, opaque to the compiler, so that what depends on it is computed where it is used.
+
+    Otherwise that is computed as the program begins, and held in the 24 registers that a thread of
+    a worker warp has until its job begins, or spilled.
+    """
+    return x | opaque_zero()
 
 
 @gluon.jit
@@ -27,3 +40,26 @@ def columns_within(x, first, limit, otherwise: gl.constexpr):
         begin = gl.convert_layout(first, ROW)[:, None, None] - within[None, None, :]
         x = gl.where(eights[None, :, None] >= begin, x, otherwise)
     return gl.convert_layout(x.reshape([ROWS, COLUMNS]), LAYOUT)
+
+
+@gluon.jit
+def coordinates(b, h, row, first, length, VARLEN: gl.constexpr):
+    """Of ``row`` of a head; VARLEN has descriptors of :func:`rows_of_sequences`."""
+    if VARLEN:
+        return [FAR, first + length, h, FAR - length + row, 0]
+    else:
+        return [b, h, row, 0]
+
+
+def rows_of_sequences(t: Layout, rows: int) -> Bulk:
+    """``[1, total, H, D]`` as ``rows`` of one head of one sequence, which end where it does.
+
+    A copy is cut at the end of a dim. Row ``i`` of a sequence of ``n`` rows from ``first`` on is
+    ``[FAR, first + n, h, FAR - n + i, 0]``: the fourth dim ends with the sequence's last row. The
+    two dims of rows lead to row ``FAR + first + i``, and index FAR of the first dim, whose stride
+    is ``2^34 - row`` elements, takes FAR rows off again: FAR times 2^34 elements of two bytes are
+    2^65 bytes, which is 0 in addresses of 64 bits. After Triton's ``tools/ragged_tma.py``.
+    """
+    (_, total, H, D), (_, row, head, lane) = t.shape, t.strides
+    shape = (FAR.value + 1, total + 1, H, FAR.value, D)
+    return Bulk(shape, (2**34 - row, row, head, row, lane), (1, 1, 1, rows, D))
