@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import ra_triton
+from ra_triton.call.offsets import Offsets
 from ra_triton.kernels.attention.backward import attention_backward
 from ra_triton.kernels.attention.forward import attention_forward
 from ra_triton.kernels.tiles import TRITON_VERSION
@@ -84,6 +85,15 @@ def of_hopper(q: Tensor, k: Tensor, v: Tensor) -> None:
     attention_forward(q, k, v, window_size=(33, 0), softcap=5.0, config=config, **options)
     o, lse = attention_forward(q, k, v, **options)
     grads = [torch.empty_like(t) for t in (q, k, v)]
+    attention_backward(q, k, v, o, lse, o, *grads, config=ONE_PASS[D], **options)
+    q, k, v, o = (t.flatten(0, 1)[None] for t in (q, k, v, o))
+    lse, grads = (
+        lse.transpose(0, 1).flatten(1)[None].contiguous(),
+        [torch.empty_like(t) for t in (q, k, v)],
+    )
+    T = q.shape[1]
+    cu_seqlens = torch.tensor([0, T // 3, T // 3, T], dtype=torch.int32, device="cuda")
+    options |= {"window_size": (99, 0), "offsets": Offsets(cu_seqlens, cu_seqlens, T, T)}
     attention_backward(q, k, v, o, lse, o, *grads, config=ONE_PASS[D], **options)
 
 

@@ -315,10 +315,13 @@ def _launches(target: str) -> Iterator[_Launch]:
 
 def _in_one_pass() -> Iterator[_Launch]:
     """Hopper's backward, which is asked for by its config."""
+    offsets = Offsets(_tensor(torch.int32, 3), _tensor(torch.int32, 3), 1024, 1024)
     for D, config in ONE_PASS.items():
-        for name, window in (("", (-1, 0)), (" window", (255, 0))):
-            launch = partial(_attention_grad(torch.bfloat16, D), window_size=window, config=config)
-            yield _HOPPER_BACKWARD, f"bfloat16 D={D}{name}", launch
+        for kind, of in (("", None), (" varlen", offsets)):
+            for name, window in (("", (-1, 0)), (" window", (255, 0))):
+                call = _attention_grad(torch.bfloat16, D, B=2 if of is None else 1)
+                launch = partial(call, window_size=window, offsets=of, config=config)
+                yield _HOPPER_BACKWARD, f"bfloat16 D={D}{kind}{name}", launch
 
 
 def _composing() -> Iterator[_Launch]:
@@ -426,12 +429,12 @@ def _attention(
 
 
 def _attention_grad(
-    dtype: torch.dtype, D: int, causal: bool = True, offset: int = 0
+    dtype: torch.dtype, D: int, causal: bool = True, offset: int = 0, B: int = 2
 ) -> Callable[..., Any]:
-    q, k, v = _tensor(dtype, 2, 1024, 3, 12, D, offset=offset).unbind(2)
-    dq, dk, dv = _tensor(dtype, 2, 1024, 3, 12, D).unbind(2)
-    o, do = _tensor(dtype, 2, 1024, 12, D), _tensor(dtype, 2, 1024, 12, D)
-    lse = _tensor(torch.float32, 2, 12, 1024)
+    q, k, v = _tensor(dtype, B, 1024, 3, 12, D, offset=offset).unbind(2)
+    dq, dk, dv = _tensor(dtype, B, 1024, 3, 12, D).unbind(2)
+    o, do = _tensor(dtype, B, 1024, 12, D), _tensor(dtype, B, 1024, 12, D)
+    lse = _tensor(torch.float32, B, 12, 1024)
     return partial(
         attention_backward.attention_backward,
         *(q, k, v, o, lse, do, dq, dk, dv),

@@ -444,7 +444,7 @@ def one_pass(head_dim: int, dtype: torch.dtype, target: str, length: int) -> Lau
         head_dim: ``D``.
         dtype: of the operands, which suit bulk copies; there is neither dropout nor softcap.
         target: from :func:`target`.
-        length: queries or keys, whichever are fewer.
+        length: queries or keys, whichever are fewer; of sequences the most of one.
     """
     if target != "sm_90" or dtype == torch.float32 or length < 256:
         return None

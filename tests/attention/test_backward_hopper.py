@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from budget import assert_bitwise
 from gluon_interpreter import as_python, interpreted
 from gradient_budget import attention_gradient_budgets, check_gradients, exact_attention
 from strategies import DEVICE, NAN, dtypes_for, normal, quick
 
+import ra_triton
 from ra_triton.call.offsets import Offsets
 from ra_triton.kernels.attention import backward, backward_hopper
 from ra_triton.kernels.attention.arguments import mask_of
@@ -32,6 +35,14 @@ MASKS = {
     "right": (False, (-1, 40)),
     "own": (False, (0, 0)),
 }
+
+
+@triton.jit
+def _search(offsets_ptr, tile_ptr, found_ptr, n, B, ROWS: tl.constexpr):
+    i = tl.arange(0, 512)
+    tile = tl.load(tile_ptr + i, i < n, other=0)
+    found = backward_hopper.sequence_of(offsets_ptr, tile, B, ROWS)
+    tl.store(found_ptr + i, found, i < n)
 
 
 @pytest.fixture(autouse=True)
@@ -161,11 +172,10 @@ def test_calls_that_it_does_not_have_raise():
     o, lse = exact_attention(q, k, v)
     o, lse = o.to(q.dtype).contiguous(), lse.float()
     grads = [torch.empty_like(t) for t in (q, k, v)]
-    offsets = Offsets(*[torch.tensor([0, 40], dtype=torch.int32, device=DEVICE)] * 2, 40, 40)
     options = {"causal": True, "softmax_scale": None, "config": ONE_PASS[64]}
     seed = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    for other in ({"dropout_p": 0.1, "seed": seed}, {"softcap": 3.0}, {"offsets": offsets}):
-        with pytest.raises(ValueError, match="neither dropout, softcap nor variable lengths"):
+    for other in ({"dropout_p": 0.1, "seed": seed}, {"softcap": 3.0}):
+        with pytest.raises(ValueError, match="neither dropout nor softcap"):
             backward.attention_backward(q, k, v, o, lse, do, *grads, **options, **other)
     with pytest.raises(ValueError, match="computes all of dq, dk and dv"):
         backward.attention_backward(q, k, v, o, lse, do, None, *grads[1:], **options)
@@ -208,7 +218,14 @@ TAKEN = {
     "a window": (True, {"window": (70, 0)}),
     "dropout": (False, {"dropout_p": 0.1}),
     "softcap": (False, {"softcap": 5.0}),
-    "sequences": (False, {"sequences": (2, 256, 256)}),
+    "sequences": (True, {"sequences": (2, 256, 256)}),
+    "sequences in a window": (True, {"sequences": (2, 256, 256), "window": (70, 0)}),
+    "sequences of few queries": (False, {"sequences": (2, 255, 256)}),
+    "sequences of few keys": (False, {"sequences": (2, 256, 255)}),
+    "no sequences": (False, {"sequences": (0, 256, 256)}),
+    "sequences of 64": (True, {"sequences": (4, 256, 256)}),
+    "sequences of 51": (False, {"sequences": (5, 256, 256)}),
+    "sequences under a softcap": (False, {"sequences": (2, 256, 256), "softcap": 5.0}),
     "do off 16 bytes": (False, {"off": 3}),
     "dq off 16 bytes": (False, {"off": 4}),
     "dv off 16 bytes": (False, {"off": 6}),
@@ -289,12 +306,13 @@ def test_turns_count_the_programs_that_add_to_a_tile(mask, T_q, T_k):
     causal, window_size = MASKS[mask]
     limits = mask_of(T_q, T_k, causal, window_size)
     sizes = backward_hopper.Sizes(T_q, T_k, 2, 1, limits.left, limits.right)
+    one_length = backward_hopper.Sequences(None, None, None)
     names = ("_place", "_queries", "_adding", "_turn", "_visited")
     place_of, queries, adding, turn, visited = (
         as_python(getattr(backward_hopper, name).fn) for name in names
     )
     n_n, seen = -(-T_k // 128), visits(T_q, T_k, mask, 128)
-    taken = [place_of(ticket, 2, 1, 1, sizes) for ticket in range(2 * n_n)]
+    taken = [place_of(ticket, 2, 1, 1, sizes, one_length) for ticket in range(2 * n_n)]
     for h, down in ((0, False), (1, True)):
         of_head = taken[h * n_n : (h + 1) * n_n]
         assert [place.h for place in of_head] == [h] * n_n
@@ -311,6 +329,194 @@ def test_turns_count_the_programs_that_add_to_a_tile(mask, T_q, T_k):
             assert order == tiles[:: -1 if down else 1]
 
 
+# Variable lengths
+
+
+def offsets_of(queries, keys, longer=0):
+    cu_seqlens = (torch.tensor([0, *n], device=DEVICE).cumsum(0).int() for n in (queries, keys))
+    return Offsets(*cu_seqlens, max(queries) + longer, max(keys) + longer)
+
+
+def of_sequences(D, q, k, v, do, offsets, mask="causal", dlse=None, *, into=None, **order):
+    """:func:`gradients` of sequences, each with the output that it has alone."""
+    causal, window_size = MASKS[mask]
+    options = {"causal": causal, "softmax_scale": 0.3, "window_size": window_size}
+    o, lse = torch.zeros_like(do).contiguous(), torch.zeros(do[..., 0].mT.shape, device=do.device)
+    for of_q, of_k in offsets.sequences():
+        one = exact_attention(q[:, of_q], k[:, of_k], v[:, of_k], **options)
+        o[:, of_q], lse[..., of_q] = one[0].to(o.dtype), one[1].float()
+    grads = into or [torch.full_like(t, NAN) for t in (q, k, v)]
+    with nullcontext() if q.is_cuda else interpreted(**order):
+        backward.attention_backward(
+            q, k, v, o, lse, do, *grads, dlse=dlse, offsets=offsets, config=ONE_PASS[D], **options
+        )
+    return dict(zip(("dq", "dk", "dv"), grads, strict=True))
+
+
+def check_sequences(D, queries, keys, mask, dtype=None, longer=0, seed=0, H=2, H_kv=1):
+    """Each sequence through the gate, as if it were alone."""
+    q, k, v, do = operands(D, sum(queries), sum(keys), dtype, H=H, H_kv=H_kv)
+    dlse = normal(1, H, sum(queries), seed=2)
+    offsets = offsets_of(queries, keys, longer)
+    order = {"seed": seed, "processors": 1 + seed % 4}
+    causal, window_size = MASKS[mask]
+    options = {"causal": causal, "window_size": window_size, "softmax_scale": 0.3}
+    for of_q, of_k in offsets.sequences():
+        _, lse = exact_attention(q[:, of_q], k[:, of_k], v[:, of_k], **options)
+        dlse[..., of_q].masked_fill_(lse.isneginf(), 0.0)  # that of -inf does not count
+    found = of_sequences(D, q, k, v, do, offsets, mask, dlse, **order)
+    for of_q, of_k in offsets.sequences():
+        one = (q[:, of_q], k[:, of_k], v[:, of_k], do[:, of_q], dlse[..., of_q])
+        budgets = attention_gradient_budgets(*one, **options)
+        mine = {name: t[:, of_q if name == "dq" else of_k] for name, t in found.items()}
+        check_gradients(mine, budgets, dtype=q.dtype, case=f"{D} {mask} {of_q} {of_k}")
+
+
+SEQUENCES = {  # name: queries, keys
+    "cut": ((257, 65, 63), (257, 65, 63)),
+    "empty": ((0, 300, 0, 129, 64, 1, 0), (3, 300, 0, 0, 200, 1, 5)),
+    "other keys": ((5, 200), (400, 130)),
+    "whole tiles": ((128, 256, 64), (128, 256, 64)),
+    "short": ((3,) * 20, (7,) * 20),
+    "one": ((390,), (390,)),
+}
+OF_SEQUENCES = [
+    *(("causal", "cut", None, 500, 1), ("both", "empty", torch.float16, 0, 2)),
+    *(("full", "other keys", None, 0, 3), ("left", "whole tiles", None, 0, 4)),
+    *(("causal", "short", torch.float16, 0, 5), ("own", "cut", None, 0, 6)),
+    *(("causal", "empty", None, 0, 7), ("full", "whole tiles", torch.float16, 9, 0)),
+    *(("right", "other keys", None, 0, 1), ("both", "one", None, 0, 2)),
+    *(("full", "short", None, 0, 3), ("left", "other keys", None, 0, 4)),
+]
+
+
+@heads
+@pytest.mark.parametrize(("mask", "sequences", "dtype", "longer", "seed"), quick(OF_SEQUENCES, 3))
+def test_sequences_have_the_gradients_that_they_have_alone(D, mask, sequences, dtype, longer, seed):
+    check_sequences(D, *SEQUENCES[sequences], mask, dtype, longer, seed)
+
+
+@heads
+def test_sequences_of_several_key_value_heads(D):
+    check_sequences(D, (100, 70, 30), (130, 70, 30), "causal", H=4, H_kv=2, seed=3)
+
+
+@heads
+@pytest.mark.parametrize("mask", quick(["causal", "both"], 1))
+def test_same_bits_of_sequences_in_whatever_order(D, mask):
+    lengths = (200, 50, 0, 130)
+    q, k, v, do = operands(D, 380, 380)
+    offsets = offsets_of(lengths, lengths)
+    once = of_sequences(D, q, k, v, do, offsets, mask)
+    for seed, processors in ((1, 1), (2, 2), (3, 9)):
+        again = of_sequences(D, q, k, v, do, offsets, mask, seed=seed, processors=processors)
+        for name, t in once.items():
+            assert_bitwise(again[name], t, name)
+
+
+@heads
+@pytest.mark.parametrize("value", quick([NAN, float("inf")], 1))
+def test_nothing_passes_from_one_sequence_to_the_next(D, value):
+    lengths = (70, 129, 1, 60)
+    q, k, v, do = operands(D, 260, 260)
+    offsets = offsets_of(lengths, lengths)
+    expected = of_sequences(D, q, k, v, do, offsets)
+    for bad, _ in offsets.sequences():
+        spoilt = [t.clone() for t in (q, k, v, do)]
+        for t in spoilt:
+            t[:, bad] = value
+        others = [i for i in range(260) if not bad.start <= i < bad.stop]
+        found = of_sequences(D, *spoilt, offsets, seed=bad.start)
+        for name, t in found.items():
+            assert_bitwise(t[:, others], expected[name][:, others], name)
+
+
+@heads
+def test_rows_of_no_sequence_are_left_alone(D):
+    q, k, v, do = operands(D, 200, 200)
+    cu = torch.tensor([20, 90, 170], dtype=torch.int32, device=q.device)
+    found = of_sequences(D, q, k, v, do, Offsets(cu, cu, 100, 100))
+    inside = [t[:, 20:170] for t in (q, k, v, do)]
+    alone = of_sequences(D, *inside, offsets_of((70, 80), (70, 80)))
+    for name, t in found.items():
+        assert t[:, :20].isnan().all()
+        assert t[:, 170:].isnan().all()
+        assert_bitwise(t[:, 20:170], alone[name], name)
+
+
+@heads
+def test_gradients_of_sequences_go_into_a_buffer_of_the_projection(D):
+    q, k, v, do = operands(D, 200, 200)
+    offsets = offsets_of((130, 70), (130, 70))
+    expected = of_sequences(D, q, k, v, do, offsets)
+    wide = torch.full((1, 260, 7, D), NAN, dtype=q.dtype, device=q.device)
+    views = wide[:, 30:230].split((2, 1, 1, 3), dim=2)[:3]
+    of_sequences(D, q, k, v, do, offsets, into=views)
+    for name, t in zip(expected, views, strict=True):
+        assert_bitwise(t, expected[name], name)
+    untouched = torch.ones(wide.shape, dtype=torch.bool)
+    untouched[:, 30:230, :4] = False
+    assert wide[untouched.to(wide.device)].isnan().all()
+
+
+UNSOUND = [
+    *([0, 300, 100, 400], [-9, 2**31 - 1, -(2**31)], [400, 200, 0], [1, 3, 5], [0, 3, 1000]),
+    *([300, 0, 300, 0, 300], [0, -5, 2**30, 50, 390], [390, 0, 400], [2**31 - 1] * 4),
+]
+
+
+@heads
+@pytest.mark.parametrize("cu", quick(UNSOUND, 2))
+@pytest.mark.parametrize("of", ["queries", "keys", "both"])
+def test_unchecked_offsets_lead_to_no_address_outside_and_to_an_end(D, cu, of):
+    """The operands lie among NaN: what is read outside of them would show."""
+    T, around = 400, 150
+    q, k, v, do = operands(D, T, T)
+    unsound = torch.tensor(cu, dtype=torch.int32, device=q.device)
+    sound = torch.linspace(0, T, len(cu), device=q.device).int()
+    of_q, of_k = (sound if of == other else unsound for other in ("keys", "queries"))
+    options = {"causal": True, "softmax_scale": None, "config": ONE_PASS[D]}
+    o, lse = torch.zeros_like(do).contiguous(), torch.zeros(1, 2, T, device=q.device)
+    results = []
+    for rows in (slice(0, T), slice(around, around + T)):
+        wide = [t.new_full((1, rows.stop + rows.start, *t.shape[2:]), NAN) for t in (q, k, v, do)]
+        wide += [torch.full_like(t, NAN) for t in wide[:3]]
+        views = [t[:, rows] for t in wide]
+        for t, source in zip(views[:4], (q, k, v, do), strict=True):
+            t.copy_(source)
+        with nullcontext() if q.is_cuda else interpreted(processors=2):
+            backward.attention_backward(
+                *views[:3], o, lse, views[3], *views[4:],
+                offsets=Offsets(of_q, of_k, T, T), **options,
+            )  # fmt: skip
+        results.append([t.clone() for t in views[4:]])
+        for t, inside in zip(wide[4:], views[4:], strict=True):
+            inside.fill_(NAN)
+            assert t.isnan().all()
+    for alone, among in zip(*results, strict=True):
+        assert_bitwise(among, alone)
+
+
+@pytest.mark.parametrize("ROWS", [64, 128])
+def test_tiles_of_sequences_do_not_meet_and_are_found(ROWS):
+    """Also where sequences are empty, and the last one ends with the tiles of a head."""
+    draw = torch.Generator().manual_seed(ROWS)
+    for B in (1, 2, 3, 7, 20):
+        lengths = (torch.rand(B, generator=draw) ** 4 * 700).int()
+        cu = torch.cat([lengths.new_zeros(1), lengths.cumsum(0).int()])
+        tile = torch.arange(int(cu[-1]) // ROWS + B, dtype=torch.int32)
+        owner = torch.full_like(tile, -1)
+        for b in range(B):
+            begin = int(cu[b]) // ROWS + b
+            own = owner[begin : begin + -(-int(lengths[b]) // ROWS)]
+            assert len(own) == -(-int(lengths[b]) // ROWS)
+            assert (own == -1).all()
+            own.fill_(b)
+        found = torch.empty_like(tile)
+        _search[(1,)](cu, tile, found, len(tile), B, ROWS=ROWS)
+        assert torch.equal(found[owner >= 0], owner[owner >= 0])
+
+
 # On a GPU alone
 
 
@@ -322,6 +528,80 @@ def test_turns_count_the_programs_that_add_to_a_tile(mask, T_q, T_k):
 def test_lengths_around_tile_boundaries(D, T, mask, dtype):
     q, k, v, do = operands(D, T, T, dtype, B=2, H=4, H_kv=2)
     check(D, q, k, v, do, mask, normal(2, 4, T, seed=2), 0.2)
+
+
+@pytest.mark.gpu
+@heads
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("seed", range(6))
+def test_many_sequences(D, mask, seed):
+    draw = torch.Generator().manual_seed(seed)
+    queries = (torch.rand(40, generator=draw) ** 3 * 3000).int().tolist()
+    for keys in (queries, queries[::-1]):
+        check_sequences(D, queries, keys, mask, H=4, H_kv=2)
+
+
+def many_programs_of_sequences(D, mask, times):
+    """Thousands of short sequences and a few long ones; each time the same gradients."""
+    draw = torch.Generator().manual_seed(D)
+    lengths = [*(torch.rand(1500, generator=draw) * 60).int().tolist(), 5000, 0, 3000, 1]
+    q, k, v, do = operands(D, sum(lengths), sum(lengths), H=8, H_kv=4)
+    causal, window_size = MASKS[mask]
+    offsets = offsets_of(lengths, lengths)
+    options = {"causal": causal, "softmax_scale": None, "window_size": window_size}
+    options["offsets"] = offsets
+    o, lse = attention_forward(q, k, v, **options)
+    first = None
+    for _ in range(times):
+        grads = [torch.full_like(t, NAN) for t in (q, k, v)]
+        backward.attention_backward(q, k, v, o, lse, do, *grads, **options, config=ONE_PASS[D])
+        first = first or grads
+        for t, expected in zip(grads, first, strict=True):
+            assert torch.equal(t, expected)
+    return (q, k, v, do), offsets, first
+
+
+@pytest.mark.gpu
+@heads
+@pytest.mark.parametrize("mask", ["causal", "full", "both"])
+def test_the_same_bits_of_many_sequences_a_hundred_times(D, mask):
+    (q, k, v, do), offsets, found = many_programs_of_sequences(D, mask, 100)
+    causal, window_size = MASKS[mask]
+    options = {"causal": causal, "softmax_scale": None, "window_size": window_size}
+    for b in (0, 700, 1499, 1502, 1503):
+        (of_q, of_k), h = offsets.sequences()[b], b % 4
+        grouped = slice(2 * h, 2 * h + 2)
+        one = [t[:, of_q, grouped if t.shape[2] == 8 else slice(h, h + 1)] for t in (q, k, v, do)]
+        budgets = attention_gradient_budgets(*one, None, **options)
+        mine = {
+            name: t[:, of_q, grouped if name == "dq" else slice(h, h + 1)]
+            for name, t in zip(("dq", "dk", "dv"), found, strict=True)
+        }
+        check_gradients(mine, budgets, dtype=q.dtype, case=f"{D} {mask} {b} {of_k}")
+
+
+@pytest.mark.gpu
+@heads
+@pytest.mark.parametrize("mask", ["causal", "left"])
+def test_public_calls_over_sequences_take_it_by_themselves(D, mask):
+    """Also recorded ones, on other tensors and other offsets."""
+    causal, window_size = MASKS[mask]
+    options = {"causal": causal, "softmax_scale": None, "window_size": window_size}
+    for lengths in ((300, 129, 71), (71, 129, 300), (0, 500, 0)):
+        q, k, v, do = operands(D, 500, 500, H=4, H_kv=2)
+        offsets = offsets_of(lengths, lengths)._replace(max_seqlen_q=500, max_seqlen_k=500)
+        leaves = [t[0].detach().requires_grad_() for t in (q, k, v)]
+        out = ra_triton.packed_attention_varlen(
+            *leaves, *offsets[:2], 500, 500, check=False, backend="triton", **options
+        )
+        found = torch.autograd.grad(out, leaves, do[0])
+        o, lse = attention_forward(q, k, v, offsets=offsets, **options)
+        grads = [torch.full_like(t, NAN) for t in (q, k, v)]
+        backward.attention_backward(
+            q, k, v, o, lse, do, *grads, offsets=offsets, config=ONE_PASS[D], **options
+        )
+        for t, expected in zip(found, grads, strict=True):
+            assert_bitwise(t, expected[0])
 
 
 def many_programs(D, mask="causal", times=1):

@@ -407,7 +407,7 @@ def attention_backward(
         plans = _one_pass_plans(*of)
         if plans is not None and (config is not None or gluon.works(ONE_PASS_STAGE)):
             try:
-                plans(q, k, v, o, lse, do, dlse, dq, dk, dv)
+                plans(q, k, v, o, lse, do, dlse, dq, dk, dv, *flat(offsets)[:2])
                 return
             except CannotCompile as error:
                 if config is not None:
@@ -467,12 +467,14 @@ def _one_pass_plans(
     call = attention_of(dtype, operands, *of)
     if config is not None:
         return _in_gluon(device, call, gradients, target, config) if config.groups > 1 else None
-    _, T_q, T_k, *_ = call.sizes
+    B, T_q, T_k, *_ = call.sizes
     row = one_pass(operands[0].shape[3], dtype, target, min(T_q, T_k))
     aligned = call.aligned and all(is_aligned(t, dtype) for t in gradients)
-    plain = call.scores.dropout_p or call.softcap or call.varlen
+    plain = call.scores.dropout_p or call.softcap or not B
     if row is None or plain or not aligned or not gluon.works(ONE_PASS_STAGE):
         return None
+    if call.varlen and B * row.block_m > 2 * operands[0].shape[1]:
+        return None  # a tile more for each sequence would make the workspace three times as large
     try:
         return _in_gluon(device, call, gradients, target, row)
     except Exception as error:  # whatever a name or a signature that has changed leads to

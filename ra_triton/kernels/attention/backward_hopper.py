@@ -1,8 +1,8 @@
 """Gradients of flash attention on Hopper (sm_90): one pass over the scores, and deterministic.
 
 What ``backward.py`` computes, whose kernels are its specification, for 16-bit operands that suit
-bulk copies, heads of 64 or 128 lanes, and neither softcap, dropout nor variable lengths. Scores
-are computed once for all three gradients, five products instead of seven:
+bulk copies, heads of 64 or 128 lanes, and neither softcap nor dropout. Scores are computed once for
+all three gradients, five products instead of seven:
 
     p = exp(softmax_scale * qkᵀ - lse)    ds = p (do vᵀ - delta)    delta = Σ_d o do - dlse
     dv = pᵀ do    dk = c dsᵀ q    dq = c ds k    c = softmax_scale
@@ -30,6 +30,12 @@ No deadlock: keys are handed out by a counter of tickets, and a program works on
 in which it got them. So the earliest keys that are not done wait for none, however few programs run
 at once and in whatever order they begin.
 
+Sequences of different lengths have tiles of their own, in each of which copies are cut where the
+sequence ends. Those of sequence ``b`` begin at tile ``offsets[b] // ROWS + b`` of a head, so that
+whose tile it is can be searched for (:func:`sequence_of`); a tile of a sequence may be empty.
+That every tile is one sequence's, for whose keys others wait, is true of offsets that never
+decrease, so the first launch makes such offsets of those that it gets.
+
 After FlashAttention-3 (arXiv:2407.08608). Overwrites only dq, dk and dv.
 """
 
@@ -46,7 +52,11 @@ from ra_triton.kernels.attention.arguments import (
     heads_per_section,
     rows_in_bulk,
 )
-from ra_triton.kernels.attention.hopper_tiles import columns_within
+from ra_triton.kernels.attention.hopper_tiles import (
+    columns_within,
+    coordinates,
+    rows_of_sequences,
+)
 from ra_triton.kernels.tiles import (
     LN2,
     LOG2E,
@@ -54,6 +64,7 @@ from ra_triton.kernels.tiles import (
     head_and_tile,
     is_aligned,
     row_at,
+    sequence,
     strides_of,
 )
 from ra_triton.launch import gluon
@@ -110,12 +121,28 @@ K_PHASE = gl.constexpr(5)  # of the mbarrier of k and v
 class Sizes(NamedTuple):
     """Of q ``[B, T_q, H_kv * group, D]``, and k and v ``[B, T_k, H_kv, D]``."""
 
-    T_q: int
+    T_q: int  # with sequences those of all of them, or of one
     T_k: int
     H_kv: int
     group: int
     left: int  # keys seen before a query's own, and after; more than there are without a limit
     right: int
+
+
+class Sequences(NamedTuple):
+    """Where they begin: offsets that never decrease, and no more than there are tokens."""
+
+    B: Any  # how many; None without
+    cu_q: Any
+    cu_k: Any
+
+
+class One(NamedTuple):
+    """What is of one batch element or sequence alone."""
+
+    sizes: Any
+    first_q: Any  # tokens before those of the sequence
+    first_k: Any
 
 
 class Buffers(NamedTuple):
@@ -138,7 +165,7 @@ class Buffers(NamedTuple):
 
 
 class Place(NamedTuple):
-    """The keys of a ticket: batch, key/value head, and tile."""
+    """The keys of a ticket: batch or sequence, key/value head, and tile."""
 
     b: int
     h: int
@@ -153,19 +180,53 @@ class Queries(NamedTuple):
     end: int
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit
+def sequence_of(offsets_ptr, tile, B, ROWS: tl.constexpr):
+    """The last sequence whose tiles of ``ROWS`` tokens begin at or before ``tile``."""
+    b = tile * 0
+    left = B  # to choose from: b and those after it
+    while left > 1:
+        middle = b + left // 2
+        begin = tl.load(offsets_ptr + middle) // ROWS + middle
+        b = tl.where(begin <= tile, middle, b)
+        left -= left // 2
+    return b
+
+
+@triton.jit
+def _larger(x, y):
+    return tl.maximum(x, y)
+
+
+@triton.jit
+def _never_decreasing(offsets_ptr, out_ptr, B, total, BLOCK: tl.constexpr):
+    """``B + 1`` offsets, each at least the one before and at most ``total``, whatever is there."""
+    before = 0
+    for first in range(0, B + 1, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        offset = tl.minimum(tl.load(offsets_ptr + i, i <= B, other=0), total)
+        offset = tl.maximum(tl.associative_scan(offset, 0, _larger), before)
+        tl.store(out_ptr + i, offset, i <= B)
+        before = tl.max(offset, 0)
+
+
+@triton.jit(do_not_specialize=["tiles", "sequences", "total_k"])
 def _delta_and_lse_kernel(
     o_ptr,  # contiguous [B, T, H, D]
     do_ptr,
     lse_ptr,  # contiguous [B, H, T], as the next
     dlse_ptr,  # or None
     rows_ptr,  # [B * H, 2, whole tiles]
-    turns_ptr,  # [1 + B * H * tiles]
+    turns_ptr,  # [1 + B * H * tiles], with offsets [2, sequences + 1] behind
+    cu_q_ptr,  # offsets of sequences, or None
+    cu_k_ptr,
     do_strides,
     T,
     H,
     tiles,  # of queries of a head
     n_rows,  # B * H whole tiles
+    sequences,
+    total_k,  # tokens of all of them
     D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -178,8 +239,19 @@ def _delta_and_lse_kernel(
     follow(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     whole = tiles * BLOCK_M
-    head, t = row // whole, row % whole
+    head, in_head = row // whole, row % whole
+    t = in_head  # the token
     there = (row < n_rows) & (t < T)
+    if cu_q_ptr is not None:
+        s = sequence_of(cu_q_ptr, in_head // BLOCK_M, sequences, BLOCK_M)
+        first, length = sequence(cu_q_ptr, s, T)
+        in_sequence = in_head - (first // BLOCK_M + s) * BLOCK_M
+        there = (row < n_rows) & (in_sequence >= 0) & (in_sequence < length)
+        t = first + in_sequence
+        if tl.program_id(0) == 0:
+            offsets_ptr = turns_ptr + 1 + n_rows // BLOCK_M
+            _never_decreasing(cu_q_ptr, offsets_ptr, sequences, T, 128)
+            _never_decreasing(cu_k_ptr, offsets_ptr + sequences + 1, sequences, total_k, 128)
     b, h, t_wide = (head // H).to(tl.int64), (head % H).to(tl.int64), t.to(tl.int64)
     offs_d = tl.arange(0, D)
     o_rows = o_ptr + ((b * T + t_wide) * H + h) * D
@@ -190,23 +262,79 @@ def _delta_and_lse_kernel(
     lse = tl.load(lse_ptr + head * T + t, there, other=0.0)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + head * T + t, there, other=0.0)
-    out = rows_ptr + head * (2 * whole) + t
+    out = rows_ptr + head * (2 * whole) + in_head
     tl.store(out, lse * LOG2E, row < n_rows)
     tl.store(out + whole, delta, row < n_rows)
-    tl.store(turns_ptr + 1 + row // BLOCK_M, 0, (row < n_rows) & (t % BLOCK_M == 0))
+    tl.store(turns_ptr + 1 + row // BLOCK_M, 0, (row < n_rows) & (in_head % BLOCK_M == 0))
     tl.store(turns_ptr + row, 0, row == 0)
 
 
 @gluon.jit
-def _place(ticket, n_heads, section, up, sizes) -> Place:
+def _tiles(length, sequences, ROWS: gl.constexpr):
+    """How many tiles a head has; of sequences the most that there may be, wherever each begins."""
+    if sequences.B is None:
+        return gl.cdiv(length, ROWS)
+    else:
+        return length // ROWS + sequences.B
+
+
+@gluon.jit
+def _one(b, sizes, sequences) -> One:
+    """Sizes of a batch element, or those of a sequence and where it begins."""
+    if sequences.B is None:
+        return One(sizes, 0, 0)
+    else:
+        first_q, first_k = gl.load(sequences.cu_q + b), gl.load(sequences.cu_k + b)
+        T_q = gl.load(sequences.cu_q + b + 1) - first_q
+        T_k = gl.load(sequences.cu_k + b + 1) - first_k
+        sizes = Sizes(T_q, T_k, sizes.H_kv, sizes.group, sizes.left, sizes.right)
+        return One(sizes, first_q, first_k)
+
+
+@gluon.jit
+def _place(ticket, n_heads, section, up, sizes, sequences) -> Place:
     """The keys of a ticket: heads fastest, the last keys first, ``section`` heads at a time.
 
-    From head ``up`` on the first keys come first: most work, where the mask is causal.
+    From head ``up`` on the first keys come first: most work, where the mask is causal. Sequences
+    come one after another, as keys of one length do.
     """
-    n_n = gl.cdiv(sizes.T_k, KEYS)
+    n_n = _tiles(sizes.T_k, sequences, KEYS)
     head, n = head_and_tile(ticket, n_heads, n_n, section, True)
     down = head >= up
-    return Place(head // sizes.H_kv, head % sizes.H_kv, gl.where(down, n, n_n - 1 - n), down)
+    n = gl.where(down, n, n_n - 1 - n)
+    if sequences.B is None:
+        return Place(head // sizes.H_kv, head % sizes.H_kv, n, down)
+    else:
+        b = sequence_of(sequences.cu_k, n, sequences.B, KEYS)
+        return Place(b, head, n - gl.load(sequences.cu_k + b) // KEYS - b, down)
+
+
+@gluon.jit
+def _next_ticket(turns_ptr, tickets, n_heads, section, up, sizes, sequences):
+    """A ticket that no program has had; of sequences one whose tile has keys, if any is left."""
+    ticket = gl.atomic_add(turns_ptr, 1, sem="relaxed")
+    if sequences.B is not None:
+        while _is_empty(ticket, tickets, n_heads, section, up, sizes, sequences):
+            ticket = gl.atomic_add(turns_ptr, 1, sem="relaxed")
+    return ticket
+
+
+@gluon.jit
+def _is_empty(ticket, tickets, n_heads, section, up, sizes, sequences):
+    """Whether there is such a ticket, whose tile has no keys."""
+    place = _place(gl.minimum(ticket, tickets - 1), n_heads, section, up, sizes, sequences)
+    one = _one(place.b, sizes, sequences)
+    return (ticket < tickets) & (place.n * KEYS >= one.sizes.T_k)
+
+
+@gluon.jit
+def _first_tile(b, h, one, sizes, sequences, BLOCK_M: gl.constexpr):
+    """Tiles of queries before those of a head of a batch element or sequence; those of a head."""
+    n_m = _tiles(sizes.T_q, sequences, BLOCK_M)
+    if sequences.B is None:
+        return (b * sizes.H_kv * sizes.group + h) * n_m, n_m
+    else:
+        return h * n_m + one.first_q // BLOCK_M + b, n_m
 
 
 @gluon.jit
@@ -249,9 +377,9 @@ def _turn(m, place, sizes, BLOCK_M: gl.constexpr):
 @gluon.jit
 def _staging(buffers, step, i):
     """Where dk (0, 1) and dv (2, 3) of the warpgroups lie: in ds of the step before ``step``."""
-    D: gl.constexpr = buffers.q.shape[4]
     ds = buffers.ds.index((step + 1) % 2)
-    four = ds._reinterpret(ds.dtype, [4, 1, 1, HALF, D], buffers.v.layout)
+    part: gl.constexpr = buffers.v.index(0).shape
+    four = ds._reinterpret(ds.dtype, [4] + part, buffers.v.layout)  # noqa: RUF005
     return four.index(i)
 
 
@@ -270,38 +398,46 @@ def _read(work, i: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _copy_results(buffers, results, place, step):
+def _copy_results(buffers, results, place, sizes, sequences, step):
     """Send dk and dv of a ticket whose steps end before ``step``."""
+    VARLEN: gl.constexpr = sequences.B is not None
     dk_source, dv_source = results
+    one = _one(place.b, sizes, sequences)
     # Whether a buffer of ds holds dk and dv, so that k and v of the next ticket need not wait.
-    STAGED: gl.constexpr = buffers.ds.shape[1] >= 2 * buffers.q.shape[4]
-    b, h, key = place.b, place.h, place.n * KEYS
+    STAGED: gl.constexpr = buffers.ds.shape[1] >= 2 * buffers.q.shape[-1]
+    b, h, key, first, length = place.b, place.h, place.n * KEYS, one.first_k, one.sizes.T_k
     await_at(RESULTS_READY, COMPUTING_AND_WARP)
     if STAGED:
         for w in gl.static_range(2):
-            async_store(dk_source, [b, h, key + w * HALF, 0], _staging(buffers, step, w))
-            async_store(dv_source, [b, h, key + w * HALF, 0], _staging(buffers, step, 2 + w))
+            at = coordinates(b, h, key + w * HALF, first, length, VARLEN)
+            async_store(dk_source, at, _staging(buffers, step, w))
+            async_store(dv_source, at, _staging(buffers, step, 2 + w))
     else:
-        async_store(dk_source, [b, h, key, 0], buffers.k.index(0))
+        at = coordinates(b, h, key, first, length, VARLEN)
+        async_store(dk_source, at, buffers.k.index(0))
         for w in gl.static_range(2):
-            async_store(dv_source, [b, h, key + w * HALF, 0], buffers.v.index(w))
+            at = coordinates(b, h, key + w * HALF, first, length, VARLEN)
+            async_store(dv_source, at, buffers.v.index(w))
     store_wait(0)
 
 
 @gluon.jit
-def _copy(buffers, sources, results, turns_ptr, tickets, n_heads, section, up, sizes):
+def _copy(buffers, sources, results, turns_ptr, tickets, n_heads, section, up, sizes, sequences):
     """The copying warp: k and v; q, do, lse and delta tile after tile; and dk and dv from there."""
+    VARLEN: gl.constexpr = sequences.B is not None
     q_source, k_source, v_source, do_source, rows_source = sources
     STAGES: gl.constexpr = buffers.q.shape[0]
-    BLOCK_M: gl.constexpr = buffers.q.shape[3]
-    STAGED: gl.constexpr = buffers.ds.shape[1] >= 2 * buffers.q.shape[4]
+    BLOCK_M: gl.constexpr = buffers.q.shape[-2]
+    STAGED: gl.constexpr = buffers.ds.shape[1] >= 2 * buffers.q.shape[-1]
     step = 0
     k_phase = 0
     before = Place(0, 0, -1, True)  # whose results have not been sent; n < 0: none
-    ticket = gl.atomic_add(turns_ptr, 1, sem="relaxed")
+    ticket = _next_ticket(turns_ptr, tickets, n_heads, section, up, sizes, sequences)
     while ticket < tickets:
-        place = _place(ticket, n_heads, section, up, sizes)
-        queries = _queries(place.n, sizes, BLOCK_M)
+        place = _place(ticket, n_heads, section, up, sizes, sequences)
+        one = _one(place.b, sizes, sequences)
+        T_q, T_k = one.sizes.T_q, one.sizes.T_k
+        queries = _queries(place.n, one.sizes, BLOCK_M)
         key = place.n * KEYS
         tiles = gl.maximum(queries.end - queries.begin, 0)
         steps = sizes.group * tiles
@@ -309,50 +445,55 @@ def _copy(buffers, sources, results, turns_ptr, tickets, n_heads, section, up, s
             await_at(WORK_READ, TWO_WARPS)
             await_at(KEYS_READ, COMPUTING_AND_WARP)
             if steps == 0 or not STAGED:
-                _copy_results(buffers, results, before, step)
+                _copy_results(buffers, results, before, sizes, sequences, step)
         _write(buffers.work, TICKET, ticket)
         _write(buffers.work, STEPS, steps)
-        column = key - (sizes.T_k - sizes.T_q) - sizes.right
+        column = key - (T_k - T_q) - sizes.right
         _write(buffers.work, COLUMN, column - _visited(place, queries, 0) * BLOCK_M)
         _write(buffers.work, AHEAD, gl.where(place.down, BLOCK_M, -BLOCK_M))
-        _write(buffers.work, KEYS_LEFT, sizes.T_k - key)
+        _write(buffers.work, KEYS_LEFT, T_k - key)
         _write(buffers.work, K_PHASE, k_phase)
         k_phase ^= 1
         arrive_at(WORK, COMPUTING_AND_WARP)
         arrive_at(WORK_TO_ADD, TWO_WARPS)
         full = buffers.k_full.index(0)
         mbarrier.expect(full, 2 * k_source.block_type.nbytes)
-        async_load(k_source, [place.b, place.h, key, 0], full, buffers.k.index(0))
+        at = coordinates(place.b, place.h, key, one.first_k, T_k, VARLEN)
+        async_load(k_source, at, full, buffers.k.index(0))
         for w in gl.static_range(2):
-            row = key + w * HALF
-            async_load(v_source, [place.b, place.h, row, 0], full, buffers.v.index(w))
+            at = coordinates(place.b, place.h, key + w * HALF, one.first_k, T_k, VARLEN)
+            async_load(v_source, at, full, buffers.v.index(w))
         first = step
         for i in range(tiles):
             row = _visited(place, queries, i) * BLOCK_M
             for g in range(sizes.group):
                 h = place.h * sizes.group + g
-                head = place.b * sizes.H_kv * sizes.group + h
+                at = coordinates(place.b, h, row, one.first_q, T_q, VARLEN)
+                if VARLEN:
+                    of_row = [h, 0, (one.first_q // BLOCK_M + place.b) * BLOCK_M + row]
+                else:
+                    of_row = [place.b * sizes.H_kv * sizes.group + h, 0, row]
                 stage = step % STAGES
                 if step >= STAGES:
                     await_at(EMPTY + stage, COMPUTING_AND_WARP)
                 full = buffers.q_full.index(stage)
                 mbarrier.expect(full, q_source.block_type.nbytes + rows_source.block_type.nbytes)
-                async_load(q_source, [place.b, h, row, 0], full, buffers.q.index(stage))
-                async_load(rows_source, [head, 0, row], full, buffers.rows.index(stage))
+                async_load(q_source, at, full, buffers.q.index(stage))
+                async_load(rows_source, of_row, full, buffers.rows.index(stage))
                 full = buffers.do_full.index(stage)
                 mbarrier.expect(full, do_source.block_type.nbytes)
-                async_load(do_source, [place.b, h, row, 0], full, buffers.do.index(stage))
+                async_load(do_source, at, full, buffers.do.index(stage))
                 if STAGED:
                     to_send = (step == first) & (before.n >= 0)
                     if to_send:  # the next step, which is loaded after it, writes where they lie
-                        _copy_results(buffers, results, before, first)
+                        _copy_results(buffers, results, before, sizes, sequences, first)
                 step += 1
         before = place
-        ticket = gl.atomic_add(turns_ptr, 1, sem="relaxed")
+        ticket = _next_ticket(turns_ptr, tickets, n_heads, section, up, sizes, sequences)
     if before.n >= 0:
         await_at(WORK_READ, TWO_WARPS)
         await_at(KEYS_READ, COMPUTING_AND_WARP)
-        _copy_results(buffers, results, before, step)
+        _copy_results(buffers, results, before, sizes, sequences, step)
     _write(buffers.work, TICKET, ticket)
     _write(buffers.work, STEPS, -1)
     arrive_at(WORK, COMPUTING_AND_WARP)
@@ -362,19 +503,20 @@ def _copy(buffers, sources, results, turns_ptr, tickets, n_heads, section, up, s
 
 
 @gluon.jit
-def _add(buffers, half_source, turns_ptr, tickets, n_heads, section, up, sizes):
+def _add(buffers, half_source, turns_ptr, tickets, n_heads, section, up, sizes, sequences):
     """The adding warp: every tile of dq to the workspace, when those before have been added."""
-    BLOCK_M: gl.constexpr = buffers.q.shape[3]
-    n_m = gl.cdiv(sizes.T_q, BLOCK_M)
+    BLOCK_M: gl.constexpr = buffers.q.shape[-2]
     for w in gl.static_range(2):
         arrive_at(DQ_EMPTY + w, ONE_GROUP_AND_WARP)
     await_at(WORK_TO_ADD, TWO_WARPS)
     ticket = _read(buffers.work, TICKET, 1)
     while ticket < tickets:
         arrive_at(WORK_READ, TWO_WARPS)
-        place = _place(ticket, n_heads, section, up, sizes)
-        queries = _queries(place.n, sizes, BLOCK_M)
-        first = (place.b * sizes.H_kv + place.h) * sizes.group * n_m  # tile, of all heads
+        place = _place(ticket, n_heads, section, up, sizes, sequences)
+        one = _one(place.b, sizes, sequences)
+        queries = _queries(place.n, one.sizes, BLOCK_M)
+        h = place.h * sizes.group
+        first, n_m = _first_tile(place.b, h, one, sizes, sequences, BLOCK_M)
         tiles = queries.end - queries.begin
         i = 0
         g = 0
@@ -382,7 +524,7 @@ def _add(buffers, half_source, turns_ptr, tickets, n_heads, section, up, sizes):
         tile = first + m
         done = -1
         while i < tiles:
-            turn = _turn(m, place, sizes, BLOCK_M)
+            turn = _turn(m, place, one.sizes, BLOCK_M)
             while done != turn:
                 done = gl.atomic_add(turns_ptr + 1 + tile, 0, sem="acquire")
             fence_async_global()
@@ -443,49 +585,60 @@ def _load_sums(buffers, sums_source, tile, i, stage):
 
 
 @gluon.jit
-def _round(buffers, sums_source, dq_source, turns_ptr, n_heads, section, scale_log2, sizes):
+def _round(
+    buffers, sums_source, dq_source, turns_ptr, n_heads, section, scale_log2, sizes, sequences
+):
     """The rounding warp: ``dq = c sums`` of tiles of queries to which all has been added.
 
     Whichever program added last. 0 where a tile sees no key, whose sums nobody has written.
     """
-    BLOCK_M: gl.constexpr = buffers.q.shape[3]
-    D: gl.constexpr = buffers.q.shape[4]
+    BLOCK_M: gl.constexpr = buffers.q.shape[-2]
+    D: gl.constexpr = buffers.q.shape[-1]
+    VARLEN: gl.constexpr = sequences.B is not None
     HALVES: gl.constexpr = buffers.sums.shape[1]
     ROWS: gl.constexpr = buffers.sums.shape[2]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [1, 1], [1, 0])
     # Each of two stages twice, so that phases are as before.
     gl.static_assert(BLOCK_M == 4 * ROWS)
-    n_m = gl.cdiv(sizes.T_q, BLOCK_M)
+    n_m = _tiles(sizes.T_q, sequences, BLOCK_M)
     H = sizes.H_kv * sizes.group
     n_heads *= sizes.group
     for i in range(gl.program_id(0), n_heads * n_m, gl.num_programs(0)):
         head, m = head_and_tile(i, n_heads, n_m, section * sizes.group, True)
         tile = head * n_m + m
-        _, turns = _adding(m, sizes, BLOCK_M)
-        done = gl.atomic_add(turns_ptr + 1 + tile, 0, sem="relaxed")
-        while done != turns:
+        b = head // H
+        if VARLEN:
+            b = sequence_of(sequences.cu_q, m, sequences.B, BLOCK_M)
+        one = _one(b, sizes, sequences)
+        if VARLEN:
+            m -= one.first_q // BLOCK_M + b
+        if not VARLEN or m * BLOCK_M < one.sizes.T_q:
+            _, turns = _adding(m, one.sizes, BLOCK_M)
             done = gl.atomic_add(turns_ptr + 1 + tile, 0, sem="relaxed")
-        done = gl.atomic_add(turns_ptr + 1 + tile, 0, sem="acquire")  # empties L1: once
-        fence_async_global()
-        written = gl.where(done > 0, tile, n_heads * n_m)  # copies from outside bring 0
-        for quarter in gl.static_range(2):
-            _load_sums(buffers, sums_source, written, quarter, quarter)
-        for quarter in range(4):
-            stage = quarter % 2
-            mbarrier.wait(buffers.sums_full.index(stage), quarter // 2)
-            store_wait(1)  # the one of this stage has been read
-            sums = buffers.sums.index(stage).reshape((HALVES * ROWS, HALF))
-            rounded = buffers.rounded.index(stage).reshape((ROWS, D))
-            for j in gl.static_range(ROWS * D // 256):
-                x = sums.slice(4 * j, 4, 0).load(LAYOUT) * (scale_log2 * LN2)
-                x = _by_row(x.to(rounded.dtype))
-                to = rounded.slice(j // 4 * 16 % ROWS, 16, 0)
-                to.slice(j // 4 * 16 // ROWS * HALF + j % 4 * 16, 16, 1).store(x)
-            fence_async_shared()
-            at = [head // H, head % H, m * BLOCK_M + quarter * ROWS, 0]
-            async_store(dq_source, at, buffers.rounded.index(stage))
-            if quarter < 2:
-                _load_sums(buffers, sums_source, written, quarter + 2, stage)
+            while done != turns:
+                done = gl.atomic_add(turns_ptr + 1 + tile, 0, sem="relaxed")
+            done = gl.atomic_add(turns_ptr + 1 + tile, 0, sem="acquire")  # empties L1: once
+            fence_async_global()
+            written = gl.where(done > 0, tile, n_heads * n_m)  # copies from outside bring 0
+            for quarter in gl.static_range(2):
+                _load_sums(buffers, sums_source, written, quarter, quarter)
+            for quarter in range(4):
+                stage = quarter % 2
+                mbarrier.wait(buffers.sums_full.index(stage), quarter // 2)
+                store_wait(1)  # the one of this stage has been read
+                sums = buffers.sums.index(stage).reshape((HALVES * ROWS, HALF))
+                rounded = buffers.rounded.index(stage).reshape((ROWS, D))
+                for j in gl.static_range(ROWS * D // 256):
+                    x = sums.slice(4 * j, 4, 0).load(LAYOUT) * (scale_log2 * LN2)
+                    x = _by_row(x.to(rounded.dtype))
+                    to = rounded.slice(j // 4 * 16 % ROWS, 16, 0)
+                    to.slice(j // 4 * 16 // ROWS * HALF + j % 4 * 16, 16, 1).store(x)
+                fence_async_shared()
+                row = m * BLOCK_M + quarter * ROWS
+                at = coordinates(b, head % H, row, one.first_q, one.sizes.T_q, VARLEN)
+                async_store(dq_source, at, buffers.rounded.index(stage))
+                if quarter < 2:
+                    _load_sums(buffers, sums_source, written, quarter + 2, stage)
     store_wait(0)
 
 
@@ -493,8 +646,8 @@ def _round(buffers, sums_source, dq_source, turns_ptr, n_heads, section, scale_l
 def _rows_of(buffers, step):
     """The stage of a step, its q, its do, and its lse and delta."""
     STAGES: gl.constexpr = buffers.q.shape[0]
-    BLOCK_M: gl.constexpr = buffers.q.shape[3]
-    D: gl.constexpr = buffers.q.shape[4]
+    BLOCK_M: gl.constexpr = buffers.q.shape[-2]
+    D: gl.constexpr = buffers.q.shape[-1]
     stage = step % STAGES
     return (
         stage,
@@ -509,7 +662,7 @@ def _keys_of(buffers, WHICH: gl.constexpr):
     """The k of all keys, k of the warpgroup's own, and v of those."""
     # Else the descriptors of k and v, one for each step of a product, stay in registers.
     zero = opaque_zero()
-    D: gl.constexpr = buffers.q.shape[4]
+    D: gl.constexpr = buffers.q.shape[-1]
     k = buffers.k.index(zero).reshape((KEYS, D))
     v = buffers.v.index(WHICH + zero).reshape((HALF, D))
     return k, k.slice(WHICH * HALF, HALF, 0), v
@@ -519,7 +672,7 @@ def _keys_of(buffers, WHICH: gl.constexpr):
 def _first_product(buffers, step, WHICH: gl.constexpr, S_LAYOUT: gl.constexpr):
     """``k qᵀ`` of a step, when q is there."""
     STAGES: gl.constexpr = buffers.q.shape[0]
-    BLOCK_M: gl.constexpr = buffers.q.shape[3]
+    BLOCK_M: gl.constexpr = buffers.q.shape[-2]
     stage, q, _, _ = _rows_of(buffers, step)
     _, k, _ = _keys_of(buffers, WHICH)
     mbarrier.wait(buffers.q_full.index(stage), step // STAGES & 1)
@@ -531,7 +684,7 @@ def _first_product(buffers, step, WHICH: gl.constexpr, S_LAYOUT: gl.constexpr):
 def _second_product(buffers, step, WHICH: gl.constexpr, S_LAYOUT: gl.constexpr):
     """``v doᵀ`` of a step, when do is there."""
     STAGES: gl.constexpr = buffers.q.shape[0]
-    BLOCK_M: gl.constexpr = buffers.q.shape[3]
+    BLOCK_M: gl.constexpr = buffers.q.shape[-2]
     stage, _, do, _ = _rows_of(buffers, step)
     _, _, v = _keys_of(buffers, WHICH)
     mbarrier.wait(buffers.do_full.index(stage), step // STAGES & 1)
@@ -555,8 +708,8 @@ def _go_on(
     LAST: gl.constexpr,
 ):
     """One tile of queries: its share of dk and dv, half of dq; and the next tile's scores."""
-    BLOCK_M: gl.constexpr = buffers.q.shape[3]
-    D: gl.constexpr = buffers.q.shape[4]
+    BLOCK_M: gl.constexpr = buffers.q.shape[-2]
+    D: gl.constexpr = buffers.q.shape[-1]
     DTYPE: gl.constexpr = buffers.q.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -634,8 +787,8 @@ def _compute(
     WINDOW: gl.constexpr,
 ):
     """One warpgroup: dk and dv of its 64 keys, and its half of every tile of dq."""
-    BLOCK_M: gl.constexpr = buffers.q.shape[3]
-    D: gl.constexpr = buffers.q.shape[4]
+    BLOCK_M: gl.constexpr = buffers.q.shape[-2]
+    D: gl.constexpr = buffers.q.shape[-1]
     DTYPE: gl.constexpr = buffers.q.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -688,7 +841,7 @@ def _compute(
 
 @gluon.jit(do_not_specialize=["B", "H_kv", "group", "T_q", "T_k", "left", "right", "section", "up"])
 def _attention_backward_hopper_kernel(
-    q_source,  # descriptors of [B, H, T, D]
+    q_source,  # descriptors of [B, H, T, D], or with VARLEN of rows_of_sequences
     k_source,
     v_source,
     do_source,
@@ -699,7 +852,7 @@ def _attention_backward_hopper_kernel(
     dk_source,
     dv_source,
     turns_ptr,  # int32 [1 + B * H * query tiles], zeros: the next ticket, and the turns
-    B,
+    B,  # with VARLEN of the sequences, whose offsets [2, B + 1] are behind the turns of H heads
     H_kv,
     group,  # H // H_kv
     T_q,
@@ -710,28 +863,34 @@ def _attention_backward_hopper_kernel(
     up,  # key/value heads whose last keys come first
     scale_log2,  # softmax_scale * log2(e)
     WINDOW: gl.constexpr,  # whether keys long before a query's own are not seen
+    VARLEN: gl.constexpr,  # T_q and T_k are the tokens of all sequences
     STAGES: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """Key tiles of key/value heads, ticket after ticket."""
     DTYPE: gl.constexpr = q_source.dtype
-    BLOCK_M: gl.constexpr = q_source.block_type.shape[2]
-    D: gl.constexpr = q_source.block_type.shape[3]
+    BLOCK_M: gl.constexpr = q_source.block_type.shape[-2]
+    D: gl.constexpr = q_source.block_type.shape[-1]
     HALVES: gl.constexpr = sums_source.block_type.shape[0]
     ROWS: gl.constexpr = sums_source.block_type.shape[1]
     DS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, KEYS], DTYPE)
     gl.static_assert(EMPTY + STAGES <= DS_READY)
     gl.static_assert(2 * HALF * HALF == BLOCK_M * D)
+    # A jit function knows no [STAGES, *q_block].
+    q_block: gl.constexpr = q_source.block_type.shape
+    k_block: gl.constexpr = k_source.block_type.shape
+    v_block: gl.constexpr = v_source.block_type.shape
+    dq_block: gl.constexpr = dq_source.block_type.shape
     buffers = Buffers(
-        gl.allocate_shared_memory(DTYPE, [1, 1, 1, KEYS, D], k_source.layout),
-        gl.allocate_shared_memory(DTYPE, [2, 1, 1, HALF, D], v_source.layout),
-        gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, D], q_source.layout),
-        gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, D], do_source.layout),
+        gl.allocate_shared_memory(DTYPE, [1] + k_block, k_source.layout),  # noqa: RUF005
+        gl.allocate_shared_memory(DTYPE, [2] + v_block, v_source.layout),  # noqa: RUF005
+        gl.allocate_shared_memory(DTYPE, [STAGES] + q_block, q_source.layout),  # noqa: RUF005
+        gl.allocate_shared_memory(DTYPE, [STAGES] + q_block, do_source.layout),  # noqa: RUF005
         gl.allocate_shared_memory(gl.float32, [STAGES, 1, 2, BLOCK_M], rows_source.layout),
         gl.allocate_shared_memory(DTYPE, [2, BLOCK_M, KEYS], DS_LAYOUT),
         gl.allocate_shared_memory(gl.float32, [2, 1, HALF, HALF], half_source.layout),
         gl.allocate_shared_memory(gl.float32, [2, HALVES, ROWS, HALF], sums_source.layout),
-        gl.allocate_shared_memory(DTYPE, [2, 1, 1, ROWS, D], dq_source.layout),
+        gl.allocate_shared_memory(DTYPE, [2] + dq_block, dq_source.layout),  # noqa: RUF005
         gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
         gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
@@ -747,7 +906,13 @@ def _attention_backward_hopper_kernel(
     follow(PDL)
     sizes = Sizes(T_q, T_k, H_kv, group, left, right)
     n_heads = B * H_kv
-    tickets = n_heads * gl.cdiv(T_k, KEYS)
+    sequences = Sequences(None, None, None)
+    if VARLEN:
+        n_heads = H_kv
+        tiles = H_kv * group * (T_q // BLOCK_M + B)
+        cu_q = turns_ptr + 1 + tiles
+        sequences = Sequences(B, cu_q, cu_q + B + 1)
+    tickets = n_heads * _tiles(T_k, sequences, KEYS)
     width = left + 1 + right
     sources = (q_source, k_source, v_source, do_source, rows_source)
     results = (dk_source, dv_source)
@@ -755,22 +920,27 @@ def _attention_backward_hopper_kernel(
         [
             (_compute, (buffers, group, width, scale_log2, 0, WINDOW)),
             (_compute, (buffers, group, width, scale_log2, 1, WINDOW)),
-            (_copy, (buffers, sources, results, turns_ptr, tickets, n_heads, section, up, sizes)),
-            (_add, (buffers, half_source, turns_ptr, tickets, n_heads, section, up, sizes)),
-            (
-                _round,
-                (buffers, sums_source, dq_source, turns_ptr, n_heads, section, scale_log2, sizes),
-            ),
+            (_copy, (
+                buffers, sources, results, turns_ptr, tickets, n_heads, section, up, sizes,
+                sequences,
+            )),
+            (_add, (
+                buffers, half_source, turns_ptr, tickets, n_heads, section, up, sizes, sequences,
+            )),
+            (_round, (
+                buffers, sums_source, dq_source, turns_ptr, n_heads, section, scale_log2, sizes,
+                sequences,
+            )),
         ],
         [4, 1, 1, 1],
         [REGISTERS, COPIER_REGISTERS, COPIER_REGISTERS, COPIER_REGISTERS],
-    )
+    )  # fmt: skip
 
 
 class Plans(NamedTuple):
     """The launches of one backward, in their order."""
 
-    rows: Plan  # on (o, do, lse, dlse, rows, turns)
+    rows: Plan  # on (o, do, lse, dlse, rows, turns, cu_q, cu_k)
     one_pass: Plan  # on (q, k, v, do, rows, sums, sums, dq, dk, dv, turns)
 
     def __call__(
@@ -785,6 +955,8 @@ class Plans(NamedTuple):
         dq: Tensor,
         dk: Tensor,
         dv: Tensor,
+        cu_q: Tensor | None = None,
+        cu_k: Tensor | None = None,
     ) -> None:
         """Write dq, dk and dv.
 
@@ -792,17 +964,18 @@ class Plans(NamedTuple):
             CannotCompile: the compiler does not take the second kernel; nothing was launched.
 
         Allocates for the queries in whole tiles 4 bytes of sums for each number, 8 for each row
-        and 4 for each tile.
+        and 4 for each tile; of sequences for one tile more each, and for their offsets.
         """
         bulk, device = self.one_pass.bulk, q.device
         rows, sums = (
             torch.empty(bulk[i].shape, dtype=torch.float32, device=device) for i in (4, 5)
         )
         tiles = rows[:, 0].numel() // bulk[4].block[2]
-        turns = torch.empty(1 + tiles, dtype=torch.int32, device=device)
+        offsets = 0 if cu_q is None else 2 * len(cu_q)
+        turns = torch.empty(1 + tiles + offsets, dtype=torch.int32, device=device)
         of_one_pass = (q, k, v, do, rows, sums, sums, dq, dk, dv, turns)
         self.one_pass.compile(*of_one_pass)  # ahead of all launches, so that others can be instead
-        self.rows(o, do, lse, dlse, rows, turns)
+        self.rows(o, do, lse, dlse, rows, turns, cu_q, cu_k)
         self.one_pass(*of_one_pass)
 
 
@@ -816,62 +989,71 @@ def backward_plans(
     """The launches for operands and ``(dq, dk, dv)`` that suit bulk copies, on so many SMs.
 
     Raises:
-        ValueError: dropout, a softcap, sequences of different lengths, or memory that does not suit
-            bulk copies.
+        ValueError: dropout, a softcap, or memory that does not suit bulk copies.
     """
     (q, k, v, do), (dq, dk, dv) = call.inputs, gradients
-    (B, T_q, T_k, H, H_kv, group), D, dtype = call.sizes, q.shape[3], call.dtype
-    if call.scores.dropout_p or call.softcap or call.varlen:
+    (B, T_q, _, H, H_kv, group), D, dtype = call.sizes, q.shape[3], call.dtype
+    if call.scores.dropout_p or call.softcap:
         raise ValueError(
-            "Hopper's backward has neither dropout, softcap nor variable lengths, got dropout_p = "
-            f"{call.scores.dropout_p}, softcap: {call.softcap}, variable lengths: {call.varlen}"
+            "Hopper's backward has neither dropout nor softcap, got dropout_p = "
+            f"{call.scores.dropout_p}, softcap: {call.softcap}"
         )
     if not call.aligned or not all(is_aligned(t, dtype) for t in gradients):
         raise ValueError("Hopper's backward takes q, k, v, do, dq, dk and dv that suit bulk copies")
     M, options = config.block_m, config.options
-    tiles = triton.cdiv(T_q, M)
+    # With sequences all of them are of one batch element, and B, T_q and T_k of the sequences.
+    batches, total_q, total_k = q.shape[0], q.shape[1], k.shape[1]
+    n_heads = batches * H_kv
+    tiles, keys = triton.cdiv(total_q, M), triton.cdiv(total_k, KEYS.value)
+    if call.varlen:
+        tiles, keys = total_q // M + B, total_k // KEYS.value + B
     whole = tiles * M
     by_row = launch_config("delta", D, dtype, target, True)
     row: dict[str, Any] = {"H": H, "D": D, "ROWS": by_row.block_m, "BLOCK_M": M, **by_row.options}
-    n_rows = B * H * whole
-    of_rows = {"do_strides": strides_of(do), "T": T_q, "tiles": tiles, "n_rows": n_rows}
+    n_rows = batches * H * whole
+    of_rows = {"do_strides": strides_of(do), "T": total_q, "tiles": tiles, "n_rows": n_rows}
+    of_rows |= {"sequences": B, "total_k": total_k}
     rows = Plan(_delta_and_lse_kernel, (triton.cdiv(n_rows, by_row.block_m),), of_rows | row)
 
     # Half a tile has 64 lanes: those of 64 rows, or half of those of as many.
     halves, rows_at_once = (1, 32) if M == 128 else (2, 16)
-    sums = Bulk((2 * B * H * tiles, 64, 64), (64 * 64, 64, 1), (halves, rows_at_once, 64))
+    sums = Bulk((2 * batches * H * tiles, 64, 64), (64 * 64, 64, 1), (halves, rows_at_once, 64))
+    in_bulk = rows_of_sequences if call.varlen else rows_in_bulk
     bulk = {
-        i: swizzled(rows_in_bulk(t, n), dtype)
+        i: swizzled(in_bulk(t, n), dtype)
         for i, t, n in (
             *((0, q, M), (1, k, KEYS.value), (2, v, HALF.value), (3, do, M)),
             *((7, dq, rows_at_once), (8, dk, KEYS.value if M < 2 * D else 64), (9, dv, 64)),
         )
     }
     bulk |= {
-        4: unswizzled(Bulk((B * H, 2, whole), (2 * whole, whole, 1), (1, 2, M)), torch.float32),
+        4: unswizzled(
+            Bulk((batches * H, 2, whole), (2 * whole, whole, 1), (1, 2, M)), torch.float32
+        ),
         5: unswizzled(sums._replace(block=(1, 64, 64)), torch.float32),
         6: unswizzled(sums, torch.float32),
     }
     # Read again and again: q, do and, in float32, dq.
     head_bytes = 2 * T_q * D * (dtype.itemsize + 2) * group
-    section = min(heads_per_section(B * H_kv, head_bytes), triton.cdiv(B * H_kv, 2))
+    section = min(heads_per_section(n_heads, head_bytes), triton.cdiv(n_heads, 2))
     # The last section goes down; all do if two heads do not fit, for then each tile is read again.
-    up = 0 if 2 * head_bytes > SECTION_BYTES else (B * H_kv - 1) // section * section
+    up = 0 if 2 * head_bytes > SECTION_BYTES else (n_heads - 1) // section * section
     arguments = {
         "B": B,
         "H_kv": H_kv,
         "group": group,
-        "T_q": T_q,
-        "T_k": T_k,
+        "T_q": total_q,
+        "T_k": total_k,
         "left": call.mask.left,
         "right": call.mask.right,
         "section": section,
         "up": up,
         "scale_log2": call.scores.scale_log2,
         "WINDOW": call.mask.WINDOW,
+        "VARLEN": call.varlen,
         "STAGES": config.num_stages,
         **options,
     }
-    grid = (min(B * H_kv * triton.cdiv(T_k, KEYS.value), processors),)
+    grid = (min(n_heads * keys, processors),)
     one_pass = Plan(_attention_backward_hopper_kernel, grid, arguments, bulk)
     return Plans(rows, one_pass)
