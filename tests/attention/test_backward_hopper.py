@@ -45,6 +45,11 @@ def _search(offsets_ptr, tile_ptr, found_ptr, n, B, ROWS: tl.constexpr):
     tl.store(found_ptr + i, found, i < n)
 
 
+@triton.jit
+def _sort_out(offsets_ptr, out_ptr, B, total):
+    backward_hopper._never_decreasing(offsets_ptr, out_ptr, B, total, 16)
+
+
 @pytest.fixture(autouse=True)
 def integers_of_another(monkeypatch):
     """Counters begin as something, where the fixtures of all tests leave integers alone."""
@@ -515,6 +520,17 @@ def test_tiles_of_sequences_do_not_meet_and_are_found(ROWS):
         found = torch.empty_like(tile)
         _search[(1,)](cu, tile, found, len(tile), B, ROWS=ROWS)
         assert torch.equal(found[owner >= 0], owner[owner >= 0])
+
+
+@pytest.mark.parametrize("B", [1, 15, 16, 40])
+def test_whatever_offsets_there_are_those_of_the_kernel_never_decrease(B):
+    draw = torch.Generator().manual_seed(B)
+    cu = torch.randint(-300, 1300, (B + 1,), generator=draw, dtype=torch.int32)
+    cu[B // 2 :: 7] = 2**31 - 1 if B == 40 else -(2**31)
+    for offsets in (cu, cu.clamp(0, 1000).sort().values):
+        given, found = (t.to(DEVICE) for t in (offsets, torch.full_like(offsets, -1)))
+        _sort_out[(1,)](given, found, B, 1000)
+        assert torch.equal(found.cpu(), offsets.clamp(0, 1000).cummax(0).values)
 
 
 # On a GPU alone
