@@ -402,8 +402,10 @@ def test_sequences_have_the_gradients_that_they_have_alone(D, mask, sequences, d
 
 
 @heads
-def test_sequences_of_several_key_value_heads(D):
-    check_sequences(D, (100, 70, 30), (130, 70, 30), "causal", H=4, H_kv=2, seed=3)
+@pytest.mark.parametrize("mask", ["causal", "full"])
+def test_sequences_of_several_key_value_heads(D, mask):
+    """One of which has whole tiles of keys, so that the tile behind them has none."""
+    check_sequences(D, (100, 70, 30), (128, 70, 30), mask, H=4, H_kv=2, seed=3)
 
 
 @heads
@@ -437,16 +439,18 @@ def test_nothing_passes_from_one_sequence_to_the_next(D, value):
 
 
 @heads
-def test_rows_of_no_sequence_are_left_alone(D):
-    q, k, v, do = operands(D, 200, 200)
-    cu = torch.tensor([20, 90, 170], dtype=torch.int32, device=q.device)
+@pytest.mark.parametrize("first", [20, 150])
+def test_rows_of_no_sequence_are_left_alone(D, first):
+    last, T = first + 150, first + 400
+    q, k, v, do = operands(D, T, T)
+    cu = torch.tensor([first, first + 70, last], dtype=torch.int32, device=q.device)
     found = of_sequences(D, q, k, v, do, Offsets(cu, cu, 100, 100))
-    inside = [t[:, 20:170] for t in (q, k, v, do)]
+    inside = [t[:, first:last] for t in (q, k, v, do)]
     alone = of_sequences(D, *inside, offsets_of((70, 80), (70, 80)))
     for name, t in found.items():
-        assert t[:, :20].isnan().all()
-        assert t[:, 170:].isnan().all()
-        assert_bitwise(t[:, 20:170], alone[name], name)
+        assert t[:, :first].isnan().all()
+        assert t[:, last:].isnan().all()
+        assert_bitwise(t[:, first:last], alone[name], name)
 
 
 @heads

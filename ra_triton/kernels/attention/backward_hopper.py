@@ -182,7 +182,10 @@ class Queries(NamedTuple):
 
 @triton.jit
 def sequence_of(offsets_ptr, tile, B, ROWS: tl.constexpr):
-    """The last sequence whose tiles of ``ROWS`` tokens begin at or before ``tile``."""
+    """The last sequence whose tiles of ``ROWS`` tokens begin at or before ``tile``, or the first.
+
+    ``tile`` is not its own where it lies before all sequences, or behind the tokens of this one.
+    """
     b = tile * 0
     left = B  # to choose from: b and those after it
     while left > 1:
@@ -321,10 +324,10 @@ def _next_ticket(turns_ptr, tickets, n_heads, section, up, sizes, sequences):
 
 @gluon.jit
 def _is_empty(ticket, tickets, n_heads, section, up, sizes, sequences):
-    """Whether there is such a ticket, whose tile has no keys."""
+    """Whether there is such a ticket, whose tile has no keys of its sequence."""
     place = _place(gl.minimum(ticket, tickets - 1), n_heads, section, up, sizes, sequences)
     one = _one(place.b, sizes, sequences)
-    return (ticket < tickets) & (place.n * KEYS >= one.sizes.T_k)
+    return (ticket < tickets) & ((place.n < 0) | (place.n * KEYS >= one.sizes.T_k))
 
 
 @gluon.jit
@@ -612,7 +615,7 @@ def _round(
         one = _one(b, sizes, sequences)
         if VARLEN:
             m -= one.first_q // BLOCK_M + b
-        if not VARLEN or m * BLOCK_M < one.sizes.T_q:
+        if not VARLEN or (m >= 0) & (m * BLOCK_M < one.sizes.T_q):
             _, turns = _adding(m, one.sizes, BLOCK_M)
             done = gl.atomic_add(turns_ptr + 1 + tile, 0, sem="relaxed")
             while done != turns:
