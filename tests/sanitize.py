@@ -86,14 +86,12 @@ def of_hopper(q: Tensor, k: Tensor, v: Tensor) -> None:
     o, lse = attention_forward(q, k, v, **options)
     grads = [torch.empty_like(t) for t in (q, k, v)]
     attention_backward(q, k, v, o, lse, o, *grads, config=ONE_PASS[D], **options)
-    q, k, v, o = (t.flatten(0, 1)[None] for t in (q, k, v, o))
-    lse, grads = (
-        lse.transpose(0, 1).flatten(1)[None].contiguous(),
-        [torch.empty_like(t) for t in (q, k, v)],
-    )
+    q, k, v = (t.flatten(0, 1)[None] for t in (q, k, v))
     T = q.shape[1]
     cu_seqlens = torch.tensor([0, T // 3, T // 3, T], dtype=torch.int32, device="cuda")
     options |= {"window_size": (99, 0), "offsets": Offsets(cu_seqlens, cu_seqlens, T, T)}
+    o, lse = attention_forward(q, k, v, **options)
+    grads = [torch.empty_like(t) for t in (q, k, v)]
     attention_backward(q, k, v, o, lse, o, *grads, config=ONE_PASS[D], **options)
 
 

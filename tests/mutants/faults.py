@@ -65,6 +65,10 @@ LONG_ROWS = "hopper::long_rows_of_16_bits_on_hopper_take_it"
 SUITS = "hopper::what_suits_it_is_launched_with_it_and_nothing_else_is"
 FULL_ROUNDS = "hopper::sections_fill_their_rounds_and_have_no_more_heads_than_there_are"
 HOPPER_GRADIENTS = "backward_hopper::it_computes_the_gradients"
+OFFSETS = "backward_hopper::unchecked_offsets_lead_to_no_address_outside_and_to_an_end"
+NO_SEQUENCE = "backward_hopper::rows_of_no_sequence_are_left_alone"
+FOUND = "backward_hopper::tiles_of_sequences_do_not_meet_and_are_found"
+ONE_BY_ONE = "backward_hopper::sequences_of_several_key_value_heads"
 BACKWARD_ORDER = "backward_hopper::same_bits_in_whatever_order_programs_and_warps_go_on"
 TURNS = "backward_hopper::turns_count_the_programs_that_add_to_a_tile"
 GROUPS_OF_HEADS = "backward_hopper::several_batches_grouped_heads_and_a_gradient_of_lse"
@@ -130,7 +134,7 @@ def before_other_keys(barrier: str) -> str:
     """The edit after which Hopper's backward goes on to other keys ahead of a barrier."""
     lines = ["if before.n >= 0:", "    await_at(WORK_READ, TWO_WARPS)"]
     lines += ["    await_at(KEYS_READ, COMPUTING_AND_WARP)", "    if steps == 0 or not STAGED:"]
-    lines += ["        _copy_results(buffers, results, before, step)"]
+    lines += ["        _copy_results(buffers, results, before, sizes, sequences, step)"]
     found = "\n        ".join(lines)  # where the first one is
     return found.replace(f"await_at({barrier}", f"«await_at → arrive_at»({barrier}")
 
@@ -267,8 +271,10 @@ TABLE: dict[str, list[tuple]] = {
      "«call.scores.dropout_p or →» call.softcap"),
     ("one pass: with a softcap too", TAKES_ONE_PASS, "_one_pass_plans",
      "call.scores.dropout_p« or call.softcap →»"),
-    ("one pass: of sequences too", TAKES_ONE_PASS, "_one_pass_plans",
-     "call.softcap« or call.varlen →»"),
+    ("one pass: of no sequences too", TAKES_ONE_PASS, "_one_pass_plans",
+     "call.softcap« or not B →»"),
+    ("one pass: of sequences too short for tiles of their own", TAKES_ONE_PASS,
+     "_one_pass_plans", "«call.varlen and B * row.block_m > 2 * operands[0].shape[1] → False»"),
     ("one pass: whatever the call has", TAKES_ONE_PASS, "_one_pass_plans",
      "row is None« or plain →»"),
     ("one pass: of operands off 16 bytes", TAKES_ONE_PASS, "_one_pass_plans",
@@ -405,7 +411,7 @@ TABLE: dict[str, list[tuple]] = {
     ("hopper backward: dq of another head of the group", GROUPS_OF_HEADS, "_add",
      "first + «g → 0» * n_m + m"),
     ("hopper backward: dq of another group", GROUPS_OF_HEADS, "_add",
-     "(place.b * sizes.H_kv + place.h)« * sizes.group →» * n_m"),
+     "h = place.h« * sizes.group →»"),
     ("hopper backward: both halves of dq to the first", HOPPER_GRADIENTS, "_add",
      "2 * tile« + w →»"),
     ("hopper backward: keys of later heads come first", TURNS, "_place", "head «>= → >» up"),
@@ -442,7 +448,7 @@ TABLE: dict[str, list[tuple]] = {
     ("hopper backward: queries of another head of the group", GROUPS_OF_HEADS, "_copy",
      "h = place.h * sizes.group« + g →»"),
     ("hopper backward: lse and delta of another batch", GROUPS_OF_HEADS, "_copy",
-     "head = «place.b * sizes.H_kv * sizes.group + →» h"),
+     "[«place.b * sizes.H_kv * sizes.group + →» h, 0, row]"),
     ("hopper backward: k and v overwritten while they are read", BACKWARD_ORDER, "_copy",
      before_other_keys("KEYS_READ")),
     ("hopper backward: k and v free before the last products have read them", BACKWARD_ORDER,
@@ -461,7 +467,7 @@ TABLE: dict[str, list[tuple]] = {
     ("hopper backward: dk and dv of keys before the first", BACKWARD_ORDER, "_copy",
      "(step == first)« & (before.n >= 0) →»"),
     ("hopper backward: dk and dv to the next keys", BACKWARD_ORDER, "_copy",
-     "_copy_results(buffers, results, «before → place», first)"),
+     "_copy_results(buffers, results, «before → place», sizes, sequences, first)"),
     ("hopper backward: dk and dv leave before they are there", BACKWARD_ORDER, "_copy_results",
      "«await_at(RESULTS_READY, COMPUTING_AND_WARP) → arrive_at(RESULTS_READY, "
      "COMPUTING_AND_WARP)»"),
@@ -475,16 +481,17 @@ TABLE: dict[str, list[tuple]] = {
      before_other_keys("WORK_READ")),
     ("hopper backward: the end is written before the last work has been read", NO_QUERIES,
      "_copy", "«await_at(WORK_READ, TWO_WARPS) → arrive_at(WORK_READ, TWO_WARPS)»; "
-     "await_at(KEYS_READ, COMPUTING_AND_WARP); _copy_results(buffers, results, before, step)"),
+     "await_at(KEYS_READ, COMPUTING_AND_WARP); "
+     "_copy_results(buffers, results, before, sizes, sequences, step)"),
     ("hopper backward: the keys of the next ticket come in the phase of the last", BACKWARD_ORDER,
      "_copy", "«k_phase ^= 1 → pass»"),
     ("hopper backward: the first ticket is everyone's", BACKWARD_ORDER, "_copy",
-     "before = Place(0, 0, -1, True); "
-     "ticket = «gl.atomic_add(turns_ptr, 1, sem='relaxed') → gl.program_id(0)»"),
+     "before = Place(0, 0, -1, True); ticket = «_next_ticket(turns_ptr, tickets, n_heads, section, "
+     "up, sizes, sequences) → gl.program_id(0)»"),
     ("hopper backward: arrivals that nobody awaits", BACKWARD_ORDER, "_copy",
      "«for i in range(gl.maximum(step - STAGES, 0), step): → for i in range(0):»"),
     ("hopper backward: a query sees one key fewer", HOPPER_GRADIENTS, "_copy",
-     "column = key - (sizes.T_k - sizes.T_q) - sizes.right« → + 1»"),
+     "column = key - (T_k - T_q) - sizes.right« → + 1»"),
     ("hopper backward: the mask of the first queries where the last come first", HOPPER_GRADIENTS,
      "_copy", "«_visited(place, queries, 0) → queries.begin» * BLOCK_M"),
     ("hopper backward: the mask goes back where the first queries come first", GROUPS_OF_HEADS,
@@ -572,7 +579,7 @@ TABLE: dict[str, list[tuple]] = {
     ("hopper backward: all quarters of dq in one place", HOPPER_GRADIENTS, "_round",
      "m * BLOCK_M« + quarter * ROWS →»"),
     ("hopper backward: dq of the heads of the first batch", GROUPS_OF_HEADS, "_round",
-     "[«head // H → 0», head % H, m * BLOCK_M + quarter * ROWS, 0]"),
+     "b = «head // H → 0»"),
     ("hopper backward: rows of dq in the order of its lanes", HOPPER_GRADIENTS, "_round",
      "«j // 4 → j» * 16 % ROWS"),
     ("hopper backward: lanes of dq in the order of its rows", HOPPER_GRADIENTS, "_round",
@@ -602,31 +609,80 @@ TABLE: dict[str, list[tuple]] = {
      "_delta_and_lse_kernel", "«tl.store(turns_ptr + row, 0, row == 0) → pass»"),
     ("hopper backward: turns go on from the launch before", BACKWARD_ORDER,
      "_delta_and_lse_kernel",
-     "«tl.store(turns_ptr + 1 + row // BLOCK_M, 0, (row < n_rows) & (t % BLOCK_M == 0)) → pass»"),
+     "«tl.store(turns_ptr + 1 + row // BLOCK_M, 0, (row < n_rows) & (in_head % "
+     "BLOCK_M == 0)) → pass»"),
     ("hopper backward: dropout is ignored", "backward_hopper::calls_that_it_does_not_have_raise",
      "backward_plans", "«call.scores.dropout_p or →» call.softcap"),
     ("hopper backward: a softcap is ignored", "backward_hopper::calls_that_it_does_not_have_raise",
      "backward_plans", "call.scores.dropout_p« or call.softcap →»"),
-    ("hopper backward: sequences are one", "backward_hopper::calls_that_it_does_not_have_raise",
-     "backward_plans", "call.softcap« or call.varlen →»"),
     ("hopper backward: gradients off 16 bytes",
      "backward_hopper::calls_that_it_does_not_have_raise",
      "backward_plans", "not call.aligned« or not all(is_aligned(t, dtype) for t in gradients) →»"),
     ("hopper backward: one section for all heads", LAST_SECTION, "backward_plans",
-     "«min( →»heads_per_section(B * H_kv, head_bytes)«, triton.cdiv(B * H_kv, 2)) →»"),
+     "«min( →»heads_per_section(n_heads, head_bytes)«, triton.cdiv(n_heads, 2)) →»"),
     ("hopper backward: sections without the other heads of a group", LAST_SECTION,
      "backward_plans", "2 * T_q * D * (dtype.itemsize + 2)« * group →»"),
     ("hopper backward: whole sections are all but the last", LAST_SECTION, "backward_plans",
-     "(B * H_kv« - 1 →») // section * section"),
+     "(n_heads« - 1 →») // section * section"),
     ("hopper backward: some heads go up where two do not fit", LAST_SECTION, "backward_plans",
-     "«0 if 2 * head_bytes > SECTION_BYTES else →» (B * H_kv - 1) // section * section"),
+     "«0 if 2 * head_bytes > SECTION_BYTES else →» (n_heads - 1) // section * section"),
     ("hopper backward: launched before it is known to compile",
      "backward_hopper::nothing_is_launched_where_it_does_not_compile", "Plans.__call__",
-     "«self.one_pass.compile(*of_one_pass); self.rows(o, do, lse, dlse, rows, turns) → "
-     "self.rows(o, do, lse, dlse, rows, turns); self.one_pass.compile(*of_one_pass)»"),
+     "«self.one_pass.compile(*of_one_pass); self.rows(o, do, lse, dlse, rows, turns, cu_q, "
+     "cu_k) → self.rows(o, do, lse, dlse, rows, turns, cu_q, cu_k); "
+     "self.one_pass.compile(*of_one_pass)»"),
     ("hopper backward: nobody looks whether it compiles",
      "backward_hopper::nothing_is_launched_where_it_does_not_compile", "Plans.__call__",
-     "«self.one_pass.compile(*of_one_pass); →» self.rows(o, do, lse, dlse, rows, turns)"),
+     "«self.one_pass.compile(*of_one_pass); →» "
+     "self.rows(o, do, lse, dlse, rows, turns, cu_q, cu_k)"),
+    ("hopper backward: offsets of sequences that decrease",
+     "backward_hopper::whatever_offsets_there_are_those_of_the_kernel_never_decrease",
+     "_never_decreasing", "«tl.maximum(tl.associative_scan(offset, 0, _larger), before) → offset»"),
+    ("hopper backward: offsets that decrease from one block to the next",
+     "backward_hopper::whatever_offsets_there_are_those_of_the_kernel_never_decrease",
+     "_never_decreasing", "before = «tl.max(offset, 0) → 0»"),
+    ("hopper backward: offsets beyond the tokens",
+     "backward_hopper::whatever_offsets_there_are_those_of_the_kernel_never_decrease",
+     "_never_decreasing", "«tl.minimum( →»tl.load(offsets_ptr + i, i <= B, other=0)«, total) →»"),
+    ("hopper backward: offsets as they come", OFFSETS, "_delta_and_lse_kernel",
+     "«_never_decreasing(cu_k_ptr, offsets_ptr + sequences + 1, sequences, total_k, 128) → "
+     "tl.store(offsets_ptr + sequences + 1 + tl.arange(0, 8), tl.load(cu_k_ptr + tl.arange(0, 8), "
+     "tl.arange(0, 8) <= sequences), tl.arange(0, 8) <= sequences)»"),
+    ("hopper backward: the sequence before the one whose tile begins", FOUND, "sequence_of",
+     "begin «<= → <» tile"),
+    ("hopper backward: the last sequence is not looked for", FOUND, "sequence_of",
+     "left > «1 → 2»"),
+    ("hopper backward: tiles of sequences meet", ONE_BY_ONE, "_first_tile",
+     "h * n_m + one.first_q // BLOCK_M« + b →»"),
+    ("hopper backward: too few tiles for sequences that begin anywhere", ONE_BY_ONE, "_tiles",
+     "length // ROWS« + sequences.B →»"),
+    ("hopper backward: tiles without keys have turns", ONE_BY_ONE, "_next_ticket",
+     "«_is_empty(ticket, tickets, n_heads, section, up, sizes, sequences) → False»"),
+    ("hopper backward: a sequence as long as another's keys", ONE_BY_ONE, "_one",
+     "gl.load(sequences.cu_k + b + 1) - «first_k → first_q»"),
+    ("hopper backward: keys count from the first sequence", ONE_BY_ONE, "_place",
+     "n - gl.load(sequences.cu_k + b) // KEYS« - b →»"),
+    ("hopper backward: lse and delta of another sequence", ONE_BY_ONE, "_copy",
+     "one.first_q // BLOCK_M« + place.b →»"),
+    ("hopper backward: keys of another sequence", ONE_BY_ONE, "_copy",
+     "coordinates(place.b, place.h, key, one.«first_k → first_q», T_k, VARLEN)"),
+    ("hopper backward: dk and dv go over the next sequence", ONE_BY_ONE, "_copy_results",
+     "one.first_k, «one.sizes.T_k → sizes.T_k - one.first_k»"),
+    ("hopper backward: tiles of dq count from the first sequence", ONE_BY_ONE, "_round",
+     "m -= one.first_q // BLOCK_M« + b →»"),
+    ("hopper backward: tiles without queries are waited for", ONE_BY_ONE, "_round",
+     "(m >= 0)« & (m * BLOCK_M < one.sizes.T_q) →»"),
+    ("hopper backward: tiles of dq before all sequences", NO_SEQUENCE, "_round",
+     "«(m >= 0) & →» (m * BLOCK_M < one.sizes.T_q)"),
+    ("hopper backward: tiles of keys before all sequences", NO_SEQUENCE, "_is_empty",
+     "«(place.n < 0) | →» (place.n * KEYS >= one.sizes.T_k)"),
+    ("hopper backward: rows of the next sequence behind the queries",
+     "backward_hopper::nothing_passes_from_one_sequence_to_the_next", "_delta_and_lse_kernel",
+     "(row < n_rows) & (in_sequence >= 0)« & (in_sequence < length) →»"),
+    ("hopper backward: all sequences have the first rows", ONE_BY_ONE, "_delta_and_lse_kernel",
+     "t = «first + →» in_sequence"),
+    ("hopper backward: as many tokens as the longest sequence has", ONE_BY_ONE, "backward_plans",
+     "{'do_strides': strides_of(do), 'T': «total_q → T_q», 'tiles': tiles, 'n_rows': n_rows}"),
 ],
 "ra_triton/kernels/attention/forward_hopper.py": [
     ("hopper: copies ahead of the kernel before",
@@ -715,12 +771,12 @@ TABLE: dict[str, list[tuple]] = {
     ("hopper: a window's first tile is left out", HOPPER_WINDOWS, "_keys",
      "gl.maximum(m + own - left« → + BLOCK_N», 0)"),
     ("hopper: a window's first key is not seen", HOPPER_WINDOWS, "_in_window",
-     "own - _anew(sizes.left)« → + 1»"),
+     "own - anew(sizes.left)« → + 1»"),
     ("hopper: a window's last key is not seen", HOPPER_WINDOWS, "_in_window",
-     "own« + 1 →» + _anew(sizes.right)"),
+     "own« + 1 →» + anew(sizes.right)"),
     ("hopper: a window goes beyond the keys", HOPPER_WINDOWS, "_in_window",
-     "«gl.minimum(offs_m + (own + 1 + _anew(sizes.right)), end) → "
-     "offs_m + (own + 1 + _anew(sizes.right))»"),
+     "«gl.minimum(offs_m + (own + 1 + anew(sizes.right)), end) → "
+     "offs_m + (own + 1 + anew(sizes.right))»"),
     ("hopper: the tile of a window's first keys is seen whole", HOPPER_WINDOWS, "_keys",
      "whole_begin = «gl.cdiv(gl.maximum(behind - 1 - left, 0), BLOCK_N) → begin»"),
     ("hopper: only the first tile of a window's first keys is masked", HOPPER_WINDOWS, "_cut",
@@ -739,11 +795,10 @@ TABLE: dict[str, list[tuple]] = {
      "_in_window(s, offs_m, n« - ahead →», tile, sizes, BLOCK_N)"),
     ("hopper: offsets read ahead of the kernel before", ALONE, "_attention_forward_hopper_kernel",
      "«follow(PDL) → pass»"),
-    ("hopper: rows of the next sequence", NEIGHBOURS, "_at", "FAR - length + row« →  - 1»"),
     ("hopper: keys of the sequence before", ALONE, "_copy",
      "n * BLOCK_N, tile.«first_k → first_q»"),
     ("hopper: lse of every sequence at its first row", ALONE, "_compute",
-     "tile.h.to(gl.int64) * _anew(sequences.total_q)« + tile.first_q →»"),
+     "tile.h.to(gl.int64) * anew(sequences.total_q)« + tile.first_q →»"),
     ("hopper: a sequence without queries has a tile", ALONE, "_tile_of_sequences",
      "place «< → <=» passed + tiles, b"),
     ("hopper: tiles of sequences before are forgotten", ALONE, "_tile_of_sequences",
@@ -890,6 +945,10 @@ TABLE: dict[str, list[tuple]] = {
     ("newer assemblers: tiles whose registers they spill",
      "hopper::newer_assemblers_get_tiles_of_two_groups_for_long_rows_of_64",
      "", "since=«(3, 9) → (9, 9)»"),
+],
+"ra_triton/kernels/attention/hopper_tiles.py": [
+    ("hopper: rows of the next sequence", NEIGHBOURS, "coordinates",
+     "FAR - length + row« →  - 1»"),
 ],
 "ra_triton/kernels/attention/decode.py": [
     ("decode: lengths beyond the cache",
