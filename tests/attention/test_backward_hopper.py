@@ -468,6 +468,22 @@ def test_gradients_of_sequences_go_into_a_buffer_of_the_projection(D):
     assert wide[untouched.to(wide.device)].isnan().all()
 
 
+@heads
+def test_offsets_at_any_address_have_a_launch_of_their_own(D):
+    """Else one that loads 16 bytes at a time would be launched on those that lie elsewhere."""
+    lengths = (30, 100)
+    q, k, v, do = operands(D, 130, 130)
+    expected = of_sequences(D, q, k, v, do, offsets_of(lengths, lengths))
+    one, other = offsets_of((7, *lengths), (7, *lengths))[:2]
+    shifted = Offsets(one[1:] - 7, (other - 7)[1:], 100, 100)
+    assert shifted.cu_seqlens_k.data_ptr() % 16
+    before = backward._one_pass_plans.cache_info().currsize
+    found = of_sequences(D, q, k, v, do, shifted)
+    assert backward._one_pass_plans.cache_info().currsize == before + 1
+    for name, t in found.items():
+        assert_bitwise(t, expected[name], name)
+
+
 UNSOUND = [
     *([0, 300, 100, 400], [-9, 2**31 - 1, -(2**31)], [400, 200, 0], [1, 3, 5], [0, 3, 1000]),
     *([300, 0, 300, 0, 300], [0, -5, 2**30, 50, 390], [390, 0, 400], [2**31 - 1] * 4),

@@ -271,6 +271,9 @@ TABLE: dict[str, list[tuple]] = {
      "«call.scores.dropout_p or →» call.softcap"),
     ("one pass: with a softcap too", TAKES_ONE_PASS, "_one_pass_plans",
      "call.scores.dropout_p« or call.softcap →»"),
+    ("one pass: offsets at whatever address",
+     "backward_hopper::offsets_at_any_address_have_a_launch_of_their_own", "attention_backward",
+     "on_16_bytes(o, lse, dlse, *«flat(offsets)[:2] → ()»)"),
     ("one pass: of no sequences too", TAKES_ONE_PASS, "_one_pass_plans",
      "call.softcap« or not B →»"),
     ("one pass: of sequences too short for tiles of their own", TAKES_ONE_PASS,
@@ -645,9 +648,8 @@ TABLE: dict[str, list[tuple]] = {
      "backward_hopper::whatever_offsets_there_are_those_of_the_kernel_never_decrease",
      "_never_decreasing", "«tl.minimum( →»tl.load(offsets_ptr + i, i <= B, other=0)«, total) →»"),
     ("hopper backward: offsets as they come", OFFSETS, "_delta_and_lse_kernel",
-     "«_never_decreasing(cu_k_ptr, offsets_ptr + sequences + 1, sequences, total_k, 128) → "
-     "tl.store(offsets_ptr + sequences + 1 + tl.arange(0, 8), tl.load(cu_k_ptr + tl.arange(0, 8), "
-     "tl.arange(0, 8) <= sequences), tl.arange(0, 8) <= sequences)»"),
+     "«_never_decreasing(cu_q_ptr, offsets_ptr, sequences, T, 128) → i = tl.arange(0, 8); "
+     "tl.store(offsets_ptr + i, tl.load(cu_q_ptr + i, i <= sequences), i <= sequences)»"),
     ("hopper backward: the sequence before the one whose tile begins", FOUND, "sequence_of",
      "begin «<= → <» tile"),
     ("hopper backward: the last sequence is not looked for", FOUND, "sequence_of",

@@ -403,7 +403,8 @@ def attention_backward(
     options = (sequences, causal, window_size, *scores, target, config)
     if dq is not None and dk is not None and dv is not None:
         gradients = (layout_of(dq), layout_of(dk), layout_of(dv))
-        of = (device, dtype, operands, gradients, on_16_bytes(o, lse, dlse), *options)
+        others = on_16_bytes(o, lse, dlse, *flat(offsets)[:2])
+        of = (device, dtype, operands, gradients, others, *options)
         plans = _one_pass_plans(*of)
         if plans is not None and (config is not None or gluon.works(ONE_PASS_STAGE)):
             try:
