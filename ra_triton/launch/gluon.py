@@ -45,6 +45,9 @@ try:
             add = ir.DESCRIPTOR_REDUCE_KIND.ADD
             _semantic.builder.create_async_tma_reduce(add, tensor_desc.handle, coord, src.handle)
 
+    # Whether it is called ``reinterpret``, as from Triton 3.9 on.
+    REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
     @jit
     def arrive_at(barrier, threads):  # type: ignore[no-untyped-def]
         """Count the calling threads at a named barrier, and go on."""
@@ -90,6 +93,7 @@ else:
 
 __all__ = [
     "MISSING",
+    "REINTERPRET",
     "TensorDescriptor",
     "arrive_at",
     "async_load",

@@ -151,6 +151,8 @@ class Shared:
             raise NotImplementedError("another dtype")
         return self._view(self.data.view(flat([shape])))
 
+    reinterpret = _reinterpret  # its name from Triton 3.9 on
+
     def permute(self, order: Sequence[int]) -> "Shared":
         return self._view(self.data.permute(flat(order)))
 

@@ -70,6 +70,7 @@ from ra_triton.kernels.tiles import (
 from ra_triton.launch import gluon
 from ra_triton.launch.configs import LaunchConfig, launch_config
 from ra_triton.launch.gluon import (
+    REINTERPRET,
     arrive_at,
     async_load,
     async_reduce_add,
@@ -382,7 +383,10 @@ def _staging(buffers, step, i):
     """Where dk (0, 1) and dv (2, 3) of the warpgroups lie: in ds of the step before ``step``."""
     ds = buffers.ds.index((step + 1) % 2)
     part: gl.constexpr = buffers.v.index(0).shape
-    four = ds._reinterpret(ds.dtype, [4] + part, buffers.v.layout)  # noqa: RUF005
+    if REINTERPRET:
+        four = ds.reinterpret(ds.dtype, [4] + part, buffers.v.layout)  # noqa: RUF005
+    else:
+        four = ds._reinterpret(ds.dtype, [4] + part, buffers.v.layout)  # noqa: RUF005
     return four.index(i)
 
 
