@@ -537,9 +537,10 @@ def test_tiles_of_sequences_do_not_meet_and_are_found(ROWS):
             assert len(own) == -(-int(lengths[b]) // ROWS)
             assert (own == -1).all()
             own.fill_(b)
-        found = torch.empty_like(tile)
-        _search[(1,)](cu, tile, found, len(tile), B, ROWS=ROWS)
-        assert torch.equal(found[owner >= 0], owner[owner >= 0])
+        given, asked = cu.to(DEVICE), tile.to(DEVICE)
+        found = torch.empty_like(asked)
+        _search[(1,)](given, asked, found, len(tile), B, ROWS=ROWS)
+        assert torch.equal(found.cpu()[owner >= 0], owner[owner >= 0])
 
 
 @pytest.mark.parametrize("B", [1, 15, 16, 40])

@@ -132,7 +132,7 @@ def one_plan(left_out: str) -> str:
 
 def before_other_keys(barrier: str) -> str:
     """The edit after which Hopper's backward goes on to other keys ahead of a barrier."""
-    lines = ["if before.n >= 0:", "    await_at(WORK_READ, TWO_WARPS)"]
+    lines = ["if before.n >= 0:", "    await_at(WORK_READ, THREE_WARPS)"]
     lines += ["    await_at(KEYS_READ, COMPUTING_AND_WARP)", "    if steps == 0 or not STAGED:"]
     lines += ["        _copy_results(buffers, results, before, sizes, sequences, step)"]
     found = "\n        ".join(lines)  # where the first one is
@@ -383,22 +383,31 @@ TABLE: dict[str, list[tuple]] = {
     ("hopper backward: a turn taken before it comes", BACKWARD_ORDER, "_add",
      "«while done != turn: → while done < 0:»"),
     ("hopper backward: turns are read without acquiring what was added", BACKWARD_ORDER, "_add",
-     "while done != turn: done = gl.atomic_add(turns_ptr + 1 + tile, 0, sem=«'acquire' → "
-     "'relaxed'»)"
-     " … tile = first + g * n_m + m; done = gl.atomic_add(turns_ptr + 1 + tile, 0, "
+     "while done != turn: done = gl.atomic_add(turns_ptr + 1 + ADDERS * tile + WHICH, 0, "
+     "sem=«'acquire' → 'relaxed'»)"
+     " … tile = first + g * n_m + m; "
+     "done = gl.atomic_add(turns_ptr + 1 + ADDERS * tile + WHICH, 0, "
      "sem=«'acquire' → 'relaxed'»)"),
     ("hopper backward: a turn read ahead is read without acquiring what was added",
      BACKWARD_ORDER, "_add", "tile = first + g * n_m + m; "
-     "done = gl.atomic_add(turns_ptr + 1 + tile, 0, sem=«'acquire' → 'relaxed'»)"),
+     "done = gl.atomic_add(turns_ptr + 1 + ADDERS * tile + WHICH, 0, "
+     "sem=«'acquire' → 'relaxed'»)"),
     ("hopper backward: the last ticket's turn is that of the next one's first tile",
      GROUPS_OF_HEADS, "_add", "«while ticket < tickets: → done = -1\n    while ticket < tickets:» "
      "… tile = first + m«; done = -1 →»"),
     ("hopper backward: turns are passed on without releasing what was added", BACKWARD_ORDER,
-     "_add", "gl.atomic_add(turns_ptr + 1 + added, 1, sem=«'release' → 'relaxed'»)"),
+     "_add", "gl.atomic_add(turns_ptr + 1 + ADDERS * added + WHICH, 1, "
+     "sem=«'release' → 'relaxed'»)"),
     ("hopper backward: turns are passed on before the sums are written", BACKWARD_ORDER, "_add",
      "«store_wait_written() → pass»"),
     ("hopper backward: the turn of the tile that comes next is passed on", BACKWARD_ORDER, "_add",
-     "turns_ptr + 1 + «added → tile»"),
+     "turns_ptr + 1 + ADDERS * «added → tile»"),
+    ("hopper backward: both halves have one turn", BACKWARD_ORDER, "_add",
+     "turns_ptr + 1 + ADDERS * added« + WHICH →», 1"),
+    ("hopper backward: the other warp of a half takes it too", BACKWARD_ORDER, "_add",
+     "«if WHICH >= ADDERS: tiles = 0 →»"),
+    ("hopper backward: dq is rounded when one half has been added", BACKWARD_ORDER, "_round",
+     "gl.static_range(«ADDERS → 1»)"),
     ("hopper backward: dq is added past a missing fence of what was acquired", BACKWARD_ORDER,
      "_add", "«fence_async_global() → pass»"),
     ("hopper backward: sums are read past a missing fence of what was acquired", BACKWARD_ORDER,
@@ -483,7 +492,7 @@ TABLE: dict[str, list[tuple]] = {
     ("hopper backward: work is written before the last has been read", NO_QUERIES, "_copy",
      before_other_keys("WORK_READ")),
     ("hopper backward: the end is written before the last work has been read", NO_QUERIES,
-     "_copy", "«await_at(WORK_READ, TWO_WARPS) → arrive_at(WORK_READ, TWO_WARPS)»; "
+     "_copy", "«await_at(WORK_READ, THREE_WARPS) → arrive_at(WORK_READ, THREE_WARPS)»; "
      "await_at(KEYS_READ, COMPUTING_AND_WARP); "
      "_copy_results(buffers, results, before, sizes, sequences, step)"),
     ("hopper backward: the keys of the next ticket come in the phase of the last", BACKWARD_ORDER,
@@ -558,9 +567,9 @@ TABLE: dict[str, list[tuple]] = {
      "dk« * (scale_log2 * LN2) →»"),
     # The rounding warp
     ("hopper backward: dq is rounded before all is added", BACKWARD_ORDER, "_round",
-     "«while done != turns: → while done < 0:»"),
+     "while gl.atomic_add(counter, 0, sem='relaxed') «!= turns → < 0»: pass"),
     ("hopper backward: sums are read without acquiring what was added", BACKWARD_ORDER, "_round",
-     "gl.atomic_add(turns_ptr + 1 + tile, 0, sem=«'acquire' → 'relaxed'»)"),
+     "gl.minimum(done, gl.atomic_add(counter, 0, sem=«'acquire' → 'relaxed'»))"),
     ("hopper backward: what nobody wrote is dq", HOPPER_NO_KEYS, "_round",
      "«gl.where(done > 0, tile, n_heads * n_m) → tile»"),
     ("hopper backward: dq without its scale", HOPPER_GRADIENTS, "_round",
@@ -612,8 +621,7 @@ TABLE: dict[str, list[tuple]] = {
      "_delta_and_lse_kernel", "«tl.store(turns_ptr + row, 0, row == 0) → pass»"),
     ("hopper backward: turns go on from the launch before", BACKWARD_ORDER,
      "_delta_and_lse_kernel",
-     "«tl.store(turns_ptr + 1 + row // BLOCK_M, 0, (row < n_rows) & (in_head % "
-     "BLOCK_M == 0)) → pass»"),
+     "«tl.store(turns_ptr + 1 + 2 * (row // BLOCK_M) + i, 0, begins) → pass»"),
     ("hopper backward: dropout is ignored", "backward_hopper::calls_that_it_does_not_have_raise",
      "backward_plans", "«call.scores.dropout_p or →» call.softcap"),
     ("hopper backward: a softcap is ignored", "backward_hopper::calls_that_it_does_not_have_raise",
