@@ -52,8 +52,9 @@ STAGES = (
     *(append, decode, compose, compose_backward),
 )
 _HOPPER = "attention_forward_hopper"  # elsewhere these launches are those of _FORWARD
-_FORWARD, _BACKWARD = "attention_forward", "delta key_value_gradient query_gradient"
 _HOPPER_BACKWARD = "delta_and_lse attention_backward_hopper"
+_FORWARD = "attention_forward"
+_BACKWARD = f"delta key_value_gradient query_gradient {_HOPPER_BACKWARD}"  # whichever a call takes
 _DECODE = "decode decode_combine"
 _WEIGHT, _BIAS = "weight_gradient add_splits", "column_sum add_splits"
 _COMPOSE = "compose_backward compose_sums"

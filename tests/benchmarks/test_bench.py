@@ -386,8 +386,14 @@ class FakeCUDA:
         calls = []
         return SimpleNamespace(calls=calls, replay=lambda: [call() for call in calls])
 
+    def current_stream(self):
+        return "the default one"
+
+    default_stream = current_stream
+
     @contextmanager
-    def graph(self, graph):
+    def graph(self, graph, stream):
+        assert stream is None  # a new one: nobody captures the default one
         self.recording = graph.calls
         yield
         self.recording = None

@@ -444,7 +444,7 @@ with compile_for("sm_90") as compiled:
     attention_backward.attention_backward(q, k, v, o, lse, do, dq, dk, dv, **options)
     for_rows = torch.zeros(1, 2, 256), torch.zeros(3, dtype=torch.int32)
     backward_hopper.Plans.__call__ = lambda plans, q, k, v, o, lse, do, dlse, *gradients: (
-        plans.rows(o, do, lse, dlse, *for_rows)
+        plans.rows(o, do, lse, dlse, *for_rows, None, None)
     )
     long = torch.zeros(1, 256, 1, 64, dtype=torch.float16)
     statistics, grads = torch.zeros(1, 1, 256), [long] * 3

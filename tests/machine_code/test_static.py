@@ -80,7 +80,7 @@ def assert_sound(rows: list[dict], complete: bool) -> None:
 
 MAIN = [  # target, kernels, how many they are
     ("sm_90", "^attention_forward_hopper .* D=(64|128) causal=True( T=1024)?$", 3),
-    ("sm_90", "^attention_backward_hopper bfloat16 D=(64|128)$", 2),
+    ("sm_90", "^attention_backward_hopper bfloat16 D=(64|128) causal=True$", 2),
     ("sm_80", "^(attention_forward|key_value_gradient) bfloat16 D=64 causal=True", 2),
     ("sm_120", "^(attention_forward|delta|pack) float16 D=64 (causal|in_place)=True", 3),
 ]
