@@ -732,8 +732,8 @@ def test_named_barriers_are_not_those_of_the_compiler():
         **{int(b.DQ_FULL.value) + w: 160 for w in range(2)},
         **{int(b.DQ_EMPTY.value) + w: 160 for w in range(2)},
         **{int(b.EMPTY.value) + stage: 288 for stage in range(2)},
-        **{int(b.RESULTS_READY.value): 288, int(b.WORK_TO_ADD.value): 64},
-        **{int(b.WORK_READ.value): 64},
+        **{int(b.RESULTS_READY.value): 288, int(b.WORK_TO_ADD.value): 96},
+        **{int(b.WORK_READ.value): 96},
     }
     assert len(own) == 12
     for barriers in found.values():
