@@ -172,10 +172,10 @@ def _await_copies(pendings: int, what: str) -> None:
 
 
 def fence_async_shared(cluster: bool = False) -> None:
-    """Stores to shared memory ahead of it, also others', are seen by asynchronous engines.
+    """Make earlier stores to shared memory, also other partitions', visible to the async proxy.
 
-    A fence of whoever reads will do in one CTA: it has to be on the path from the store to the
-    engine (PTX ISA, "Proxy-preserved base causality order").
+    Within a CTA the fence may be on the reading side: it has to lie on the causality path from the
+    store to the copy or product (PTX ISA, "Proxy-preserved base causality order").
     """
     me = scheduler.run.current
     me.fenced |= me.known

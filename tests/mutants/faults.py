@@ -299,7 +299,7 @@ TABLE: dict[str, list[tuple]] = {
      "attention_backward", "config is not None or «gluon.works(ONE_PASS_STAGE) → True»"),
     ("one pass: not computed by others where it does not compile", GIVES_WAY,
      "attention_backward", "«if config is not None: → if True:»"),
-    ("one pass: nobody says that it does not compile", GIVES_WAY,
+    ("one pass: a kernel that does not compile is tried again", GIVES_WAY,
      "attention_backward", "«gluon.give_up(ONE_PASS_STAGE, error.__cause__) → pass»"),
     ("one pass: a warning without the compiler's words", GIVES_WAY,
      "attention_backward", "gluon.give_up(ONE_PASS_STAGE, error«.__cause__ →»)"),

@@ -94,7 +94,7 @@ HALF = gl.constexpr(64)  # keys of a warpgroup: what one WGMMA takes
 KEYS = gl.constexpr(128)  # of a program
 # Of a thread that computes: what two warpgroups and one of 24 leave of the 65536 of an SM.
 REGISTERS = gl.constexpr(240)
-COPIER_REGISTERS = gl.constexpr(24)  # of one that copies or adds: the least there is
+COPIER_REGISTERS = gl.constexpr(24)  # of one that copies, adds or rounds: the least there is
 COMPUTING = gl.constexpr(256)  # threads
 COMPUTING_AND_WARP = gl.constexpr(256 + 32)
 ONE_GROUP_AND_WARP = gl.constexpr(128 + 32)
@@ -156,7 +156,7 @@ class Buffers(NamedTuple):
     rows: gl.shared_memory_descriptor  # lse and delta
     ds: gl.shared_memory_descriptor
     dq: gl.shared_memory_descriptor  # one for each warpgroup
-    sums: gl.shared_memory_descriptor  # two parts of a tile of dq, of all programs
+    sums: gl.shared_memory_descriptor  # two quarters of a tile of dq, added by all programs
     rounded: gl.shared_memory_descriptor  # the same, as they leave
     work: gl.shared_memory_descriptor  # what comes next
     k_full: gl.shared_memory_descriptor
@@ -221,7 +221,7 @@ def _delta_and_lse_kernel(
     lse_ptr,  # contiguous [B, H, T], as the next
     dlse_ptr,  # or None
     rows_ptr,  # [B * H, 2, whole tiles]
-    turns_ptr,  # [1 + B * H * tiles], with offsets [2, sequences + 1] behind
+    turns_ptr,  # [1 + 2 * B * H * tiles], with offsets [2, sequences + 1] behind
     cu_q_ptr,  # offsets of sequences, or None
     cu_k_ptr,
     do_strides,
@@ -299,10 +299,10 @@ def _one(b, sizes, sequences) -> One:
 
 @gluon.jit
 def _place(ticket, n_heads, section, up, sizes, sequences) -> Place:
-    """The keys of a ticket: heads fastest, the last keys first, ``section`` heads at a time.
+    """The keys of a ticket: heads fastest, ``section`` of them at a time.
 
-    From head ``up`` on the first keys come first: most work, where the mask is causal. Sequences
-    come one after another, as keys of one length do.
+    Up to head ``up`` the last keys come first. From it on the first keys do: most work, where the
+    mask is causal. Sequences come one after another, as keys of one length do.
     """
     n_n = _tiles(sizes.T_k, sequences, KEYS)
     head, n = head_and_tile(ticket, n_heads, n_n, section, True)
@@ -857,7 +857,7 @@ def _compute(
         else:
             arrive_at(KEYS_READ, COMPUTING_AND_WARP)
         begin += steps
-        await_at(DS_READY, COMPUTING)  # both have read ds and k; its buffer takes dk, and v's dv
+        await_at(DS_READY, COMPUTING)  # both have read ds and k
         dk_out = (dk * (scale_log2 * LN2)).to(DTYPE)
         if STAGED:
             _staging(buffers, begin, WHICH).reshape((HALF, D)).store(dk_out)
@@ -886,7 +886,7 @@ def _attention_backward_hopper_kernel(
     dq_source,
     dk_source,
     dv_source,
-    turns_ptr,  # int32 [1 + B * H * query tiles], zeros: the next ticket, and the turns
+    turns_ptr,  # int32 [1 + 2 * B * H * query tiles], zeros: the next ticket, and the turns
     B,  # with VARLEN of the sequences, whose offsets [2, B + 1] are behind the turns of H heads
     H_kv,
     group,  # H // H_kv
@@ -1002,7 +1002,7 @@ class Plans(NamedTuple):
             CannotCompile: the compiler does not take the second kernel; nothing was launched.
 
         Allocates for the queries in whole tiles 4 bytes of sums for each number, 8 for each row
-        and 4 for each tile; of sequences for one tile more each, and for their offsets.
+        and 8 for each tile; of sequences for one tile more each, and for their offsets.
         """
         bulk, device = self.one_pass.bulk, q.device
         rows, sums = (
