@@ -704,27 +704,21 @@ def _keys_of(buffers, WHICH: gl.constexpr):
 
 
 @gluon.jit
-def _first_product(buffers, step, WHICH: gl.constexpr, S_LAYOUT: gl.constexpr):
-    """``k qᵀ`` of a step, when q is there."""
-    STAGES: gl.constexpr = buffers.q.shape[0]
-    BLOCK_M: gl.constexpr = buffers.q.shape[-2]
-    stage, q, _, _ = _rows_of(buffers, step)
-    _, k, _ = _keys_of(buffers, WHICH)
-    mbarrier.wait(buffers.q_full.index(stage), step // STAGES & 1)
+def _scores(keys, queries, full, step, S_LAYOUT: gl.constexpr):
+    """``k qᵀ`` or ``v doᵀ`` of a step, when its q or do is there; still being computed."""
+    STAGES: gl.constexpr = full.shape[0]
+    BLOCK_M: gl.constexpr = queries.shape[0]
+    mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
     nothing = gl.zeros([HALF, BLOCK_M], gl.float32, layout=S_LAYOUT)
-    return warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    return warpgroup_mma(keys, queries.permute((1, 0)), nothing, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _second_product(buffers, step, WHICH: gl.constexpr, S_LAYOUT: gl.constexpr):
-    """``v doᵀ`` of a step, when do is there."""
-    STAGES: gl.constexpr = buffers.q.shape[0]
-    BLOCK_M: gl.constexpr = buffers.q.shape[-2]
-    stage, _, do, _ = _rows_of(buffers, step)
-    _, _, v = _keys_of(buffers, WHICH)
-    mbarrier.wait(buffers.do_full.index(stage), step // STAGES & 1)
-    nothing = gl.zeros([HALF, BLOCK_M], gl.float32, layout=S_LAYOUT)
-    return warpgroup_mma(v, do.permute((1, 0)), nothing, use_acc=False, is_async=True)
+def _first_scores(buffers, step, WHICH: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """``k qᵀ`` of a step."""
+    _, q, _, _ = _rows_of(buffers, step)
+    _, k, _ = _keys_of(buffers, WHICH)
+    return _scores(k, q, buffers.q_full, step, S_LAYOUT)
 
 
 @gluon.jit
@@ -753,7 +747,8 @@ def _go_on(
     EARLY: gl.constexpr = 1 if BLOCK_M == 128 and not LAST else 0
     dq_zero = gl.zeros([HALF, HALF], gl.float32, layout=DQ_LAYOUT)
     stage, q, do, rows = _rows_of(buffers, step)
-    dp = _second_product(buffers, step, WHICH, S_LAYOUT)
+    _, _, v = _keys_of(buffers, WHICH)
+    dp = _scores(v, do, buffers.do_full, step, S_LAYOUT)
     # Loaded after the wait: before it they would hold registers while products run.
     p = gl.exp2(s * scale_log2 - rows.slice(0, 1, 0).load(S_LAYOUT))
     cut = (column > 1 - HALF) | (keys < HALF)
@@ -794,7 +789,7 @@ def _go_on(
     ds_narrow = gl.convert_layout(ds, P_LAYOUT)
     dk = warpgroup_mma(ds_narrow, q, dk, is_async=True)
     if EARLY:
-        s = _first_product(buffers, step + 1, WHICH, S_LAYOUT)
+        s = _first_scores(buffers, step + 1, WHICH, S_LAYOUT)
     dq, dv, p_narrow = warpgroup_mma_wait(1 + EARLY, deps=[dq, dv, p_narrow])
     await_at(DQ_EMPTY + WHICH, ONE_GROUP_AND_WARP)
     zero = opaque_zero()
@@ -803,7 +798,7 @@ def _go_on(
     if LAST:
         arrive_at(KEYS_READ, COMPUTING_AND_WARP)
     if not EARLY and not LAST:
-        s = _first_product(buffers, step + 1, WHICH, S_LAYOUT)
+        s = _first_scores(buffers, step + 1, WHICH, S_LAYOUT)
     if LAST:
         dk, ds_narrow = warpgroup_mma_wait(0, deps=[dk, ds_narrow])
     else:
@@ -840,7 +835,7 @@ def _compute(
         mbarrier.wait(buffers.k_full.index(0), _read(buffers.work, K_PHASE, 4))
         if steps > 0:
             last = begin + steps - 1
-            s = _first_product(buffers, begin, WHICH, S_LAYOUT)
+            s = _first_scores(buffers, begin, WHICH, S_LAYOUT)
             s = warpgroup_mma_wait(0, deps=[s])
             heads = group
             for step in range(begin, last):
