@@ -326,7 +326,7 @@ SPECIALISED = (
 )
 
 # The backward for Hopper in one pass, by head dim: static, the largest tiles without spills. On an
-# H200 (torch 2.11, Triton 3.6.0), causal, bf16, 16384 tokens, width 2048, in us, and in brackets
+# H200 (torch 2.11, Triton 3.6.0; two runs), causal, bf16, 16384 tokens, width 2048, us; in brackets
 # the two plain kernels: D = 64, T = 256: 311 (338), 1024: 507 (697), 16384: 5399 (7618); D = 128,
 # 256: 318 (347), 1024: 469 (688), 16384: 4541 (7413). Triton 3.9 spills 24 to 36 bytes for
 # D = 64, 20 to 28 for 128, some of them in the loop; 3.8 four for one length, outside of it.
