@@ -6,7 +6,8 @@
 Every candidate is compiled first, in parallel, and dropped if it spills registers or does not fit.
 It is then run on a small problem of odd sizes and compared with the FP64 reference; only one that
 passes is timed, as replays of a CUDA graph, in turns with the others; times of the attention
-gradients hold the launch of delta, which comes before each. The package itself never
+gradients hold the launch of delta, which comes before each. attention_backward is Hopper's kernel
+for dq, dk and dv at once; where there is none, that is printed instead. The package itself never
 measures anything: what this prints is copied into its table on purpose.
 """
 
@@ -30,8 +31,8 @@ from bench.harness.gate import RMS_FACTOR, ROW_FACTOR
 from bench.harness.options import DTYPES, check_outputs, count, parser_of, seconds
 from bench.harness.report import environment
 from bench.harness.timing import Entrant, Timing, measure
-from ra_triton.kernels.tiles import target_of
-from ra_triton.launch.configs import LaunchConfig, launch_config, warp_specialised
+from ra_triton.kernels.tiles import TRITON_VERSION, target_of
+from ra_triton.launch.configs import LaunchConfig, launch_config, one_pass, warp_specialised
 from ref import reciprocal_attention as ref
 
 TOKENS = 16384  # B * T of a problem that is timed
@@ -71,6 +72,7 @@ class Problem:
             "attention_forward": 2,
             "key_value_gradient": 4,
             "query_gradient": 3,
+            "attention_backward": 5,
         }
         C = self.H * self.D
         if self.stage in products:
@@ -96,6 +98,15 @@ def gradient_candidates() -> list[LaunchConfig]:
     return [LaunchConfig(m, w, s, block_n=n) for m, n, w, s in sizes if m * n < 128 * 64 * w / 4]
 
 
+def one_pass_candidates() -> list[LaunchConfig]:
+    """Of the backward kernel for Hopper: queries, keys, buffers of queries, and warpgroups.
+
+    Today it has one of these for each head dim, and says so of the others.
+    """
+    sizes = itertools.product((64, 128), (64, 128), (2, 3), (2, 3))
+    return [LaunchConfig(m, 4, s, block_n=n, groups=g) for m, n, s, g in sizes]
+
+
 def gemm_candidates() -> list[LaunchConfig]:
     """Tiles of rows by columns, and the depth of a step."""
     sizes = itertools.product((64, 128, 256), (64, 128, 256), (32, 64), (4, 8), (3, 4))
@@ -107,11 +118,13 @@ def gemm_candidates() -> list[LaunchConfig]:
 
 
 KERNELS = {"input_gradient": "projection"}  # where the kernel's name is not the stage's
+ONE_PASS_IS_FOR = "sm_90, 16 bits, heads of 64 or 128, and 256 tokens or more"
 GEMMS = ("projection", "input_gradient", "weight_gradient")
 CANDIDATES = {
     "attention_forward": attention_candidates,
     "key_value_gradient": gradient_candidates,
     "query_gradient": gradient_candidates,
+    "attention_backward": one_pass_candidates,
     "projection": gemm_candidates,
     "input_gradient": gemm_candidates,
     "weight_gradient": gemm_candidates,
@@ -168,24 +181,26 @@ def _attention(problem: Problem, allocate: Allocate) -> tuple[Launch, Callable[.
     if problem.stage == "attention_forward":
         return forward, lambda dtype: ref.packed_attention(*(t.to(dtype) for t in (q, k, v)))
 
-    for_keys = problem.stage == "key_value_gradient"
+    of = {"key_value_gradient": (1, 2), "query_gradient": (0,), "attention_backward": (0, 1, 2)}
+    wanted = of[problem.stage]  # of dq, dk and dv
     saved: list[Tensor] = []
 
     def backward(config: LaunchConfig | None) -> Sequence[Tensor]:
         if not saved:
             saved.extend(forward(None))
-        dq, dk, dv = torch.empty_like(qkv).unbind(2)
-        wanted = (None, dk, dv) if for_keys else (dq, None, None)
+        grads = torch.empty_like(qkv).unbind(2)
+        dq, dk, dv = (t if i in wanted else None for i, t in enumerate(grads))
+        o, lse = saved
         attention_backward(
-            *(q, k, v, *saved, do, *wanted), causal=True, softmax_scale=None, config=config
+            q, k, v, o, lse, do, dq, dk, dv, causal=True, softmax_scale=None, config=config
         )
-        return [t for t in wanted if t is not None]
+        return [grads[i] for i in wanted]
 
     def exact(dtype: torch.dtype) -> Sequence[Tensor]:
-        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        leaves = [t.to(dtype).detach().requires_grad_() for t in (q, k, v)]
         out, _ = ref.packed_attention(*leaves)
         grads = torch.autograd.grad(out, leaves, do.to(dtype))
-        return grads[1:] if for_keys else grads[:1]
+        return [grads[i] for i in wanted]
 
     return backward, exact
 
@@ -228,17 +243,28 @@ def failure(problem: Problem, config: LaunchConfig, device: torch.device) -> str
     return None
 
 
-def tune(problem: Problem, budget: float, workers: int) -> list[dict[str, Any]]:
+def shipped_for(problem: Problem, name: str) -> LaunchConfig | None:
+    """What a target launches a stage with, or None where it has no kernel for that."""
+    of = (problem.D, DTYPES[problem.dtype], name)
+    if problem.stage == "attention_backward":
+        return one_pass(*of, problem.T)
+    own = None
+    if problem.stage == "attention_forward":
+        own = warp_specialised(*of, problem.T, True, TRITON_VERSION)
+    return own or launch_config(problem.stage, *of, True)
+
+
+def tune(
+    problem: Problem, shipped: LaunchConfig, budget: float, workers: int
+) -> list[dict[str, Any]]:
     """One row per candidate, the fastest first, dropped ones last; the shipped one is marked."""
     device = torch.device("cuda")
     name = target_of(device)
-    shipped = launch_config(problem.stage, problem.D, DTYPES[problem.dtype], name, True)
     use_tma = name == "sm_90" and problem.dtype != "fp32"
     candidates = CANDIDATES[problem.stage]()
-    if problem.stage == "attention_forward":
-        own = warp_specialised(problem.D, DTYPES[problem.dtype], name, problem.T, causal=True)
-        if own is not None:
-            candidates, shipped = [shipped, *candidates, *warp_specialised_candidates()], own
+    if problem.stage == "attention_forward" and shipped.groups > 1:
+        plain = launch_config(problem.stage, problem.D, DTYPES[problem.dtype], name, True)
+        candidates = [plain, *candidates, *warp_specialised_candidates()]
     candidates = [replace(c, use_tma=use_tma, pdl=shipped.pdl) for c in candidates]
     candidates = list(dict.fromkeys([shipped, *candidates]))
     spawn = multiprocessing.get_context("spawn")
@@ -317,6 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device here, and there is nothing to tune without one")
 
+    name = target_of(torch.device("cuda"))
     env = environment(torch.device("cuda"))
     print(", ".join(f"{key} {value}" for key, value in env.items()))
     rows = []
@@ -324,9 +351,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         lengths = args.T[:1] if stage in GEMMS else args.T  # a GEMM sees B * T alone
         for T in lengths:
             problem = Problem(stage, args.dtype, D, T, max(1, TOKENS // T))
-            tuned = tune(problem, args.seconds, args.workers)
-            rows += tuned
             print(f"\n# {problem}", flush=True)
+            shipped = shipped_for(problem, name)
+            if shipped is None:
+                print(f"# no such kernel: it is for {ONE_PASS_IS_FOR}; this is {name}", flush=True)
+                continue
+            tuned = tune(problem, shipped, args.seconds, args.workers)
+            rows += tuned
             shown = [r for i, r in enumerate(tuned) if i < args.top or r["shipped"]]
             print("\n".join(describe(row, env["device"]) for row in shown), flush=True)
     if args.json:

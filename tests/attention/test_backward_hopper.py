@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,38 @@ def test_calls_that_it_does_not_have_raise():
     unaligned = torch.empty(k.numel() + 1, dtype=k.dtype, device=DEVICE)[1:].view(k.shape)
     with pytest.raises(ValueError, match="suit bulk copies"):
         backward.attention_backward(q, k, v, o, lse, do, grads[0], unaligned, grads[2], **options)
+
+
+@heads
+@pytest.mark.parametrize(
+    "other",
+    [
+        *({"block_m": 32}, {"block_n": 64}, {"num_warps": 8}, {"num_stages": 3}, {"groups": 3}),
+        {"num_stages": 1},  # would never end
+    ],
+)
+def test_no_other_config_is_taken_for_its_own(D, other):
+    inputs = operands(D, 40, 40)
+    o, lse = exact_attention(*inputs[:3])
+    o, lse = o.to(inputs[0].dtype).contiguous(), lse.float()
+    grads = [torch.empty_like(t) for t in inputs[:3]]
+    config = replace(ONE_PASS[D], **other)
+    with pytest.raises(ValueError, match=f"heads of {D} has tiles of .* got LaunchConfig"):
+        backward.attention_backward(
+            *inputs[:3], o, lse, inputs[3], *grads, causal=True, softmax_scale=None, config=config
+        )
+
+
+@pytest.mark.parametrize(("D", "dtype"), [(64, torch.float32), (96, torch.float16)])
+def test_other_heads_and_dtypes_with_its_config_raise(D, dtype):
+    q, k, v, do = operands(D, 40, 40, dtype)
+    o, lse = exact_attention(q, k, v)
+    grads = [torch.empty_like(t) for t in (q, k, v)]
+    with pytest.raises(ValueError, match="16-bit heads of 64 or 128 lanes, got D = "):
+        backward.attention_backward(
+            q, k, v, o.to(dtype).contiguous(), lse.float(), do, *grads,
+            causal=True, softmax_scale=None, config=ONE_PASS[64],
+        )  # fmt: skip
 
 
 def test_nothing_is_launched_where_it_does_not_compile():

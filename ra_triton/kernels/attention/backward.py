@@ -386,7 +386,7 @@ def attention_backward(
 
     Raises:
         ValueError: a config of ``ONE_PASS`` where one of dq, dk and dv is None, or for a call that
-            the kernel does not have.
+            the kernel does not have; one of several groups that is not in it.
     """
     if q.numel() == 0 or k.numel() == 0:
         for t in (dq, dk, dv):

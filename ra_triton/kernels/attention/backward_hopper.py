@@ -39,6 +39,7 @@ decrease, so the first launch makes such offsets of those that it gets.
 After FlashAttention-3 (arXiv:2407.08608). Overwrites only dq, dk and dv.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -1022,7 +1023,8 @@ def backward_plans(
     """The launches for operands and ``(dq, dk, dv)`` that suit bulk copies, on so many SMs.
 
     Raises:
-        ValueError: dropout, a softcap, or memory that does not suit bulk copies.
+        ValueError: dropout, a softcap, memory that does not suit bulk copies, or a head dim, dtype
+            or config that the kernel does not have.
     """
     (q, k, v, do), (dq, dk, dv) = call.inputs, gradients
     (B, T_q, _, H, H_kv, group), D, dtype = call.sizes, q.shape[3], call.dtype
@@ -1033,7 +1035,19 @@ def backward_plans(
         )
     if not call.aligned or not all(is_aligned(t, dtype) for t in gradients):
         raise ValueError("Hopper's backward takes q, k, v, do, dq, dk and dv that suit bulk copies")
-    M, options = config.block_m, config.options
+    if D not in (64, 128) or dtype.itemsize != 2:
+        raise ValueError(
+            f"Hopper's backward has 16-bit heads of 64 or 128 lanes, got D = {D} in {dtype}"
+        )
+    # With one stage q would wait for scores that wait for the next q; more have no barriers.
+    M = 2 * HALF.value**2 // D
+    has = LaunchConfig(M, 4, 2, block_n=KEYS.value, groups=2)
+    if replace(config, use_tma=False, pdl=False) != has:
+        raise ValueError(
+            f"Hopper's backward of heads of {D} has tiles of {M} queries by {KEYS.value} keys, two "
+            f"stages and two groups of 4 warps, got {config}"
+        )
+    options = config.options
     # With sequences all of them are of one batch element, and B, T_q and T_k of the sequences.
     batches, total_q, total_k = q.shape[0], q.shape[1], k.shape[1]
     n_heads = batches * H_kv
