@@ -396,6 +396,8 @@ def _specialised() -> Iterator[_Launch]:
             call = _attention(bf16, D, T=T, B=1 if "offsets" in options else 2)
             config = capped if "softcap" in options else row
             yield _HOPPER, label, partial(call, config=config, **options)
+    narrow = _attention(bf16, 128, T=4096)
+    yield _HOPPER, "bfloat16 D=128 narrow window", partial(narrow, window_size=(127, 0))
 
 
 def _with_dropout(launch: Callable[..., Any]) -> Callable[[], Any]:

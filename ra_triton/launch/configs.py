@@ -5,6 +5,7 @@ every run, and a new length never retunes. :data:`TABLE` has the rows of each st
 them; the first row that a call fits is taken.
 """
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -69,6 +70,7 @@ HOLDS: dict[str, Callable[[Any, Any], bool]] = {  # a call's value and a row's; 
     "D": operator.le,
     "on": lambda target, targets: target in targets.split(),
     "below": operator.lt,
+    "within": operator.lt,
     "since": operator.ge,
 }
 
@@ -90,9 +92,10 @@ def row(
     ``when``, all of which has to hold: ``D``, a head dim of at most this; ``on``, one of these
     targets, separated by blanks; ``fp32``, ``aligned``, ``dropout``, ``causal``, ``window``,
     ``softcap``, ``varlen``, the same; ``cut``, whether aligned operands have a window or variable
-    lengths; ``below``, fewer queries or keys than this; ``since``, this version of Triton or a
-    newer one. ``why``: what chose the row. "static": the compiled machine code: no spilled
-    register, asynchronous loads, two CTAs per SM where they fit.
+    lengths; ``below``, fewer queries or keys than this; ``within``, a window of fewer keys than
+    this; ``since``, this version of Triton or a newer one. ``why``: what chose the row. "static":
+    the compiled machine code: no spilled register, asynchronous loads, two CTAs per SM where they
+    fit.
     """
     return Row(when, LaunchConfig(m, warps, stages, n, k, tma, groups=groups), why)
 
@@ -318,11 +321,15 @@ SPECIALISED = (
     row(D=128, softcap=True, m=64, n=64, warps=4, stages=3, tma=True, groups=2,
         why="T = 4096: 854 us (909), with 128 keys, which spill, 1092 us; sequences: 605 us "
         "(2294), in a window of 1023 keys 401 us (1407)"),
+    row(D=128, within=256, since=(3, 9), m=64, n=128, warps=4, stages=2, tma=True, groups=2,
+        why="static: the next row spills 40 bytes, outside of the hot loop"),
+    row(D=128, within=256, varlen=False, m=64, n=64, warps=4, stages=3, tma=True, groups=2,
+        why="127 keys, T = 2048 and 8192: 87 to 92 us (117, 116), in tiles of 128 keys 103 to 113"),
     row(D=128, m=64, n=128, warps=4, stages=2, tma=True, groups=2,
         why="T = 512: 110 us (138, 102), 1024: 148 us (204, 160), 2048: 249 us (314, 272), "
-        "4096: 430 us (597, 515), 16384: 1692 us (2106, 1974); 127 keys, T = 2048: 105 us (117), "
-        "8192: 105 us (116), 1023 keys: 259 us (329); sequences, T = 1024: 154 us (472), 4096: "
-        "307 us (1053), in a window of 1023 keys: 221 us (1149)"),
+        "4096: 430 us (597, 515), 16384: 1692 us (2106, 1974); 1023 keys: 259 us (329); "
+        "sequences, T = 1024: 154 us (472), 4096: 307 us (1053), in a window of 1023 keys: 221 us "
+        "(1149)"),
 )
 
 # The backward for Hopper in one pass, by head dim: static, the largest tiles without spills. On an
@@ -416,7 +423,7 @@ def warp_specialised(
     causal: bool,
     triton: tuple[int, ...] = (3, 7),
     *,
-    window: bool = False,
+    keys: int | None = None,
     softcap: bool = False,
     varlen: bool = False,
 ) -> LaunchConfig | None:
@@ -429,14 +436,15 @@ def warp_specialised(
         length: queries or keys, whichever are fewer; with ``varlen`` the most of a sequence.
         causal: whether tiles of keys are cut by the diagonal.
         triton: major and minor version.
-        window: whether attention has a window.
+        keys: the most that a query sees in a window, with its own; None without a window.
         softcap: whether scores are capped.
         varlen: whether sequences of different lengths lie one after the other.
     """
     if target != "sm_90" or dtype == torch.float32 or length < 256 or head_dim not in (64, 128):
         return None
     call = {"D": head_dim, "below": length, "causal": causal, "since": triton}
-    call |= {"window": window, "softcap": softcap, "varlen": varlen}
+    call |= {"window": keys is not None, "within": math.inf if keys is None else keys}
+    call |= {"softcap": softcap, "varlen": varlen}
     config = first_of(SPECIALISED, call).config
     return replace(config, pdl=True) if config.groups > 1 else None
 

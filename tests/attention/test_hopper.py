@@ -36,9 +36,12 @@ ROWS = {  # name: heads of so many lanes, and the row
     )
 }
 rows = pytest.mark.parametrize("row", ROWS)
-_CAPPED = warp_specialised(128, torch.bfloat16, "sm_90", 4096, True, softcap=True, varlen=True)
-ROWS = {**ROWS, "capped 128": (128, _CAPPED)}
-rows_of_caps = pytest.mark.parametrize("row", ROWS)
+_LONG = (128, torch.bfloat16, "sm_90", 4096, True)
+_NARROW = {"narrow 128": (128, warp_specialised(*_LONG, keys=255))}
+_CAPPED = {"capped 128": (128, warp_specialised(*_LONG, softcap=True, varlen=True))}
+rows_of_windows = pytest.mark.parametrize("row", ROWS | _NARROW)
+rows_of_caps = pytest.mark.parametrize("row", ROWS | _CAPPED)
+ROWS = ROWS | _NARROW | _CAPPED
 
 
 @pytest.mark.parametrize(
@@ -83,15 +86,18 @@ def test_newer_assemblers_get_tiles_of_two_groups_for_long_rows_of_64():
 @pytest.mark.parametrize("version", [(3, 6), (3, 9)])
 def test_which_masks_caps_and_sequences_take_it(head_dim, length, version):
     """In the row that they have without, or in one of theirs; the table says why."""
-    for causal, window, softcap, varlen in itertools.product((False, True), repeat=4):
-        of = (head_dim, torch.bfloat16, "sm_90", length, causal, version)
-        config = warp_specialised(*of, window=window, softcap=softcap, varlen=varlen)
-        slower = window and not varlen and (softcap or head_dim == 64)
-        slower = slower or (softcap and head_dim == 64)
-        of_row = ROWS["capped 128"][1] if softcap else warp_specialised(*of)
-        if varlen and head_dim == 64:
-            of_row = ROWS["short full 64"][1]
-        assert config == (None if slower else of_row)
+    for keys in (None, 1, 255, 256, 4097):
+        for causal, softcap, varlen in itertools.product((False, True), repeat=3):
+            of = (head_dim, torch.bfloat16, "sm_90", length, causal, version)
+            config = warp_specialised(*of, keys=keys, softcap=softcap, varlen=varlen)
+            slower = keys is not None and not varlen and (softcap or head_dim == 64)
+            slower = slower or (softcap and head_dim == 64)
+            of_row = ROWS["capped 128"][1] if softcap else warp_specialised(*of)
+            if varlen and head_dim == 64:
+                of_row = ROWS["short full 64"][1]
+            if keys in (1, 255) and not softcap and not varlen and version < (3, 9):
+                of_row = ROWS["narrow 128"][1]
+            assert config == (None if slower else of_row)
 
 
 def test_its_rows_fit_the_registers_of_an_sm():
@@ -106,10 +112,11 @@ def test_its_rows_fit_the_registers_of_an_sm():
         assert plain.groups == 1  # what says that the kernel is another
 
 
-def kernel_of(
+def launch_of(
     D,
     *,
     T=1024,
+    causal=True,
     dtype=torch.bfloat16,
     target="sm_90",
     offset=0,
@@ -119,16 +126,20 @@ def kernel_of(
     sequences=None,
     o=True,
 ):
-    """Which kernel a call would launch on a target; ``offset`` and ``o`` say what is unaligned."""
+    """What a call would launch on a target; ``offset`` and ``o`` say what is unaligned."""
     rows = torch.empty(2 * T * 3 * 2 * D + offset, dtype=dtype, device="meta")[offset:]
     q, k, v = (layout_of(t) for t in rows.view(2, T, 3, 2, D).unbind(2))
     if offset:
         q = q._replace(on_16_bytes=False)
-    plan = attention_forward._plan.__wrapped__(
+    return attention_forward._plan.__wrapped__(
         *(torch.device("cpu"), dtype, q, k, v, (None, None, None, o, True), sequences),
-        *(True, window_size, None, softcap, dropout_p, "ieee", target, None),
+        *(causal, window_size, None, softcap, dropout_p, "ieee", target, None),
     )
-    return plan.kernel.__name__
+
+
+def kernel_of(D, **call):
+    """Which kernel that is."""
+    return launch_of(D, **call).kernel.__name__
 
 
 @pytest.mark.parametrize("D", [64, 128])
@@ -153,6 +164,29 @@ def test_what_suits_it_is_launched_with_it_and_nothing_else_is(D):
         {**sequences, "offset": 1},
     ]
     assert {kernel_of(D, **other) for other in few} == {plain}
+
+
+@pytest.mark.parametrize(
+    ("causal", "window_size", "keys"),
+    [
+        *((True, (254, 0), 64), (True, (254, -1), 64), (True, (255, 0), 128)),
+        *((False, (100, 154), 64), (False, (100, 155), 128), (False, (0, 0), 64)),
+        *((False, (100, -1), 128), (False, (-1, 100), 128), (True, (-1, -1), 128)),
+    ],
+)
+def test_windows_of_fewer_than_256_keys_have_tiles_of_half_as_many(
+    causal, window_size, keys, monkeypatch
+):
+    """With heads of 128; a query's own key counts, and a side without a limit is wide."""
+
+    def tile_of(version, **call):
+        monkeypatch.setattr(attention_forward, "TRITON_VERSION", version)
+        launch = launch_of(128, causal=causal, window_size=window_size, **call)
+        return launch.bulk[1].block[-2]
+
+    assert tile_of((3, 8)) == keys
+    assert tile_of((3, 8), sequences=(3, 4096, 4096)) == 128
+    assert tile_of((3, 9)) == 128  # there the smaller ones spill
 
 
 def plan_of(q, k, v, config, processors, causal=True, scale=None, sequences=None, **options):
@@ -485,7 +519,7 @@ def check(row, q, k, v, causal, seed=0, processors=3, **options):
         2,
     ),
 )
-@rows
+@rows_of_windows
 @windows
 def test_windows(row, window, T_q, T_k, dtype, seed, processors):
     causal, window_size = WINDOWS[window]
@@ -494,7 +528,7 @@ def test_windows(row, window, T_q, T_k, dtype, seed, processors):
 
 
 @pytest.mark.gpu
-@rows
+@rows_of_windows
 @pytest.mark.parametrize("left", [0, 1, 62, 63, 64, 65, 127, 128, 129, 191, 192, 193, 300, 5000])
 @pytest.mark.parametrize("right", [0, 1, 63, 64, 129, -1])
 def test_windows_around_tile_boundaries(row, left, right):
@@ -504,7 +538,7 @@ def test_windows_around_tile_boundaries(row, left, right):
         check(row, q, k, v, True, window_size=(left, right))
 
 
-@rows
+@rows_of_windows
 @windows
 def test_rows_whose_window_is_empty_give_zero_and_minus_infinity(row, window):
     causal, window_size = WINDOWS[window]
@@ -516,7 +550,7 @@ def test_rows_whose_window_is_empty_give_zero_and_minus_infinity(row, window):
     assert lse[..., blind:].isfinite().all()
 
 
-@rows
+@rows_of_windows
 def test_keys_far_outside_of_a_window_are_not_visited(row):
     q, k, v = operands(row, 600, 600, B=1, H=1, H_kv=1)
     options = {"causal": False, "window_size": (40, 20)}

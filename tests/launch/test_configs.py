@@ -1,6 +1,7 @@
 """The table of launch configurations: a pure function, total over what the kernels accept."""
 
 import itertools
+from math import inf
 
 import pytest
 import torch
@@ -57,9 +58,10 @@ def test_each_row_is_for_some_call_and_says_why():
         for call in plain
         for operands in (unaligned, aligned, {**aligned, "cut": True})
     ]
-    names = ("D", "below", "since", "causal", "window", "softcap", "varlen")
-    lengths = (64, 128), (256, 4096), ((3, 6), (3, 9)), *[(False, True)] * 4
+    names = ("D", "below", "since", "causal", "softcap", "varlen", "within")
+    lengths = (64, 128), (256, 4096), ((3, 6), (3, 9)), *[(False, True)] * 3, (1, 4096, inf)
     of_length = [dict(zip(names, c, strict=True)) for c in itertools.product(*lengths)]
+    of_length = [{**call, "window": call["within"] < inf} for call in of_length]
     for rows, some in (*((rows, calls) for rows in TABLE.values()), (SPECIALISED, of_length)):
         taken = {id(first_of(rows, call)) for call in some}
         assert [row for row in rows if id(row) not in taken] == []

@@ -5,6 +5,7 @@ from mutants.planting import Fault
 
 # Tests that more than one fault names; ``gqa::groups`` is tests/attention/test_gqa.py::test_groups.
 LENGTHS = "attention::lengths_around_tile_boundaries"
+NARROW = "hopper::windows_of_fewer_than_256_keys_have_tiles_of_half_as_many"
 T_Q_T_K = "attention::queries_and_keys_of_different_length"
 NO_KEYS = "attention::rows_without_keys_give_zero_and_minus_infinity"
 HEAD_DIMS = "attention::head_dims_also_those_that_are_no_power_of_two"
@@ -327,6 +328,10 @@ TABLE: dict[str, list[tuple]] = {
     ("forward: maximum of this tile alone",
      f"{T_Q_T_K} attention::softmax_scale attention::logits_of_every_size",
      "_attend", "tl«.maximum(m_i, tl →».max(s, 1)«) →»"),
+    ("forward: a window's keys without a query's own", NARROW,
+     "_plan", "call.mask.left« + 1 →» + call.mask.right"),
+    ("forward: a window's keys without those after a query's own", NARROW,
+     "_plan", "call.mask.left + 1« + call.mask.right →»"),
     ("forward: no guard against -inf - -inf", NO_KEYS,
      "_attend", '«tl.where( →»m_new« == float("-inf"), 0.0, m_new) →»'),
     ("dropout: before the sum of the softmax", DROPOUT,
@@ -370,7 +375,7 @@ TABLE: dict[str, list[tuple]] = {
      "attention_forward", "on_16_bytes(seed, *begins, o«, lse →»)"),
     ("hopper: with dropout too", SUITS, "_plan", "B« and not dropout →»"),
     ("hopper: no sequences at all", SUITS, "_plan", "o_on_16_bytes« and B →»"),
-    ("hopper: a window does not count", SUITS, "_plan", "window=«window → False»"),
+    ("hopper: a window does not count", SUITS, "_plan", "keys=«keys → None»"),
     ("hopper: a softcap does not count", SUITS, "_plan", "softcap=«call.softcap → False»"),
     ("hopper: variable lengths do not count", SUITS, "_plan", "varlen=«varlen → False»"),
     ("hopper: whatever the address of o", SUITS, "_plan", "aligned« and o_on_16_bytes →»"),
@@ -962,9 +967,15 @@ TABLE: dict[str, list[tuple]] = {
      "one_pass", "length «< → <=» 256"),
     ("one pass: of heads between those that it has", TAKES_ONE_PASS,
      "one_pass", "ONE_PASS.get(«head_dim → -(-head_dim // 64) * 64»)"),
+    ("configs: windows of as many keys are narrow, too", NARROW,
+     "", '"within": operator.«lt → le»'),
+    ("configs: narrow windows of sequences, which were not measured", NARROW,
+     "", "within=256«, varlen=False →», m=64"),
+    ("newer assemblers: narrow windows in tiles that spill", NARROW,
+     "", "within=256, since=«(3, 9) → (9, 9)»"),
     ("newer assemblers: tiles whose registers they spill",
      "hopper::newer_assemblers_get_tiles_of_two_groups_for_long_rows_of_64",
-     "", "since=«(3, 9) → (9, 9)»"),
+     "", "D=64, since=«(3, 9) → (9, 9)»"),
 ],
 "ra_triton/kernels/attention/hopper_tiles.py": [
     ("hopper: rows of the next sequence", NEIGHBOURS, "coordinates",

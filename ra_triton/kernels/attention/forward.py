@@ -256,7 +256,8 @@ def _plan(
         config = launch_config("attention_forward", D, dtype, target, *call.traits)
         if aligned and o_on_16_bytes and B and not dropout:
             of = (D, dtype, target, min(T_q, T_k), causal, TRITON_VERSION)
-            hopper = warp_specialised(*of, window=window, softcap=call.softcap, varlen=varlen)
+            keys = call.mask.left + 1 + call.mask.right if window else None
+            hopper = warp_specialised(*of, keys=keys, softcap=call.softcap, varlen=varlen)
             if hopper is not None and gluon.works("attention_forward"):
                 options = (causal, window_size, *scores, precision)
                 again = (device, dtype, q, k, v, others, sequences, *options, target)
