@@ -38,7 +38,7 @@ MASKS = {
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])  # as in the kernels; Triton 3.6 fails for a B of one
 def _search(offsets_ptr, tile_ptr, found_ptr, n, B, ROWS: tl.constexpr):
     i = tl.arange(0, 512)
     tile = tl.load(tile_ptr + i, i < n, other=0)
@@ -619,7 +619,7 @@ def many_programs_of_sequences(D, mask, times):
     causal, window_size = MASKS[mask]
     offsets = offsets_of(lengths, lengths)
     options = {"causal": causal, "softmax_scale": None, "window_size": window_size}
-    options["offsets"] = offsets
+    options |= {"offsets": offsets}
     o, lse = attention_forward(q, k, v, **options)
     first = None
     for _ in range(times):

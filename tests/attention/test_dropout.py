@@ -206,8 +206,8 @@ def test_the_mask_does_not_depend_on_the_tiles(block_m, block_n):
 
     case = AttentionCase(2, 37, 50, 1, 2, D=64)
     tensors, do = case.tensors(), case.gradient()
-    options = {"causal": True, "softmax_scale": None, "dropout_p": 0.4}
-    options["seed"] = torch.tensor([2**40 + 3], device=DEVICE)
+    seed = torch.tensor([2**40 + 3], device=DEVICE)
+    options = {"causal": True, "softmax_scale": None, "dropout_p": 0.4, "seed": seed}
     config = LaunchConfig(block_m, 4, block_n=block_n)
 
     def run(q, k, v, config=None):

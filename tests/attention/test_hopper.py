@@ -699,7 +699,7 @@ def test_unchecked_offsets_lead_to_no_address_outside(row, cu):
 def test_same_bits_of_masks_and_sequences_in_whatever_order(row, kind):
     causal, options = KINDS[kind]
     q, k, v = operands(row, 250, 250, B=1, H=2, H_kv=1)
-    options["offsets"] = offsets_of((200, 50), (200, 50), q.device)
+    options = options | {"offsets": offsets_of((200, 50), (200, 50), q.device)}
     out, lse = run(row, q, k, v, causal, **options)
     for seed, processors in ((1, 1), (2, 9)):
         again, lse_again = run(row, q, k, v, causal, seed=seed, processors=processors, **options)
