@@ -123,6 +123,8 @@ def spills(compiled: Compiled) -> str | None:
         found.append(f"spills {compiled.spilled_bytes} bytes")
     if compiled.serialised_wgmma:
         found.append("the assembler serialises WGMMA (C751x)")
+    if compiled.overwritten_operands:
+        found.append(f"{compiled.overwritten_operands} writes over operands of products in flight")
     return f"{compiled.target} {compiled.label}: {', '.join(found)}" if found else None
 
 

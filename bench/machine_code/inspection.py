@@ -170,6 +170,11 @@ class Compiled:
         """Whether the assembler gave up on asynchronous WGMMA (warnings C7510 to C7519)."""
         return re.search(r"C751\d", self.assembler_log) is not None
 
+    @property
+    def overwritten_operands(self) -> int:
+        """How many instructions write what a product in flight may still read: none may."""
+        return len(Program(self.sass).overwritten_operands) if self.specialised else 0
+
     @cached_property
     def sass(self) -> str:
         """The machine code."""
@@ -254,6 +259,7 @@ def inspect(compiled: Compiled) -> Row:
         "ctas_per_sm": ctas,
         "limited_by": limit,
         "serialised_wgmma": compiled.serialised_wgmma,
+        "overwritten_operands": len(program.overwritten_operands),
         "loop": loop.name,
         "instructions": len(loop.body),
         "mix": dict(Counter(instruction.base for instruction in loop.body).most_common()),

@@ -22,6 +22,7 @@ _WARPGROUP = ("HGMMA", "IGMMA")
 TENSOR_MEMORY = ("UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCOMMA")
 _WARPS_PER_WARPGROUP = 4
 _LOADS = ("LDG", "LDGSTS", "UTMALDG")
+_ONLY_READS = ("BAR", "BRX", "WARPSYNC", "NANOSLEEP")  # their first operand
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,16 @@ class Instruction:
             r"\s*(\.\w+\s+)?!?U?P", self.operands
         )
         return bool(conditional) or self.opcode == "BRA.DIV" or self.base not in _NO_FALL_THROUGH
+
+    @property
+    def written(self) -> set[int]:
+        """The numbers of the registers that it writes: those of its first operand."""
+        found = re.match(r"\s*(?:PT, )?R(\d+)", self.operands)
+        if found is None or self.base in _ONLY_READS:
+            return set()
+        pair = self.base == "CS2R" or ".WIDE" in self.opcode
+        words = self.bytes_per_lane // 4 if self.base in ("LDG", "LDS", "LDL") else 1 + pair
+        return set(range(int(found[1]), int(found[1]) + max(1, words)))
 
     @property
     def bytes_per_lane(self) -> int:
@@ -120,6 +131,27 @@ class Program:
                 self.labels[label[1]] = len(self.code)
             elif found := _INSTRUCTION.search(line):
                 self.code.append(Instruction(found[1] or "", found[2], found[3]))
+
+    @cached_property
+    def overwritten_operands(self) -> list[Instruction]:
+        """What writes registers that a WGMMA in flight may still read its left operand from.
+
+        A wait for all but the last n groups is a wait for those before in the text.
+        """
+        found = []
+        groups: list[set[int]] = [set()]  # registers, of the groups that no wait has covered
+        for instruction in self.code:
+            if instruction.opcode == "WARPGROUP.DEPBAR.LE":
+                left = int(instruction.operands.split(",")[-1].strip(), 16)
+                groups = groups[len(groups) - 1 - left :] if left < len(groups) else groups
+            elif instruction.base in _WARPGROUP:
+                if operand := re.match(r"\s*R\d+, R(\d+), gdesc", instruction.operands):
+                    groups[-1] |= set(range(int(operand[1]), int(operand[1]) + 4))
+                if "gsb0" in instruction.operands:  # the last of its group
+                    groups.append(set())
+            elif instruction.written & set().union(*groups):
+                found.append(instruction)
+        return found
 
     def hot_loop(self) -> Loop:
         """Where the kernel spends its time; the whole kernel if it has no loop that computes.

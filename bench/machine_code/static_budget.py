@@ -28,6 +28,7 @@ _FIELDS = (
     "ctas_per_sm",
     "spilled_bytes",
     "serialised_wgmma",
+    "overwritten_operands",
     "async_copies",
     "sync_loads",
     "instructions",
@@ -118,6 +119,8 @@ def _problems(row: Row, line: dict[str, int] | None, counts: bool) -> list[str]:
         found.append(f"spills {row['spilled_bytes']} bytes, was {line.get('spilled_bytes', 0)}")
     if row["serialised_wgmma"] and not line.get("serialised_wgmma"):
         found.append("the assembler serialises WGMMA (C751x)")
+    if row["overwritten_operands"]:
+        found.append(f"{row['overwritten_operands']} writes over operands of products in flight")
     if not counts:
         return found
     if row["key"] == line.get("key"):

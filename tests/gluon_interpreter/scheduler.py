@@ -57,7 +57,6 @@ class Agent(Known):
         waits: what that is.
         products: of the tensor cores, in their order, those that no wait has covered.
         copies: out of shared memory, in their order; ``written``: events of those it has awaited.
-        steps: how often it stood where another could go on.
         spins: its last atomics, in a row, that changed nothing.
     """
 
@@ -65,7 +64,7 @@ class Agent(Known):
         super().__init__()
         self.program, self.name, self.threads, self.weight = program, name, 32 * warps, weight
         self.ready: Callable[[], bool] | None = None
-        self.waits, self.steps, self.spins = "", 0, 0
+        self.waits, self.spins = "", 0
         self.products: list[Any] = []
         self.copies: list[Any] = []
         self.written = 0
@@ -153,7 +152,6 @@ class Scheduler:
         ``idle``: what it does changes nothing.
         """
         me = self.current
-        me.steps += 1
         me.ready = ready
         me.waits = waits and f"{waits} at {line()}"
         me.spins += idle

@@ -134,6 +134,47 @@ def test_a_loop_around_the_hot_one_is_not_hot_however_short_the_rest_of_it_is():
     assert Program(text).hot_loop() == inner
 
 
+@pytest.mark.parametrize(
+    ("written", "place", "found"),
+    [
+        *((reg, place, 1) for reg in ("R152", "R155") for place in ("first", "second")),
+        *(("R152", "before", 0), ("R152", "after", 0), ("R151", "first", 0), ("R156", "first", 0)),
+        *(("R160", "first", 1), ("R160", "second", 0), ("R160", "after", 0), ("R120", "first", 0)),
+    ],
+)
+def test_writes_over_operands_of_products_in_flight_are_found(written, place, found):
+    """Those of R152 ... R155 until the second wait, those of R160 ... until the first."""
+    write = f"/*0000*/ FMUL {written}, R1, R2 ;"
+    lines = {
+        "before": "/*0000*/ WARPGROUP.ARRIVE ;",
+        "older": "/*0000*/ HGMMA.64x64x16.F32.BF16 R56, R160, gdesc[UR8], R56, gsb0 ;",
+        "left": "/*0000*/ HGMMA.64x64x16.F32.BF16 R120, R152, gdesc[UR36].tnspB, R120, gsb0 ;",
+        "first": "/*0000*/ BAR.SYNC R152, 0x80 ;",
+        "wait": "/*0000*/ WARPGROUP.DEPBAR.LE gsb0, 0x1 ;",
+        "second": "/*0000*/ STS [R152], R153 ;",
+        "all": "/*0000*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;",
+        "after": "/*0000*/ NOP ;",
+    }
+    lines[place] += f"\n{write}"
+    overwriting = Program("\n".join(lines.values())).overwritten_operands
+    assert [i.opcode for i in overwriting] == ["FMUL"] * found
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        *(("FMUL R3, R4, R5", {3}), ("CS2R R4, SRZ", {4, 5}), ("LDS.128 R8, [R2]", {8, 9, 10, 11})),
+        *(("LDG.E.64 R8, desc[UR4][R6.64]", {8, 9}), ("IMAD.WIDE R2, R3, R4, R6", {2, 3})),
+        *(("SHFL.BFLY PT, R10, R11, 0x2, 0x1f", {10}), ("LDS.U16 R7, [R2]", {7})),
+        *(("ISETP.GT.AND P0, PT, R19, 0x38, PT", set()), ("STS [R3], R4", set())),
+        *(("BAR.ARV R14, 0x1a0", set()), ("R2UR UR39, R0", set())),
+    ],
+)
+def test_registers_that_an_instruction_writes(text, written):
+    (instruction,) = Program(f"/*0000*/ {text} ;").code
+    assert instruction.written == written
+
+
 def test_without_matrix_instructions_the_loop_with_most_arithmetic_is_hot():
     loop = Program(VECTOR).hot_loop()
     assert (loop.name, len(loop.body), loop.vector_flops) == (".L_x_0", 4, 192)

@@ -52,6 +52,8 @@ def faults(row: dict) -> list[str]:
         found.append(f"spills {row['spilled_bytes']} bytes")
     if row["serialised_wgmma"]:
         found.append("serialised WGMMA (C751x)")
+    if row["overwritten_operands"]:
+        found.append(f"{row['overwritten_operands']} operands overwritten in flight")
     limit = ARCHITECTURES[row["target"]].shared_per_cta
     if row["shared_memory"] > limit:
         found.append(f"needs {row['shared_memory']} bytes of shared memory, has {limit}")
@@ -245,6 +247,7 @@ ROW = {
     "ctas_per_sm": 2,
     "spilled_bytes": 0,
     "serialised_wgmma": False,
+    "overwritten_operands": 0,
     "async_copies": 2,
     "sync_loads": 0,
     "instructions": 500,
@@ -267,6 +270,7 @@ def budget(tmp_path):
         ({"instructions": 520}, r"520 instructions in the hot loop, were 500 \(\+4.0%"),
         ({"spilled_bytes": 8}, "spills 8 bytes, was 0"),
         ({"serialised_wgmma": True}, "serialises WGMMA"),
+        ({"overwritten_operands": 1}, "1 writes over operands of products in flight"),
         ({"async_copies": 1}, "1 asynchronous copies in the hot loop, were 2"),
         ({"sync_loads": 2}, "2 synchronous loads in the hot loop, were 0"),
         ({"ctas_per_sm": 1}, "1 CTAs fit on an SM, were 2"),
@@ -319,18 +323,20 @@ def test_kernels_and_lines_have_to_match(budget):
 
 
 @pytest.mark.parametrize(
-    ("spilled", "serialised", "expected"),
+    ("spilled", "serialised", "overwritten", "expected"),
     [
-        (0, False, None),
-        (8, False, "sm_90 pack bfloat16: spills 8 bytes"),
-        (0, True, "sm_90 pack bfloat16: the assembler serialises WGMMA (C751x)"),
+        (0, False, 0, None),
+        (8, False, 0, "sm_90 pack bfloat16: spills 8 bytes"),
+        (0, True, 0, "sm_90 pack bfloat16: the assembler serialises WGMMA (C751x)"),
+        (0, False, 3, "sm_90 pack bfloat16: 3 writes over operands of products in flight"),
     ],
 )
 def test_spills_alone_are_looked_for_whatever_the_budget(
-    monkeypatch, capsys, spilled, serialised, expected
+    monkeypatch, capsys, spilled, serialised, overwritten, expected
 ):
     kernel = SimpleNamespace(target="sm_90", label="pack bfloat16")
     kernel.spilled_bytes, kernel.serialised_wgmma = spilled, serialised
+    kernel.overwritten_operands = overwritten
     monkeypatch.setattr(static, "shipped", lambda target, **kwargs: [kernel])
     assert static.main(["--target", "sm_90", "--spills-only"]) == (expected is not None)
     found = capsys.readouterr().out.splitlines()
