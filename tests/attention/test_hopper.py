@@ -21,18 +21,23 @@ from ra_triton.kernels.attention.arguments import attention_of
 from ra_triton.kernels.attention.forward_hopper import (
     REGISTERS,
     SECTION_BYTES,
+    Sizes,
+    Variant,
+    _tile,
     forward_plan,
-    heads_filling_rounds,
+    sections_filling_rounds,
 )
+from ra_triton.launch import gluon
 from ra_triton.launch.configs import launch_config, warp_specialised
-from ra_triton.launch.plans import layout_of
+from ra_triton.launch.gluon import gl
+from ra_triton.launch.plans import Plan, layout_of
 
 ROOT = Path(__file__).parents[2]
 ROWS = {  # name: heads of so many lanes, and the row
     name: (D, warp_specialised(D, torch.bfloat16, "sm_90", length, causal))
     for name, D, length, causal in (
         *(("short causal 64", 64, 1024, True), ("short full 64", 64, 1024, False)),
-        *(("64", 64, 4096, True), ("full 64", 64, 4096, False), ("128", 128, 4096, True)),
+        *(("64", 64, 4096, True), ("128", 128, 4096, True)),
     )
 }
 rows = pytest.mark.parametrize("row", ROWS)
@@ -62,23 +67,6 @@ def test_long_rows_of_16_bits_on_hopper_take_it(head_dim, dtype, target, length,
     for causal in (True, False):
         config = warp_specialised(head_dim, dtype, target, length, causal)
         assert (config is not None) == taken
-
-
-def test_newer_assemblers_get_tiles_of_two_groups_for_long_rows_of_64():
-    """With three groups and 128 keys Triton 3.9 spills; the row is one that others have."""
-    for causal in (True, False):
-        rows = [
-            warp_specialised(64, torch.bfloat16, "sm_90", 4096, causal, version)
-            for version in ((3, 6), (3, 7), (3, 8), (3, 9), (4, 0))
-        ]
-        assert set(rows[:3]) == {ROWS["64" if causal else "full 64"][1]}
-        assert set(rows[3:]) == {ROWS["short full 64"][1]}
-    for head_dim, length, causal in ((64, 1024, True), (128, 4096, True)):
-        old, new = (
-            warp_specialised(head_dim, torch.bfloat16, "sm_90", length, causal, version)
-            for version in ((3, 7), (3, 9))
-        )
-        assert old == new
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -205,40 +193,70 @@ def test_programs_of_a_plan_cover_the_queries(causal):
     for processors, programs in ((100, 100), (300, 2 * 6 * n_m)):
         plan = plan_of(q, k, k, ROWS["64"][1], processors, causal, 0.5)
         assert plan.grid == (programs, 1, 1)
-        section, per_section, rounds = (
-            plan.arguments[name] for name in ("section", "per_section", "rounds")
-        )
-        first = range(0, 2 * 6, section)
-        tiles = [min(section, 2 * 6 - head) * n_m for head in first]
-        assert sum(-(-n // programs) for n in tiles) == rounds
-        assert -(-tiles[0] // programs) == per_section
+        heads = heads_of_sections(plan, 12)
+        per_section = max(-(-of * n_m // programs) for of in heads)
+        assert plan.arguments["per_section"] == per_section
+        assert plan.arguments["rounds"] == len(heads) * per_section
     assert plan.bulk[6].strides == (4097 * 6 * 64, 64, 6 * 64, 1)  # o is contiguous
     assert [plan.bulk[i].block for i in (0, 1, 2, 6)] == [
         (1, 1, rows, 64) for rows in (64, 128, 128, 64)
     ]
 
 
-def test_a_last_section_of_fewer_heads_has_rounds_too():
+def heads_of_sections(plan, n_heads):
+    """How many there are in each section of a plan."""
+    section, longer = (plan.arguments[name] for name in ("section", "longer"))
+    heads = [section + 1] * longer
+    return heads + [section] * ((n_heads - sum(heads)) // section)
+
+
+def test_sections_have_as_many_heads_as_others_or_one_more():
     q = layout_of(torch.empty(2, 4097, 7, 64, device="meta"))
     plan = plan_of(q, q, q, ROWS["64"][1], 30)
-    section, per_section, rounds = (
-        plan.arguments[name] for name in ("section", "per_section", "rounds")
-    )
-    assert (section, per_section) == (5, 4)  # 5 heads of 22 tiles, in rounds of 30
-    assert rounds == 2 * 4 + 3  # and 4 heads
+    assert heads_of_sections(plan, 14) == [5, 5, 4]
+    assert plan.arguments["per_section"] == 4  # 5 heads of 22 tiles, in rounds of 30
+    assert plan.arguments["rounds"] == 3 * 4
+    assert plan.arguments["shift"] == 30 // 3
 
 
-def loads(n_heads, weights, section, programs):
-    """Key tiles of every program: the order of ``_tile``, written out."""
-    found, i = [0] * programs, 0
-    for first in range(0, n_heads, section):
-        heads = min(section, n_heads - first)
-        for start in range(0, heads * len(weights), programs):
-            for p in range(programs):
-                place = start + (p if i % 2 == 0 else programs - 1 - p)
-                found[p] += weights[place // heads] if place < heads * len(weights) else 0
-            i += 1
+def takers(n_heads, n_m, sections, programs):
+    """(head, tile): program, the order of ``_tile`` written out."""
+    found, first = {}, 0
+    for s in range(sections):
+        heads = n_heads // sections + (s < n_heads % sections)
+        for place in range(heads * n_m):
+            i, p = divmod(place, programs)
+            p = p if i % 2 == 0 else programs - 1 - p
+            tile = first + place % heads, place // heads
+            found[tile] = (p - s * max(1, programs // sections)) % programs
+        first += heads
+    assert first == n_heads
     return found
+
+
+@gluon.jit
+def _take(found_ptr, schedule, sizes, n_m, V: gl.constexpr):
+    for i in range(schedule[4]):
+        tile = _tile(i, schedule, sizes, 64, V)
+        if tile.some:
+            at = (tile.b * sizes.H + tile.h) * n_m + (sizes.T_q - tile.m) // 64 - 1
+            gl.store(found_ptr + at, gl.program_id(0))
+
+
+@pytest.mark.parametrize("sections", [1, 3, 14])
+@pytest.mark.parametrize("programs", [5, 30])
+def test_programs_take_tiles_in_this_order(sections, programs):
+    n_heads, n_m = 14, 22
+    section, longer = divmod(n_heads, sections)
+    per_section = -(-(section + (longer > 0)) * n_m // programs)
+    schedule = (section, longer, max(1, programs // sections), per_section)
+    found = torch.full((n_heads * n_m,), -1, dtype=torch.int32)
+    arguments = {"schedule": (*schedule, sections * per_section, programs), "n_m": n_m}
+    arguments |= {"sizes": Sizes(7, n_m * 64, n_m * 64, 0, 0), "num_warps": 1}
+    arguments["V"] = Variant(CAUSAL=True, WINDOW=False, SOFTCAP=False, VARLEN=False)
+    interpret(Plan(_take, (programs,), arguments, {}), [found])
+    taken = takers(n_heads, n_m, sections, programs)
+    assert found.tolist() == [taken[divmod(i, n_m)] for i in range(n_heads * n_m)]
 
 
 @pytest.mark.parametrize(
@@ -246,28 +264,31 @@ def loads(n_heads, weights, section, programs):
     [
         *((96, 1024, 64, 128), (512, 1024, 64, 128), (256, 2048, 64, 192), (128, 4096, 64, 192)),
         *((256, 1024, 128, 128), (128, 2048, 128, 128), (64, 4096, 128, 128), (67, 1024, 64, 128)),
+        *((32, 16384, 64, 192), (80, 3000, 128, 128), (16, 12000, 128, 128)),
     ],
 )
 def test_causal_work_is_even(n_heads, T, D, queries):
     weights = [-(-min(T, T - tile * queries) // 128) for tile in range(-(-T // queries))]
-    section = heads_filling_rounds(n_heads, len(weights), 4 * T * D, 132)
-    found = loads(n_heads, weights, section, 132)
+    sections = sections_filling_rounds(n_heads, len(weights), 4 * T * D, 132)
+    found = [0] * 132
+    for (_, tile), program in takers(n_heads, len(weights), sections, 132).items():
+        found[program] += weights[tile]
     assert sum(found) == n_heads * sum(weights)
-    assert max(found) <= 1.1 * sum(found) / 132 + 1
+    assert max(found) <= 1.04 * sum(found) / 132 + 1
 
 
 @pytest.mark.parametrize(
-    ("n_heads", "section"),
-    [(3, 3), (100, 66), (170, 66), (140, 70)],  # 66 heads of 8 tiles are 4 rounds of 132
+    ("n_heads", "sections"),
+    [(3, 1), (98, 1), (100, 2), (170, 3), (140, 2)],  # 66 heads of 8 tiles are 4 rounds of 132
 )
-def test_sections_fill_their_rounds_and_have_no_more_heads_than_there_are(n_heads, section):
-    """But of a few heads that would remain each section takes some."""
-    assert heads_filling_rounds(n_heads, 8, 2**18, 132) == section
+def test_sections_fill_their_rounds_and_have_no_more_heads_than_there_are(n_heads, sections):
+    assert sections_filling_rounds(n_heads, 8, 2**18, 132) == sections
 
 
 def test_sections_stay_in_the_second_level_cache():
-    assert heads_filling_rounds(1000, 8, 2**20, 132) * 2**20 <= 1.5 * SECTION_BYTES
-    assert heads_filling_rounds(3, 1000, 2**30, 132) == 1
+    heads = -(-1000 // sections_filling_rounds(1000, 8, 2**20, 132))
+    assert heads * 2**20 <= 1.5 * SECTION_BYTES
+    assert sections_filling_rounds(3, 1000, 2**30, 132) == 3
 
 
 BOTH_SIZES = "causal=True|varlen"

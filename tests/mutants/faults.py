@@ -64,6 +64,7 @@ SEVERAL_TILES = "projection_hopper::a_program_takes_several_tiles_only_when_all_
 PLAIN = "projection_hopper::everything_else_goes_to_the_plain_kernel"
 LONG_ROWS = "hopper::long_rows_of_16_bits_on_hopper_take_it"
 SUITS = "hopper::what_suits_it_is_launched_with_it_and_nothing_else_is"
+TAKEN = "hopper::programs_take_tiles_in_this_order"
 FULL_ROUNDS = "hopper::sections_fill_their_rounds_and_have_no_more_heads_than_there_are"
 HOPPER_GRADIENTS = "backward_hopper::it_computes_the_gradients"
 OFFSETS = "backward_hopper::unchecked_offsets_lead_to_no_address_outside_and_to_an_end"
@@ -529,12 +530,6 @@ TABLE: dict[str, list[tuple]] = {
      "ONE_GROUP_AND_WARP)»"),
     ("hopper backward: dq used before its product is there", BACKWARD_ORDER, "_go_on",
      "warpgroup_mma_wait(«1 → 2» + EARLY, deps=[dq, dv, p_narrow])"),
-    ("hopper backward: registers of ds given up while a product reads them", BACKWARD_ORDER,
-     "_go_on", "«dk, ds_narrow, s = warpgroup_mma_wait(0, deps=[dk, ds_narrow, s]) → "
-     "dk, s = warpgroup_mma_wait(0, deps=[dk, s])»"),
-    ("hopper backward: registers of p given up while a product reads them", BACKWARD_ORDER,
-     "_go_on", "«dq, dv, p_narrow = warpgroup_mma_wait(1 + EARLY, deps=[dq, dv, p_narrow]) → "
-     "dq, dv = warpgroup_mma_wait(1 + EARLY, deps=[dq, dv])»"),
     ("hopper backward: q waited for in the other phase", BACKWARD_ORDER, "_scores",
      "step // STAGES« → + 1» & 1"),
     ("hopper backward: q and do not waited for", BACKWARD_ORDER, "_scores",
@@ -730,8 +725,8 @@ TABLE: dict[str, list[tuple]] = {
      "«s = warpgroup_mma_wait(0, deps=[s]); arrive_at(EMPTY + stage, threads) → "
      "arrive_at(EMPTY + stage, threads); s = warpgroup_mma_wait(0, deps=[s])»"),
     ("hopper: values free before their product has read them", ANY_ORDER, "_compute",
-     "«acc, p = warpgroup_mma_wait(0, deps=[acc, p]); arrive_at(V_EMPTY + before, threads) → "
-     "arrive_at(V_EMPTY + before, threads); acc, p = warpgroup_mma_wait(0, deps=[acc, p])»"),
+     "«acc = warpgroup_mma_wait(0, deps=[acc]); arrive_at(V_EMPTY + before, threads) → "
+     "arrive_at(V_EMPTY + before, threads); acc = warpgroup_mma_wait(0, deps=[acc])»"),
     ("hopper: queries free before the last product has read them", ANY_ORDER, "_compute",
      "s = warpgroup_mma_wait(0, deps=[s]); «arrive_at(EMPTY + stage, threads) → "
      "arrive_at(EMPTY + stage, threads); arrive_at(Q_EMPTY + tiles % Q_BUFFERS, threads)» … "
@@ -747,8 +742,6 @@ TABLE: dict[str, list[tuple]] = {
      "mbarrier.wait(k_full.index(after % STAGES), after // STAGES & 1, pred=«n < last → False»)"),
     ("hopper: scores read before their product is there", ANY_ORDER, "_compute",
      "warpgroup_mma_wait(«1 → 2», deps=[s])"),
-    ("hopper: registers of p given up while a product reads them", ANY_ORDER, "_compute",
-     "«acc, p = warpgroup_mma_wait(0, deps=[acc, p]) → acc = warpgroup_mma_wait(0, deps=[acc])»"),
     ("hopper: o overwritten while it is copied", ANY_ORDER, "_compute",
      "«store_wait(0); →» o_tile.reshape((ROWS, D)).store(o.to(DTYPE))"),
     ("hopper: o copied ahead of its fence", ANY_ORDER, "_compute",
@@ -781,18 +774,31 @@ TABLE: dict[str, list[tuple]] = {
     ("hopper: exponentials ahead of the product they hide", OVERLAP, "_compute",
      "s« = warpgroup_mma_wait(1, deps=[s]) → , acc, p = warpgroup_mma_wait(0, deps=[s, acc, p])»"),
     ("hopper: no basic block ends ahead of the wait", OVERLAP, "_compute",
-     "«mbarrier.wait(k_full.index(after % STAGES), after // STAGES & 1, pred=n < last); acc, p "
-     "= warpgroup_mma_wait(0, deps=[acc, p]) → acc, p = warpgroup_mma_wait(0, deps=[acc, p]); "
+     "«mbarrier.wait(k_full.index(after % STAGES), after // STAGES & 1, pred=n < last); acc "
+     "= warpgroup_mma_wait(0, deps=[acc]) → acc = warpgroup_mma_wait(0, deps=[acc]); "
      "mbarrier.wait(k_full.index(after % STAGES), after // STAGES & 1, pred=n < last)»"),
     ("hopper: o as strided as q", "hopper::programs_of_a_plan_cover_the_queries",
      "forward_plan", "«o → q», config.block_m"),
     ("hopper: one query tile short", "hopper::programs_of_a_plan_cover_the_queries",
      "forward_plan", "n_m = «triton.cdiv(T_q, block_m) → T_q // block_m»"),
     ("hopper: a section has a tile of each program", "hopper::programs_of_a_plan_cover_the_queries",
-     "forward_plan", "«triton.cdiv(section * n_m, programs) → 1»"),
-    ("hopper: no rounds for the last section of fewer heads",
-     "hopper::a_last_section_of_fewer_heads_has_rounds_too",
-     "forward_plan", "sections * per_section« + triton.cdiv(rest * n_m, programs) →»"),
+     "forward_plan", "«triton.cdiv((section + (longer > 0)) * n_m, programs) → 1»"),
+    ("hopper: no rounds for the head more of the first sections",
+     "hopper::sections_have_as_many_heads_as_others_or_one_more",
+     "forward_plan", "(section« + (longer > 0) →») * n_m"),
+    ("hopper: rounds of one section", "hopper::sections_have_as_many_heads_as_others_or_one_more",
+     "forward_plan", "rounds = «sections * →» per_section"),
+    ("hopper: sections count from the same program",
+     "hopper::sections_have_as_many_heads_as_others_or_one_more",
+     "forward_plan", "shift = «max(1, programs // sections) → 0»"),
+    ("hopper: a section begins with the last heads of another", TAKEN, "_tile",
+     "s * section« + gl.minimum(s, longer) →»"),
+    ("hopper: no section has a head more", TAKEN, "_tile", "s < longer, section« + 1 →», section"),
+    ("hopper: the programs of each section count alike", TAKEN, "_tile", "«s * shift → 0»"),
+    ("hopper: rounds count on from section to section", TAKEN, "_tile",
+     "«i -= s * per_section → pass»"),
+    ("hopper: no round runs backwards", TAKEN, "_place",
+     "gl.where(«i % 2 == 0 → True», p, programs - 1 - p)"),
     ("hopper: a window's first tile is left out", HOPPER_WINDOWS, "_keys",
      "gl.maximum(m + own - left« → + BLOCK_N», 0)"),
     ("hopper: a window's first key is not seen", HOPPER_WINDOWS, "_in_window",
@@ -842,13 +848,13 @@ TABLE: dict[str, list[tuple]] = {
     ("hopper: dropout is passed over", "hopper::dropout_is_refused", "forward_plan",
      "if «call.scores.dropout_p → False»:"),
     ("hopper: keys of a section beyond L2", "hopper::sections_stay_in_the_second_level_cache",
-     "heads_filling_rounds", "«full * bytes_per_head <= SECTION_BYTES → True»"),
+     "sections_filling_rounds", "«full * bytes_per_head <= SECTION_BYTES → True»"),
     ("hopper: a head at a time", "hopper::causal_work_is_even",
-     "heads_filling_rounds", "«max(heads, full) → 1»"),
-    ("hopper: more heads in a section than there are", FULL_ROUNDS, "heads_filling_rounds",
-     "return« min(n_heads, →» max(heads, triton.cdiv(n_heads, sections))«) →»"),
-    ("hopper: sections of equal size, whatever fills their rounds", FULL_ROUNDS,
-     "heads_filling_rounds", "n_heads«, max(heads →», triton.cdiv(n_heads, sections)«) →»"),
+     "sections_filling_rounds", "«max(heads, full) → 1»"),
+    ("hopper: no section for fewer heads than fill one", FULL_ROUNDS,
+     "sections_filling_rounds", "«max(1, round(n_heads / heads)) → round(n_heads / heads)»"),
+    ("hopper: a section more for a few heads", FULL_ROUNDS,
+     "sections_filling_rounds", "«max(1, round(n_heads / heads)) → triton.cdiv(n_heads, heads)»"),
 ],
 "ra_triton/kernels/composition/tiles.py": [
     ("compose: the gate of the first head for all", COMPOSE,
@@ -973,9 +979,6 @@ TABLE: dict[str, list[tuple]] = {
      "", "within=256«, varlen=False →», m=64"),
     ("newer assemblers: narrow windows in tiles that spill", NARROW,
      "", "within=256, since=«(3, 9) → (9, 9)»"),
-    ("newer assemblers: tiles whose registers they spill",
-     "hopper::newer_assemblers_get_tiles_of_two_groups_for_long_rows_of_64",
-     "", "D=64, since=«(3, 9) → (9, 9)»"),
 ],
 "ra_triton/kernels/attention/hopper_tiles.py": [
     ("hopper: rows of the next sequence", NEIGHBOURS, "coordinates",

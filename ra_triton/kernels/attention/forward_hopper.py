@@ -151,13 +151,13 @@ def _cut(n, whole_begin, whole_end, V: gl.constexpr):
 
 
 @gluon.jit
-def _place(i, programs):
-    """This program's place among all in round ``i``.
+def _place(i, programs, shift):
+    """This program's place among all in round ``i``, if programs are counted from ``-shift``.
 
     Every other round runs backwards, so that the program with the heaviest tile of one round gets
     the lightest of the next.
     """
-    p = gl.program_id(0)
+    p = (gl.program_id(0) + shift) % programs
     return gl.where(i % 2 == 0, p, programs - 1 - p)
 
 
@@ -166,13 +166,16 @@ def _tile(i, schedule, sizes, BLOCK_M: gl.constexpr, V: gl.constexpr) -> Tile:
     """This program's tile in round ``i``.
 
     Masked tiles differ: within a section, which begins with a round of its own, heads are fastest
-    and tiles with most keys first. Others go head after head.
+    and tiles with most keys first. Each section counts programs from another one on, because its
+    last round has no tile for some of them. Others go head after head.
     """
-    n_heads, section, per_section, _, programs = schedule
+    section, longer, shift, per_section, _, programs = schedule
     n_m = gl.cdiv(sizes.T_q, BLOCK_M)
-    first = i // per_section * section
-    heads = gl.minimum(section, n_heads - first)
-    place = i % per_section * programs + _place(i, programs)
+    s = i // per_section
+    first = s * section + gl.minimum(s, longer)
+    heads = gl.where(s < longer, section + 1, section)
+    i -= s * per_section
+    place = i * programs + _place(i, programs, s * shift)
     if V.CAUSAL or V.WINDOW:
         head, tile = first + place % heads, place // heads
     else:
@@ -190,7 +193,8 @@ def _tile_of_sequences(
 
     ``b`` and ``passed`` are those of this program's tile before, from which the search goes on.
     """
-    place = i * schedule[4] + _place(i, schedule[4])
+    programs = schedule[5]
+    place = i * programs + _place(i, programs, 0)
     first_q, T_q = sequence(sequences.cu_q, b, sequences.total_q)
     tiles = gl.cdiv(T_q, BLOCK_M) * sizes.H
     while (place >= passed + tiles) & (b + 1 < sequences.B):
@@ -224,7 +228,7 @@ def _copy(buffers, sources, sizes, sequences, schedule, group, V: gl.constexpr, 
     tiles = 0  # that were copied, and key tiles of all of them
     step = 0
     b, passed = 0, 0  # of the last tile's sequence
-    for i in range(schedule[3]):
+    for i in range(schedule[4]):
         if V.VARLEN:
             tile = _tile_of_sequences(i, b, passed, schedule, sizes, sequences, BLOCK_M, V)
             b, passed = tile.b, tile.passed
@@ -276,7 +280,10 @@ def _in_window(s, offs_m, n, tile, sizes, BLOCK_N: gl.constexpr):
 @gluon.jit
 def _softmax(s, m_i, scale_log2, BLOCK_N: gl.constexpr):
     """``m' = max(m, s)``, p = 2^(c(s - m')), α = 2^(c(m - m')), and each thread's row sums of p."""
-    m_new = gl.maximum(m_i, gl.max(s, 1))
+    # In four parts of a row, because each maximum waits four cycles for the one before.
+    parts = gl.max(s.reshape([ROWS, 2, BLOCK_N // 16, 4, 2]), 2)
+    largest = gl.max(gl.max(gl.max(parts, 3), 1), 1)
+    m_new = gl.maximum(m_i, gl.convert_layout(largest, m_i.type.layout))
     # A row that has seen no key yet has m = -inf, and -inf - -inf is NaN.
     m_known = gl.where(m_new == float("-inf"), 0.0, m_new)
     m_scaled = m_known * scale_log2
@@ -339,7 +346,7 @@ def _compute(
     tiles = 0  # of this program so far, and key tiles of all of them, in the same buffers
     step = 0
     b, passed = 0, 0  # of the last tile's sequence
-    for i in range(schedule[3]):
+    for i in range(schedule[4]):
         if V.VARLEN:
             tile = _tile_of_sequences(i, b, passed, schedule, sizes, sequences, BLOCK_M, V)
             b, passed = tile.b, tile.passed
@@ -413,7 +420,8 @@ def _compute(
                 # block ends between them, as it does where another barrier is waited for.
                 after = n + 1
                 mbarrier.wait(k_full.index(after % STAGES), after // STAGES & 1, pred=n < last)
-                acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+                # Without p: named here its halves would be kept apart, which costs a PRMT each.
+                acc = warpgroup_mma_wait(0, deps=[acc])
                 arrive_at(V_EMPTY + before, threads)
                 acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
                 p = gl.convert_layout(p_wide.to(DTYPE), P_LAYOUT)
@@ -451,8 +459,8 @@ def _compute(
 
 @gluon.jit(
     do_not_specialize=[
-        *("B", "H", "group", "T_q", "T_k", "section", "per_section", "rounds", "programs"),
-        *("left", "right", "total_q", "total_k"),
+        *("B", "H", "group", "T_q", "T_k", "section", "longer", "shift", "per_section", "rounds"),
+        *("programs", "left", "right", "total_q", "total_k"),
     ]
 )
 def _attention_forward_hopper_kernel(
@@ -469,7 +477,9 @@ def _attention_forward_hopper_kernel(
     group,  # H // H_kv
     T_q,
     T_k,
-    section,  # heads at a time
+    section,  # heads at a time,
+    longer,  # in as many sections one more
+    shift,  # programs from which one section counts and the next
     per_section,  # rounds of a section, in each of which a program takes one query tile or none
     rounds,
     programs,  # of the grid; as an argument it need not stay in a register
@@ -516,7 +526,7 @@ def _attention_forward_hopper_kernel(
     results = (o_source, lse_ptr)
     sizes = Sizes(H, T_q, T_k, left, right)
     sequences = Sequences(B, cu_q_ptr, cu_k_ptr, total_q, total_k)
-    schedule = (B * H, section, per_section, rounds, programs)
+    schedule = (section, longer, shift, per_section, rounds, programs)
     scales = (scale_log2, cap_scale)
     if V.VARLEN:  # all partitions read the offsets
         follow(PDL)
@@ -570,17 +580,18 @@ def forward_plan(call: Attention, config: LaunchConfig, processors: int) -> Plan
     if call.varlen:  # every sequence may have a tile that is cut
         n_tiles = min(B * n_m, total_q // block_m + B) * H
         programs = min(n_tiles, processors)
-        section = per_section = 0
+        section = longer = shift = per_section = 0
         rounds = triton.cdiv(n_tiles, programs)
     else:
         programs = min(B * H * n_m, processors)
         bytes_per_head = 2 * T_k * D * call.dtype.itemsize * H_kv // H
-        section = B * H
+        sections = 1
         if variant.CAUSAL or variant.WINDOW:
-            section = heads_filling_rounds(B * H, n_m, bytes_per_head, programs)
-        per_section = triton.cdiv(section * n_m, programs)
-        sections, rest = divmod(B * H, section)
-        rounds = sections * per_section + triton.cdiv(rest * n_m, programs)
+            sections = sections_filling_rounds(B * H, n_m, bytes_per_head, programs)
+        section, longer = divmod(B * H, sections)
+        shift = max(1, programs // sections)
+        per_section = triton.cdiv((section + (longer > 0)) * n_m, programs)
+        rounds = sections * per_section
     arguments = {
         "B": B,
         "H": H,
@@ -588,6 +599,8 @@ def forward_plan(call: Attention, config: LaunchConfig, processors: int) -> Plan
         "T_q": T_q,
         "T_k": T_k,
         "section": section,
+        "longer": longer,
+        "shift": shift,
         "per_section": per_section,
         "rounds": rounds,
         "programs": programs,
@@ -608,16 +621,15 @@ def forward_plan(call: Attention, config: LaunchConfig, processors: int) -> Plan
     return Plan(_attention_forward_hopper_kernel, (programs,), arguments, bulk)
 
 
-def heads_filling_rounds(n_heads: int, n_m: int, bytes_per_head: int, programs: int) -> int:
-    """Heads whose ``n_m`` tiles each the programs take before those of other heads.
+def sections_filling_rounds(n_heads: int, n_m: int, bytes_per_head: int, programs: int) -> int:
+    """How many sections the heads are cut into, whose tiles the programs take one after another.
 
-    As many as leave few programs without a tile in their last round, and fit in L2; more if only a
-    few heads would remain for a last section.
+    A section has about as many heads, of ``n_m`` tiles each, as leave few programs without a tile
+    in their last round, and fit in L2.
     """
     heads = 1
     for rounds in range(1, SECTION_ROUNDS + 1):
         full = rounds * programs // n_m
         if full * bytes_per_head <= SECTION_BYTES:
             heads = max(heads, full)
-    sections = max(1, round(n_heads / heads))
-    return min(n_heads, max(heads, triton.cdiv(n_heads, sections)))
+    return max(1, round(n_heads / heads))
