@@ -147,7 +147,7 @@ def write(record: Record, folder: Path, plots: bool) -> list[Path]:
 
 
 def _draw(record: Record, folder: Path) -> list[Path]:
-    from bench.harness.plot import plot, plot_ladder
+    from bench.harness.plot import plot, plot_ladder, plot_peers
 
     drawn = []
 
@@ -158,6 +158,9 @@ def _draw(record: Record, folder: Path) -> list[Path]:
     for (stage, phase, dtype), rows in _grouped(record.sweep, "stage", "phase", "dtype"):
         title = header(record.environment, subject(stage, phase, dtype))
         plot(path(f"{stage}-{phase}-{dtype}"), title, rows)
+    if record.peers:
+        title = header(record.environment, "attention alone beside its peers", "the fastest peer's")
+        plot_peers(path("peers"), title, record.peers)
     if record.ladder:
         plot_ladder(
             path("ladder"), header(record.environment, "ladder", "its baseline"), record.ladder

@@ -1,4 +1,4 @@
-"""Pictures: of a sweep, time and TFLOP/s over length and rank; of a ladder, time by rung."""
+"""Pictures: of a sweep time and TFLOP/s over length and rank, of a ladder time, of peers TFLOP/s."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -61,6 +61,42 @@ def plot_ladder(path: Path, title: str, rows: Sequence[Row]) -> None:
         axis.grid(alpha=0.3, axis="x")
         if of_phase:
             axis.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def plot_peers(path: Path, title: str, rows: Sequence[Any]) -> None:
+    """Write one panel per phase: for each case a bar per provider, whose colour it keeps.
+
+    Args:
+        path: of the picture.
+        title: above the panels.
+        rows: of ``peers.py``; those without a time have no bar.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    measured = [row for row in rows if row.tflops]
+    phases, cases, names = (
+        list(dict.fromkeys(getattr(row, field) for row in measured))
+        for field in ("phase", "case", "provider")
+    )
+    shape: dict[str, Any] = {"figsize": (13, 1 + 2.7 * len(phases)), "squeeze": False}
+    figure, axes = pyplot.subplots(max(1, len(phases)), 1, layout="constrained", **shape)
+    figure.suptitle(title, fontsize=9)
+    width = 0.84 / max(1, len(names))
+    for (axis,), phase in zip(axes, phases, strict=False):
+        for i, name in enumerate(names):
+            mine = [row for row in measured if (row.phase, row.provider) == (phase, name)]
+            places = [cases.index(row.case) + (i - (len(names) - 1) / 2) * width for row in mine]
+            axis.bar(places, [row.tflops for row in mine], 0.9 * width, color=f"C{i}", label=name)
+        axis.set_xticks(range(len(cases)), cases, fontsize=8)
+        axis.set(title=phase, ylabel="TFLOP/s")
+        axis.grid(alpha=0.3, axis="y")
+    if measured:
+        axes[0, 0].legend(fontsize=7, ncols=len(names), loc="upper left")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

@@ -11,6 +11,7 @@ from bench.harness.report import Row, write_json
 from bench.harness.shapes import Case, Shape
 from bench.harness.timing import Quantiles, Timing
 from bench.host import HostRow
+from bench.peers import PeerRow
 from bench.record import Record
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +42,11 @@ def host_row():
     sizes = ("call", 1, 8, 64, 1, 64, 4)
     numbers = (40.0, 39.0, 44.0, 20, 12.5)
     return HostRow(*sizes, "bf16", "ra-triton", False, "train", "ok", "", *numbers)
+
+
+def peer_row(name, phase):
+    sizes = ("64-1k", 16, 1024, 32, 32, 64, True, None)
+    return PeerRow(*sizes, "bf16", phase, name, "ok", "", 0.2, 0.19, 0.21, 650.0, 0.9, 330.0)
 
 
 @pytest.fixture
@@ -138,11 +144,14 @@ def test_pictures_keep_phases_apart(files, tmp_path):
     pytest.importorskip("matplotlib")
     train = tmp_path / "train.json"
     write_json(train, "sweep", MACHINE, [row("ra-triton", phase="train")])
-    written = record.write(Record.of([*files, train]), tmp_path, plots=True)
+    peers = tmp_path / "peers.json"
+    write_json(peers, "peers", MACHINE, [peer_row("ra", p) for p in ("forward", "both")])
+    written = record.write(Record.of([*files, train, peers]), tmp_path, plots=True)
     pictures = [path.name for path in written if path.suffix == ".png"]
     assert pictures == [
         "imaginary-gpu-9000-op-forward-bf16.png",
         "imaginary-gpu-9000-op-train-bf16.png",
+        "imaginary-gpu-9000-peers.png",
         "imaginary-gpu-9000-ladder.png",
     ]
     page = (tmp_path / "imaginary-gpu-9000.md").read_text()
