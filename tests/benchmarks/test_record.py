@@ -215,17 +215,17 @@ try:
 except KeyboardInterrupt:
     open(sys.argv[-1], "w").write("kept")
 """
-    slow = gpu.Part("host", ("-c", code), limit=5)
+    slow = gpu.Part("host", ("-c", code), limit=2)
     outcome = gpu.run(slow, tmp_path, slow.limit)
-    assert outcome.status == "stopped after its 5 s"
+    assert outcome.status == "stopped after its 2 s"
     assert (tmp_path / "host.json").read_text() == "kept"
 
 
 def test_a_part_that_does_not_heed_the_interrupt_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "GRACE_SECONDS", 1)
     deaf = part("import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)")
-    outcome = gpu.run(deaf, tmp_path, 3)
-    assert outcome.status == "stopped after its 3 s"
+    outcome = gpu.run(deaf, tmp_path, 2)
+    assert outcome.status == "stopped after its 2 s"
     assert outcome.seconds < 30
 
 
