@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 from statistics import stdev
 
 import pytest
@@ -18,6 +19,9 @@ ENVIRONMENT = {
     **{"device": "a machine", "driver": "none", "threads": 1, "torch": "2", "triton": "3"},
     **{"ptxas": "12", "python": "3.11", "commit": "abc"},
 }
+
+
+draws = pytest.mark.skipif(not find_spec("matplotlib"), reason="an optional extra")
 
 
 def write_run(folder, arm, seed, losses, *, R=0, dtype="fp32", end=True, stop=None, **settings):
@@ -108,6 +112,7 @@ def test_differences_pair_seeds_of_one_dtype(runs):
     assert len(results.difference(("output-gate", "fp32"), baseline).values) == 1
 
 
+@draws
 def test_the_page_says_what_the_runs_say(runs, tmp_path, capsys):
     page = tmp_path / "study.md"
     assert train_ra_mla.main(["report", str(runs), "--out", str(page), "--note", "Cut short."]) == 0
@@ -140,6 +145,7 @@ def test_the_page_says_what_the_runs_say(runs, tmp_path, capsys):
     assert composed["watched"]["w_std"] == [1.5] * 3
 
 
+@draws
 def test_one_arm_alone_makes_a_page(tmp_path):
     write_run(tmp_path / "runs", "mla", 0, [5, 3])
     page = tmp_path / "page.md"
@@ -147,6 +153,7 @@ def test_one_arm_alone_makes_a_page(tmp_path):
     assert "## Rank" not in page.read_text()
 
 
+@draws
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"lr": 0.2}, "differ in lr: 0.1, 0.2"), ({"steps": 30}, "differ in steps: 20, 30")],
@@ -159,6 +166,7 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path, capsys, change
     assert message in capsys.readouterr().err
 
 
+@draws
 def test_missing_and_double_runs_are_told(runs, tmp_path, capsys):
     page = str(tmp_path / "page.md")
     for arguments, message in [
