@@ -166,6 +166,7 @@ class Peer:
     Attributes:
         make: ``attend(q, k, v)`` of a case.
         module: what has to be installed.
+        function: what it has to have: flash_attn can be there for its ``cute`` alone.
         on_cpu: whether it runs there.
         windows: whether it has them.
         context: entered around each run of calls.
@@ -176,21 +177,28 @@ class Peer:
     on_cpu: bool = False
     windows: bool = True
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    function: str = ""
 
     def unavailable(self, device: str) -> str | None:
         """Why it cannot run on a device type, or None."""
         if device == "cpu" and not self.on_cpu:
             return NO_TRITON_HERE if self.module is None else "needs a CUDA device"
         try:
-            import_module(self.module or "ra_triton")
+            module = import_module(self.module or "ra_triton")
         except Exception as error:  # a package may break in any way where it does not fit
             return f"no {self.module}: {str(error).partition(chr(10))[0]}"
+        if self.function and not hasattr(module, self.function):
+            return f"no {self.module}.{self.function}"
         return None
 
 
 def _pinned(backend: SDPBackend) -> Peer:
     context = partial(sdpa_kernel, backend)
     return Peer(_sdpa, module="torch", windows=False, context=context)
+
+
+def _flash_peer(module: str, **options: Any) -> Peer:
+    return Peer(partial(_flash, module, **options), module=module, function="flash_attn_func")
 
 
 FA4 = "flash_attn.cute.interface"
@@ -200,10 +208,10 @@ PEERS = {
     "sdpa": Peer(_sdpa, module="torch", on_cpu=True, windows=False),
     "cudnn": _pinned(SDPBackend.CUDNN_ATTENTION),
     "flash": _pinned(SDPBackend.FLASH_ATTENTION),
-    "fa4": Peer(partial(_flash, FA4), module=FA4),
-    "fa4-deterministic": Peer(partial(_flash, FA4, deterministic=True), module=FA4),
-    "fa3": Peer(partial(_flash, "flash_attn_interface"), module="flash_attn_interface"),
-    "fa2": Peer(partial(_flash, "flash_attn"), module="flash_attn"),
+    "fa4": _flash_peer(FA4),
+    "fa4-deterministic": _flash_peer(FA4, deterministic=True),
+    "fa3": _flash_peer("flash_attn_interface"),
+    "fa2": _flash_peer("flash_attn"),
 }
 NOT_BY_DEFAULT = ("ra-sdpa", "sdpa")
 DEFAULT = tuple(name for name in PEERS if name not in NOT_BY_DEFAULT)

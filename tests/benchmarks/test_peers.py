@@ -42,6 +42,8 @@ def test_every_phase_has_a_row_and_peers_that_are_absent_say_why(tmp_path, capsy
     assert peers.Peer(lambda case: None, "no_such_package", on_cpu=True).unavailable("cpu") == (
         "no no_such_package: No module named 'no_such_package'"
     )
+    there = peers.Peer(lambda case: None, "torch", on_cpu=True, function="flash_attn_func")
+    assert there.unavailable("cpu") == "no torch.flash_attn_func"
 
 
 @pytest.mark.parametrize("causal", [True, False])
