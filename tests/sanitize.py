@@ -19,7 +19,7 @@ from ra_triton.call.offsets import Offsets
 from ra_triton.kernels.attention.backward import attention_backward
 from ra_triton.kernels.attention.forward import attention_forward
 from ra_triton.kernels.tiles import TRITON_VERSION
-from ra_triton.launch.configs import ONE_PASS, warp_specialised
+from ra_triton.launch.configs import ONE_PASS, LaunchConfig, warp_specialised
 from ra_triton.nn import KVCache
 
 SHAPES = (  # B, T, H, H_kv, D
@@ -53,6 +53,7 @@ def main(chosen: list[int]) -> None:
                 q, k, v = ra_triton.project(x, W, backend="triton", **heads)
                 cut(q, k, v, dropout_p)
                 of_hopper(q, k, v)
+                one_pass(q, k, v)
                 turn(q, k, W[0, :D].detach())
                 with torch.no_grad():
                     quantize(x, W, bias, "int8" if dropout_p else "none", heads)
@@ -93,6 +94,19 @@ def of_hopper(q: Tensor, k: Tensor, v: Tensor) -> None:
     o, lse = attention_forward(q, k, v, **options)
     grads = [torch.empty_like(t) for t in (q, k, v)]
     attention_backward(q, k, v, o, lse, o, *grads, config=ONE_PASS[D], **options)
+
+
+def one_pass(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """The plain backward of one pass, with this GPU's products."""
+    if q.dtype == torch.float32 or q.shape[3] not in (64, 128):
+        return
+    q, k, v = (t.detach() for t in (q, k, v))
+    config = LaunchConfig(64, 4, 2, block_n=64, one_pass=True)
+    for causal in (True, False):
+        options = {"causal": causal, "softmax_scale": None}
+        o, lse = attention_forward(q, k, v, **options)
+        grads = [torch.empty_like(t) for t in (q, k, v)]
+        attention_backward(q, k, v, o, lse, o, *grads, config=config, **options)
 
 
 def turn(q: Tensor, k: Tensor, weight: Tensor) -> None:

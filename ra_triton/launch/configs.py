@@ -28,6 +28,7 @@ class LaunchConfig:
         pdl: the launch may overlap with the end of the kernel before (Hopper).
         groups: groups of ``num_warps`` warps with ``block_m`` rows each that share a tile. More
             than one: the stage's kernel for Hopper alone.
+        one_pass: the backward's plain kernel of all gradients, ``backward_one_pass.py``.
     """
 
     block_m: int
@@ -38,6 +39,7 @@ class LaunchConfig:
     use_tma: bool = False
     pdl: bool = False
     groups: int = 1
+    one_pass: bool = False
 
     @property
     def compiler_options(self) -> dict[str, Any]:
@@ -338,6 +340,33 @@ ONE_PASS = {
     for D, m in ((64, 128), (128, 64))
 }
 
+# The backward in one pass in plain Triton; where m is 0 the two kernels stay. Static: no spill with
+# Triton 3.6, 3.7.1 and 3.9; 3.8 spills 12 and 24 bytes for D = 64, not causal, on sm_80 and sm_89.
+# Grouped heads spill 24 to 84 on sm_80, outside of the loop, and 128 for D = 64 on sm_120, a word
+# in the loop, as do lengths there that are no multiples of 16, 88 or 120. None of it has run on a
+# GPU of these targets. Measured is an earlier version in sm_80's code, on an H200 (torch 2.11,
+# Triton 3.6.0), bf16, 16384 tokens, width 2048: its time over that of the two kernels for T = 1024,
+# 4096 and 16384.
+PLAIN_ONE_PASS = (
+    row(on="sm_80", D=64, m=64, n=64, warps=4, stages=3,
+        why="causal: 0.78, 0.76, 0.77, in sections of heads 0.70, 0.80, 0.89; not causal, in "
+        "sections: 0.64, 0.71, 0.75, without 0.87, 0.86, 0.83"),
+    row(on="sm_89", D=64, m=64, n=64, warps=4, stages=2,
+        why="static: two CTAs per SM, with three stages one"),
+    row(on="sm_120", D=64, m=64, n=128, warps=8, stages=3,
+        why="static: with 64 keys the loop spills; without sections, T = 4096: 0.80, "
+        "not causal 0.87"),
+    row(on="sm_80", D=128, m=32, n=64, warps=4, stages=2,
+        why="causal: 0.56, 0.49, 0.50; not causal, without sections: 0.60, 0.56, 0.54; 64 queries, "
+        "eight warps and three stages: 0.63, 0.57, 0.57; 0.66, 0.58, 0.57, in sections 0.58, 0.57, "
+        "0.57"),
+    row(on="sm_89 sm_120", D=128, m=64, n=64, warps=8, stages=2,
+        why="static: one CTA per SM also of 32 queries and four warps, and three stages do not fit "
+        "99 KB; 0.70, 0.66, 0.65; not causal, in sections: 0.65, 0.65, 0.64"),
+    row(m=0, warps=0,
+        why="not measured: sums would leave sm_86's 6 MB of L2, and sm_100 has other products"),
+)
+
 INTERPRETER = {  # m, n, k of small tiles, so that short inputs reach every loop
     "attention_forward": (32, 16), "key_value_gradient": (16, 32), "query_gradient": (32, 16),
     "delta": (16,), "decode": (32, 16, 32), "decode_combine": (2,), "append": (16,),
@@ -446,14 +475,18 @@ def warp_specialised(
 
 
 def one_pass(head_dim: int, dtype: torch.dtype, target: str, length: int) -> LaunchConfig | None:
-    """The row of :data:`ONE_PASS`, or None.
+    """The row of :data:`ONE_PASS` or :data:`PLAIN_ONE_PASS`; None where two kernels compute.
 
     Args:
         head_dim: ``D``.
-        dtype: of the operands, which suit bulk copies; there is neither dropout nor softcap.
+        dtype: of the operands, which are aligned; there is neither dropout nor softcap, and in the
+            plain kernel neither a window nor sequences of different lengths.
         target: from :func:`target`.
         length: queries or keys, whichever are fewer; of sequences the most of one.
     """
-    if target != "sm_90" or dtype == torch.float32 or length < 256:
+    if dtype == torch.float32 or length < 256 or head_dim not in ONE_PASS:
         return None
-    return ONE_PASS.get(head_dim)
+    if target == "sm_90":
+        return ONE_PASS[head_dim]
+    config = first_of(PLAIN_ONE_PASS, {"D": head_dim, "on": target}).config
+    return replace(config, one_pass=True) if config.block_m else None

@@ -245,7 +245,7 @@ TAKEN = {
     "as it is": (True, {}),
     "fp32": (False, {"dtype": torch.float32}),
     "fp16": (True, {"dtype": torch.float16}),
-    "an A100": (False, {"target": "sm_80"}),
+    "Ampere with a small L2": (False, {"target": "sm_86"}),
     "heads of 128": (True, {"D": 128}),
     "heads of 96": (False, {"D": 96}),
     "heads of 32": (False, {"D": 32}),

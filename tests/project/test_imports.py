@@ -101,8 +101,10 @@ ARROWS = {
     "kernels.attention.arguments": STAGE,
     "kernels.attention.backward": {
         *("kernels.attention.arguments", "kernels.attention.backward_hopper"),
+        "kernels.attention.backward_one_pass",
         *HOPPER,
     },
+    "kernels.attention.backward_one_pass": {*STAGE, "kernels.attention.arguments"},
     "kernels.attention.backward_hopper": {
         *("kernels.attention.arguments", "kernels.attention.hopper_tiles"),
         *HOPPER,

@@ -9,12 +9,14 @@ A softcap replaces the exponent by softcap * tanh(t) with t = softmax_scale * qk
 multiplies ds by 1 - tanh²(t). With a window, tiles outside it are not visited.
 
 q, o, do ``[B, T_q, H, D]``, k and v ``[B, T_k, H_kv, D]``, lse ``[B, H, T_q]`` → dq, dk, dv like
-q, k and v. Most calls on Hopper are computed by ``backward_hopper.py``. Elsewhere three launches:
+q, k and v. Most calls on Hopper are computed by ``backward_hopper.py``, and most without windows on
+some other GPUs by ``backward_one_pass.py``. Elsewhere three launches:
 delta; dk and dv, one program a key tile, which sums over the queries of its group of heads in a
 fixed order; dq, one program a query tile. Scores are transposed where dk and dv are summed, so that
 no accumulator is ever transposed. Overwrites only dq, dk and dv. After arXiv:2307.08691.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ra_triton.call.offsets import Offsets, flat, lengths
+from ra_triton.kernels.attention import backward_one_pass
 from ra_triton.kernels.attention.arguments import Attention, as_tokens, attention_of
 from ra_triton.kernels.tiles import (
     LN2,
@@ -71,16 +74,18 @@ def _delta_kernel(
     do_ptr,
     dlse_ptr,  # contiguous [B, H, T], or None
     delta_ptr,  # [B, H, T]
+    turns_ptr,  # int32 [counters], or None
     do_strides,
     T,
     H,
     n_rows,
+    counters,  # that become 0, or None
     D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``delta = Σ_d o do - dlse``; a row is one token of one head."""
+    """``delta = Σ_d o do - dlse``, and turns of 0; a row is one token of one head."""
     follow(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b, t, h = indices_of(row, T, H)
@@ -94,6 +99,8 @@ def _delta_kernel(
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + out, mask=row < n_rows, other=0.0)
     tl.store(delta_ptr + out, delta, mask=row < n_rows)
+    if turns_ptr is not None:
+        tl.store(turns_ptr + row, 0, mask=row < counters)
 
 
 @triton.jit
@@ -382,11 +389,12 @@ def attention_backward(
     from the forward; ``do`` like o and ``dlse`` like lse in any layout. dq, dk and dv have the
     shapes of q, k and v and unit last stride. Options, seed and offsets are the forward's.
     ``config`` replaces the table's for both gradient kernels; one of ``configs.ONE_PASS`` is that
-    of Hopper's own kernel, ``backward_hopper.py``, which long calls there take by themselves.
+    of Hopper's own kernel, ``backward_hopper.py``, which long calls there take by themselves, and
+    one with ``one_pass`` that of ``backward_one_pass.py``.
 
     Raises:
-        ValueError: a config of ``ONE_PASS`` where one of dq, dk and dv is None, or for a call that
-            the kernel does not have; one of several groups that is not in it.
+        ValueError: a config of one pass where one of dq, dk and dv is None, or for a call that
+            the kernel does not have; one of several groups that is not in ``ONE_PASS``.
     """
     if q.numel() == 0 or k.numel() == 0:
         for t in (dq, dk, dv):
@@ -406,7 +414,8 @@ def attention_backward(
         others = on_16_bytes(o, lse, dlse, *flat(offsets)[:2])
         of = (device, dtype, operands, gradients, others, *options)
         plans = _one_pass_plans(*of)
-        if plans is not None and (config is not None or gluon.works(ONE_PASS_STAGE)):
+        plain = isinstance(plans, backward_one_pass.Plans)
+        if plans is not None and (plain or config is not None or gluon.works(ONE_PASS_STAGE)):
             try:
                 plans(q, k, v, o, lse, do, dlse, dq, dk, dv, *flat(offsets)[:2])
                 return
@@ -414,12 +423,12 @@ def attention_backward(
                 if config is not None:
                     raise
                 gluon.give_up(ONE_PASS_STAGE, error.__cause__)
-    elif config is not None and config.groups > 1:
+    elif config is not None and (config.one_pass or config.groups > 1):
         raise ValueError("one pass computes all of dq, dk and dv")
     delta = torch.empty_like(lse)
     if dq is not None or dk is not None:
         others = on_16_bytes(o, dlse, delta)
-        _delta_plan(device, dtype, operands[3], others, target)(o, do, dlse, delta)
+        _delta_plan(device, dtype, operands[3], others, target)(o, do, dlse, delta, None)
     inputs = (q, k, v, do, lse, delta, seed, *flat(offsets)[:2])
     others = on_16_bytes(*inputs[4:])
     if dk is not None or dv is not None:
@@ -437,8 +446,9 @@ def _delta_plan(
     do: Layout,
     others: tuple[bool | None, ...],
     target: str,
+    counters: int | None = None,
 ) -> Plan:
-    """The launch of delta; ``others`` are o, dlse and delta."""
+    """The launch of delta; ``others`` are o, dlse and delta, ``counters`` what it zeroes."""
     B, T, H, D = do.shape
     config = launch_config("delta", D, dtype, target, False)
     arguments = {
@@ -446,12 +456,14 @@ def _delta_plan(
         "T": T,
         "H": H,
         "n_rows": B * T * H,
+        "counters": counters,
         "D": D,
         "ROWS": config.block_m,
         "BLOCK_D": block_d_of(D),
         **config.options,
     }
-    return Plan(_delta_kernel, (triton.cdiv(B * T * H, config.block_m),), arguments)
+    rows = max(B * T * H, counters or 0)
+    return Plan(_delta_kernel, (triton.cdiv(rows, config.block_m),), arguments)
 
 
 @planned
@@ -463,16 +475,23 @@ def _one_pass_plans(
     others: tuple[bool | None, ...],
     *options: Any,
 ) -> Any:
-    """The launches of Hopper's own kernel, where the table or ``config`` asks for it; or None."""
+    """The launches of a kernel of one pass, where the table or ``config`` asks for it; or None."""
     *of, target, config = options
     call = attention_of(dtype, operands, *of)
+    if config is not None and config.one_pass:
+        return _in_plain_triton(device, call, gradients, others, target, config)
     if config is not None:
         return _in_gluon(device, call, gradients, target, config) if config.groups > 1 else None
     B, T_q, T_k, *_ = call.sizes
     row = one_pass(operands[0].shape[3], dtype, target, min(T_q, T_k))
     aligned = call.aligned and all(is_aligned(t, dtype) for t in gradients)
     plain = call.scores.dropout_p or call.softcap or not B
-    if row is None or plain or not aligned or not gluon.works(ONE_PASS_STAGE):
+    if row is None or plain or not aligned:
+        return None
+    if row.one_pass:
+        cut = call.mask.WINDOW or call.varlen
+        return None if cut else _in_plain_triton(device, call, gradients, others, target, row)
+    if not gluon.works(ONE_PASS_STAGE):
         return None
     if call.varlen and B * row.block_m > 2 * operands[0].shape[1]:
         return None  # a tile more for each sequence would make the workspace three times as large
@@ -481,6 +500,19 @@ def _one_pass_plans(
     except Exception as error:  # whatever a name or a signature that has changed leads to
         gluon.give_up(ONE_PASS_STAGE, error)
         return None
+
+
+def _in_plain_triton(
+    device: torch.device,
+    call: Attention,
+    gradients: tuple[Layout, Layout, Layout],
+    others: tuple[bool | None, ...],
+    target: str,
+    config: LaunchConfig,
+) -> backward_one_pass.Plans:
+    """The launches of the plain kernel of one pass."""
+    delta = partial(_delta_plan, device, call.dtype, call.inputs[3], (others[0], others[2], True))
+    return backward_one_pass.backward_plans(call, gradients, config, partial(delta, target))
 
 
 def _in_gluon(
