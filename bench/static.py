@@ -45,8 +45,9 @@ HOPPER = (  # stages of sm_90 alone
     "attention_forward_hopper",
     *("delta_and_lse", "attention_backward_hopper"),
 )
+ONE_PASS = ("attention_backward_one_pass", "round_query_gradient")  # of targets that have a row
 STAGES = (
-    *HOPPER,
+    *(*HOPPER, *ONE_PASS),
     *("attention_forward", "key_value_gradient", "query_gradient", "delta"),
     *("pack", "projection", "weight_gradient", "column_sum", "add_splits"),
     *("int8_projection", "quantize_rows", "norm_rope", "norm_rope_backward"),

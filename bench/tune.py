@@ -118,7 +118,9 @@ def gemm_candidates() -> list[LaunchConfig]:
 
 
 KERNELS = {"input_gradient": "projection"}  # where the kernel's name is not the stage's
-ONE_PASS_IS_FOR = "sm_90, 16 bits, heads of 64 or 128, and 256 tokens or more"
+ONE_PASS_IS_FOR = (
+    "sm_80, sm_89, sm_90 and sm_120, 16 bits, heads of 64 or 128, and 256 tokens or more"
+)
 GEMMS = ("projection", "input_gradient", "weight_gradient")
 CANDIDATES = {
     "attention_forward": attention_candidates,
@@ -220,7 +222,8 @@ def compile_candidate(job: tuple[str, Problem, LaunchConfig]) -> str | None:
     except Exception as error:
         return f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
     own = KERNELS.get(problem.stage, problem.stage)
-    kernel = next(k for k in reversed(recorded) if k.name in (own, f"{own}_hopper"))
+    names = (own, f"{own}_hopper", f"{own}_one_pass")
+    kernel = next(k for k in reversed(recorded) if k.name in names)
     if kernel.spilled_bytes:
         return f"spills {kernel.spilled_bytes} bytes"
     return "serialised WGMMA" if kernel.serialised_wgmma else None
@@ -265,6 +268,8 @@ def tune(
     if problem.stage == "attention_forward" and shipped.groups > 1:
         plain = launch_config(problem.stage, problem.D, DTYPES[problem.dtype], name, True)
         candidates = [plain, *candidates, *warp_specialised_candidates()]
+    if shipped.one_pass:
+        candidates = [replace(c, one_pass=True) for c in gradient_candidates()]
     candidates = [replace(c, use_tma=use_tma, pdl=shipped.pdl) for c in candidates]
     candidates = list(dict.fromkeys([shipped, *candidates]))
     spawn = multiprocessing.get_context("spawn")

@@ -41,7 +41,7 @@ from ra_triton.kernels.projection import forward as projection
 from ra_triton.kernels.projection import int8 as projection_int8
 from ra_triton.kernels.tiles import TRITON_VERSION
 from ra_triton.launch import plans
-from ra_triton.launch.configs import ONE_PASS, LaunchConfig, warp_specialised
+from ra_triton.launch.configs import ONE_PASS, LaunchConfig, one_pass, warp_specialised
 from ra_triton.weights.factors import Factors
 from ra_triton.weights.layout import Columns, RALayout
 
@@ -55,6 +55,7 @@ _HOPPER = "attention_forward_hopper"  # elsewhere these launches are those of _F
 _HOPPER_BACKWARD = "delta_and_lse attention_backward_hopper"
 _FORWARD = "attention_forward"
 _BACKWARD = f"delta key_value_gradient query_gradient {_HOPPER_BACKWARD}"  # whichever a call takes
+_ONE_PASS = "delta attention_backward_one_pass round_query_gradient"
 _DECODE = "decode decode_combine"
 _WEIGHT, _BIAS = "weight_gradient add_splits", "column_sum add_splits"
 _COMPOSE = "compose_backward compose_sums"
@@ -246,9 +247,14 @@ def _launches(target: str) -> Iterator[_Launch]:
         name = str(dtype).removeprefix("torch.")
         special = dtype != torch.float16
         for D in (32, 64, 128):
+            plain = getattr(one_pass(D, dtype, target, 1024), "one_pass", False)
             for causal in (True, False):
-                yield _FORWARD, f"{name} D={D} causal={causal}", _attention(dtype, D, causal)
-                yield _BACKWARD, f"{name} D={D} causal={causal}", _attention_grad(dtype, D, causal)
+                label = f"{name} D={D} causal={causal}"
+                yield _FORWARD, label, _attention(dtype, D, causal)
+                # Short ones take two kernels everywhere.
+                yield _BACKWARD, label, _attention_grad(dtype, D, causal, T=128 if plain else 1024)
+                if plain:
+                    yield _ONE_PASS, f"{label} T=1024", _attention_grad(dtype, D, causal)
             for offset in (0, 1) if special else ():
                 label = f"{name} D={D} dropout" + " misaligned" * offset
                 yield _FORWARD, label, _with_dropout(_attention(dtype, D, offset=offset))
@@ -432,12 +438,12 @@ def _attention(
 
 
 def _attention_grad(
-    dtype: torch.dtype, D: int, causal: bool = True, offset: int = 0, B: int = 2
+    dtype: torch.dtype, D: int, causal: bool = True, offset: int = 0, B: int = 2, T: int = 1024
 ) -> Callable[..., Any]:
-    q, k, v = _tensor(dtype, B, 1024, 3, 12, D, offset=offset).unbind(2)
-    dq, dk, dv = _tensor(dtype, B, 1024, 3, 12, D).unbind(2)
-    o, do = _tensor(dtype, B, 1024, 12, D), _tensor(dtype, B, 1024, 12, D)
-    lse = _tensor(torch.float32, B, 12, 1024)
+    q, k, v = _tensor(dtype, B, T, 3, 12, D, offset=offset).unbind(2)
+    dq, dk, dv = _tensor(dtype, B, T, 3, 12, D).unbind(2)
+    o, do = _tensor(dtype, B, T, 12, D), _tensor(dtype, B, T, 12, D)
+    lse = _tensor(torch.float32, B, 12, T)
     return partial(
         attention_backward.attention_backward,
         *(q, k, v, o, lse, do, dq, dk, dv),

@@ -91,20 +91,22 @@ def test_of_the_candidates_for_hoppers_own_backward_the_shipped_ones_compile():
     ("target", "changed", "there"),
     [
         *(("sm_90", {}, True), ("sm_90", {"dtype": "fp16", "D": 128}, True)),
-        *(("sm_80", {}, False), ("sm_100", {}, False), ("interpreter", {}, False)),
+        *(("sm_80", {}, True), ("sm_89", {"D": 128}, True), ("sm_120", {"dtype": "fp16"}, True)),
+        *(("sm_86", {}, False), ("sm_100", {}, False), ("interpreter", {}, False)),
         *(("sm_90", {"dtype": "fp32"}, False), ("sm_90", {"D": 96}, False)),
         ("sm_90", {"T": 255}, False),
     ],
 )
-def test_where_hoppers_backward_is_not_there_is_nothing_to_tune(target, changed, there):
+def test_where_a_backward_of_one_pass_is_not_there_is_nothing_to_tune(target, changed, there):
     of = replace(tune.Problem("attention_backward", "bf16", D=64, T=1024, B=1), **changed)
     shipped = tune.shipped_for(of, target)
     assert (shipped is not None) == there
     candidates = [replace(c, use_tma=True, pdl=True) for c in tune.one_pass_candidates()]
+    candidates += [replace(c, one_pass=True) for c in tune.gradient_candidates()]
     assert not there or shipped in candidates
 
 
-@pytest.mark.parametrize(("target", "lengths"), [("sm_80", []), ("sm_90", [1024])])
+@pytest.mark.parametrize(("target", "lengths"), [("sm_86", []), ("sm_90", [1024])])
 def test_without_the_kernel_the_reason_is_printed_and_the_rest_is_tuned(
     target, lengths, monkeypatch, capsys, tmp_path
 ):
@@ -124,7 +126,7 @@ def test_without_the_kernel_the_reason_is_printed_and_the_rest_is_tuned(
     assert tune.main([*stages, "--D", "64", "--T", "128", "1024", "--json", str(file)]) == 0
     assert [T for stage, T in tuned if stage == "attention_backward"] == lengths
     assert [T for stage, T in tuned if stage == "query_gradient"] == [128, 1024]
-    expected = "no such kernel: it is for sm_90, 16 bits, heads of 64 or 128"
+    expected = "no such kernel: it is for sm_80, sm_89, sm_90 and sm_120, 16 bits"
     assert capsys.readouterr().out.count(expected) == 2 - len(lengths)
     assert json.loads(file.read_text())["rows"] == []
 
