@@ -344,18 +344,17 @@ ONE_PASS = {
 # Triton 3.6, 3.7.1 and 3.9; 3.8 spills 12 and 24 bytes for D = 64, not causal, on sm_80 and sm_89.
 # Grouped heads spill 24 to 84 on sm_80, outside of the loop, and 128 for D = 64 on sm_120, a word
 # in the loop, as do lengths there that are no multiples of 16, 88 or 120. None of it has run on a
-# GPU of these targets. Measured is an earlier version in sm_80's code, on an H200 (torch 2.11,
-# Triton 3.6.0), bf16, 16384 tokens, width 2048: its time over that of the two kernels for T = 1024,
-# 4096 and 16384.
+# GPU of these targets. Measured are earlier versions in sm_80's code, on an H200 (torch 2.11,
+# Triton 3.6.0), bf16, 16384 tokens, width 2048: their time over that of the two kernels for
+# T = 1024, 4096 and, of the first one alone, 16384; see bench/results/one-pass-plain.md.
 PLAIN_ONE_PASS = (
     row(on="sm_80", D=64, m=64, n=64, warps=4, stages=3,
-        why="causal: 0.78, 0.76, 0.77, in sections of heads 0.70, 0.80, 0.89; not causal, in "
-        "sections: 0.64, 0.71, 0.75, without 0.87, 0.86, 0.83"),
+        why="causal: 0.75, 0.74, the first version 0.78, 0.76, 0.77, in sections of heads 0.70, "
+        "0.80, 0.89; not causal, in sections: 0.66, 0.73, 0.75, without 0.87, 0.86, 0.83"),
     row(on="sm_89", D=64, m=64, n=64, warps=4, stages=2,
-        why="static: two CTAs per SM, with three stages one"),
+        why="static: two CTAs per SM, with three stages one; 0.80, 0.85; not causal 0.72, 0.81"),
     row(on="sm_120", D=64, m=64, n=128, warps=8, stages=3,
-        why="static: with 64 keys the loop spills; without sections, T = 4096: 0.80, "
-        "not causal 0.87"),
+        why="static: with 64 keys the loop spills; 0.81, 0.80; not causal 0.80, 0.86"),
     row(on="sm_80", D=128, m=32, n=64, warps=4, stages=2,
         why="causal: 0.56, 0.49, 0.50; not causal, without sections: 0.60, 0.56, 0.54; 64 queries, "
         "eight warps and three stages: 0.63, 0.57, 0.57; 0.66, 0.58, 0.57, in sections 0.58, 0.57, "
