@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from gradient_budget import attention_gradient_budgets, check_gradients
-from strategies import normal
+from strategies import normal, quick
 
 from ra_triton import internals
 from ra_triton.kernels.attention import backward as attention_backward
@@ -254,7 +254,7 @@ for kernel in compiled:
 """
 
 
-@pytest.mark.parametrize("names", ["renamed", "as they are"])
+@pytest.mark.parametrize("names", quick(["renamed", "as they are"]))
 def test_a_name_that_is_gone_is_found_by_the_compiler(names, tmp_path):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
