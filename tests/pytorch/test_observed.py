@@ -71,7 +71,10 @@ def inputs_of(function, seed=0):
 FUNCTIONS = (layer, varlen, project, attention, norm_rope, compose)
 functions = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 # What vmap maps over: all inputs, the first one (a sample), the second (a weight).
-mapped = pytest.mark.parametrize("dims", [(0, 0, 0), (0, None, None), (None, 1, None)], ids=str)
+DIMS = [(None, 1, None), (0, 0, 0), (0, None, None)]
+mapped = pytest.mark.parametrize(
+    "dims", [*DIMS[:2], pytest.param(DIMS[2], marks=pytest.mark.slow)], ids=str
+)
 
 
 def batches(inputs, dims, n=2):
