@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 TEST_TIME := six and a half minutes on two cores without a GPU
-TEST_ALL_TIME := half an hour on two cores without a GPU
+TEST_ALL_TIME := a quarter of an hour on two cores without a GPU
 
 .PHONY: sweep test test-all matrix gpu ladder study generate static mutants lint types clean
 
