@@ -1,4 +1,4 @@
-"""Pictures: of a sweep time and TFLOP/s over length and rank, of a ladder time, of peers rates."""
+"""Pictures of sweeps, ladders and peers: time, and TFLOP/s."""
 
 from collections.abc import Sequence
 from itertools import groupby
