@@ -158,6 +158,18 @@ def _seeded():
         torch._dynamo.reset()
 
 
+@pytest.fixture
+def integers_of_another(monkeypatch):
+    """Counters begin as something, where poisoned_allocations leaves integers alone."""
+    empty = torch.empty
+
+    def used(*shape, **options):
+        t = empty(*shape, **options)
+        return t.fill_(3) if t.dtype is torch.int32 else t
+
+    monkeypatch.setattr(torch, "empty", used)
+
+
 def pytest_configure(config):
     """A slow test that is named, ``file::test``, runs; only -m of pyproject.toml leaves it out."""
     named = any("::" in argument for argument in config.args)

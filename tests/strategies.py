@@ -59,6 +59,15 @@ def normal(*shape: int, dtype=torch.float32, seed: int = 0, scale: float = 1.0) 
 # Layouts: the same numbers at other addresses; everything around them is NaN.
 
 
+def operands(D, T_q, T_k, dtype=None, B=1, H=2, H_kv=1):
+    """Views of one buffer, as the projection leaves them where ``T_q == T_k``, and dO."""
+    dtype = dtype or dtypes_for("triton")[-1]
+    rows = normal(B, max(T_q, T_k), H + 2 * H_kv, D, dtype=dtype)
+    q, k, v = rows.split((H, H_kv, H_kv), dim=2)
+    do = normal(B, T_q, H, D, dtype=dtype, seed=1)
+    return q[:, :T_q], k[:, :T_k], v[:, :T_k], do
+
+
 def _sliced(t: Tensor, fill: float = NAN) -> Tensor:
     wide = t.new_full([size + 3 for size in t.shape], fill)
     inner = wide[tuple(slice(1, 1 + size) for size in t.shape)]

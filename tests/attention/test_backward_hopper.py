@@ -15,7 +15,7 @@ import triton.language as tl
 from budget import assert_bitwise
 from gluon_interpreter import as_python, interpreted
 from gradient_budget import attention_gradient_budgets, check_gradients, exact_attention
-from strategies import DEVICE, NAN, dtypes_for, normal, quick
+from strategies import DEVICE, NAN, normal, operands, quick
 
 import ra_triton
 from ra_triton.call.offsets import Offsets
@@ -27,6 +27,7 @@ from ra_triton.launch.configs import ONE_PASS, LaunchConfig
 from ra_triton.launch.plans import Bulk, CannotCompile, Layout
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("integers_of_another")
 heads = pytest.mark.parametrize("D", ONE_PASS)
 MASKS = {
     "causal": (True, (-1, -1)),
@@ -52,18 +53,6 @@ def _sort_out(offsets_ptr, out_ptr, B, total):
 
 
 @pytest.fixture(autouse=True)
-def integers_of_another(monkeypatch):
-    """Counters begin as something, where the fixtures of all tests leave integers alone."""
-    empty = torch.empty
-
-    def used(*shape, **options):
-        t = empty(*shape, **options)
-        return t.fill_(3) if t.dtype is torch.int32 else t
-
-    monkeypatch.setattr(torch, "empty", used)
-
-
-@pytest.fixture(autouse=True)
 def three_processors(monkeypatch):
     """So that a program takes keys of several tickets."""
     if DEVICE.type == "cpu":
@@ -81,15 +70,6 @@ def gradients(D, q, k, v, do, mask="causal", dlse=None, scale=None, *, into=None
     with nullcontext() if q.is_cuda else interpreted(**order):
         backward.attention_backward(*inputs, *grads, dlse=dlse, **options, config=ONE_PASS[D])
     return dict(zip(("dq", "dk", "dv"), grads, strict=True))
-
-
-def operands(D, T_q, T_k, dtype=None, B=1, H=2, H_kv=1):
-    """Views of one buffer, as the projection leaves them where ``T_q == T_k``, and dO."""
-    dtype = dtype or dtypes_for("triton")[-1]
-    rows = normal(B, max(T_q, T_k), H + 2 * H_kv, D, dtype=dtype)
-    q, k, v = rows.split((H, H_kv, H_kv), dim=2)
-    do = normal(B, T_q, H, D, dtype=dtype, seed=1)
-    return q[:, :T_q], k[:, :T_k], v[:, :T_k], do
 
 
 def check(D, q, k, v, do, mask="causal", dlse=None, scale=None, **order):

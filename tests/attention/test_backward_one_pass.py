@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from budget import assert_bitwise
 from gradient_budget import attention_gradient_budgets, check_gradients, exact_attention
-from strategies import DEVICE, NAN, dtypes_for, normal, quick
+from strategies import DEVICE, NAN, dtypes_for, normal, operands, quick
 from triton.runtime import interpreter
 
 import ra_triton
@@ -28,29 +28,9 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 M, N = (64, 64) if DEVICE.type == "cuda" else (32, 16)  # small, so that short inputs have turns
 CONFIG = LaunchConfig(M, 4, 2, block_n=N, one_pass=True)
+pytestmark = pytest.mark.usefixtures("integers_of_another")
 heads = pytest.mark.parametrize("D", [64, 128])
 masks = pytest.mark.parametrize("causal", [True, False])
-
-
-@pytest.fixture(autouse=True)
-def integers_of_another(monkeypatch):
-    """Counters begin as something, where the fixtures of all tests leave integers alone."""
-    empty = torch.empty
-
-    def used(*shape, **options):
-        t = empty(*shape, **options)
-        return t.fill_(3) if t.dtype is torch.int32 else t
-
-    monkeypatch.setattr(torch, "empty", used)
-
-
-def operands(D, T_q, T_k, dtype=None, B=1, H=2, H_kv=1):
-    """Views of one buffer, as the projection leaves them where ``T_q == T_k``, and dO."""
-    dtype = dtype or dtypes_for("triton")[-1]
-    rows = normal(B, max(T_q, T_k), H + 2 * H_kv, D, dtype=dtype)
-    q, k, v = rows.split((H, H_kv, H_kv), dim=2)
-    do = normal(B, T_q, H, D, dtype=dtype, seed=1)
-    return q[:, :T_q], k[:, :T_k], v[:, :T_k], do
 
 
 def gradients(q, k, v, do, causal, dlse=None, scale=None, *, into=None, config=CONFIG):
